@@ -1,0 +1,1 @@
+"""Recipes: one YAML file for a model, its data and its training. Data only."""

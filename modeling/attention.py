@@ -1,0 +1,115 @@
+"""Attention as Transformers' models call it: the eager law, masks for every backend, float32 sampling.
+
+Shapes: B batch, H heads, T queries, S keys, D head dim.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache
+
+from .attention_masks import VisibleKeys, drop_trivial, full_causal, visible_keys
+from .attention_patterns import Pattern
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention as its equation says; every other backend is held to it.
+
+    Args:
+        query, key, value: [B, H, T, D], [B, Hk, S, D], [B, Hk, S, Dv], with H a multiple of Hk.
+        attention_mask: boolean, broadcastable to [B, H, T, S], True where a key is seen; None if all are.
+
+    Returns:
+        The output [B, T, H, Dv], and the weights [B, H, T, S]. A query that sees nothing has weights and output 0.
+    """
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    scores = query @ key.transpose(-1, -2) * scaling
+    if attention_mask is not None:
+        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    weights = scores.softmax(dim=-1, dtype=torch.float32)
+    if attention_mask is not None:
+        weights = weights.masked_fill(~attention_mask, 0.0)
+    weights = nn.functional.dropout(weights.to(query.dtype), p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+def layer_masks(
+    patterns: list[Pattern],
+    config,
+    hidden_states: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    position_ids: torch.Tensor | None = None,
+    past_key_values: Cache | None = None,
+    causal: bool = True,
+) -> list:
+    """The mask of every layer, in the form that the config's attention implementation takes.
+
+    Transformers' own mask builders collapse heads, so patterns that differ between heads need this one. Layers of the
+    same pattern share a mask. Arguments are those of `visible_keys`.
+    """
+    built, masks = {}, []
+    past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
+    attention_mask, position_ids = drop_trivial(hidden_states, attention_mask, position_ids, past_length)
+    for layer, pattern in enumerate(patterns):
+        key_length, key_offset = past_length + hidden_states.shape[1], 0
+        if past_key_values is not None:
+            key_length, key_offset = past_key_values.get_mask_sizes(hidden_states.shape[1], layer)
+        case = (pattern, key_length, key_offset)
+        if case not in built:
+            seen = visible_keys(
+                pattern,
+                config.num_attention_heads,
+                hidden_states,
+                attention_mask,
+                position_ids,
+                past_length=past_length,
+                key_length=key_length,
+                key_offset=key_offset,
+                causal=causal,
+            )
+            built[case] = lower_mask(seen, config._attn_implementation, hidden_states.device)
+        masks.append(built[case])
+    return masks
+
+
+def lower_mask(seen: VisibleKeys, implementation: str, device: torch.device):
+    """What `implementation` takes as attention_mask to show each query just the keys that `seen` says.
+
+    Raises:
+        ValueError: if the implementation cannot run patterns, naming those that can.
+    """
+    if implementation == "sdpa" and full_causal(seen):
+        return None
+    if implementation in ("eager", "sdpa"):
+        return seen.dense(device)
+    if implementation == "flex_attention":
+        return seen.block_mask(device)
+    raise ValueError(
+        f"attn_implementation={implementation!r} cannot run attention patterns; use 'eager', 'sdpa' or 'flex_attention'."
+    )
+
+
+def in_float32(attention: Callable) -> Callable:
+    """`attention` with queries, keys and values in float32 and the output in their own dtype.
+
+    Query-key products can exceed the largest float16 when sampling (Child et al. 2019, section 5.6).
+    """
+
+    def upcast(module, query, key, value, attention_mask, **kwargs):
+        dtype = value.dtype
+        with torch.autocast(query.device.type, enabled=False):
+            output, weights = attention(module, query.float(), key.float(), value.float(), attention_mask, **kwargs)
+        return output.to(dtype), weights
+
+    return upcast

@@ -1,0 +1,122 @@
+"""Configuration of the Sparse Transformer (Child et al. 2019, arXiv:1904.10509)."""
+
+import math
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers.configuration_utils import PreTrainedConfig
+
+from .attention_patterns import patterns_for_layers
+
+
+@strict
+class SparseTransformerConfig(PreTrainedConfig):
+    """What a Sparse Transformer is made of. The defaults are a small model of 1,024 bytes of text.
+
+    Args:
+        vocab_size: number of token ids; start tokens (one, or one for each class) come after the data's own values.
+        hidden_size: width d of the residual stream.
+        num_hidden_layers: number N of residual blocks.
+        num_attention_heads: number of heads.
+        qk_head_dim: size of a query or key; hidden_size / num_attention_heads if None. The paper's CIFAR-10 model has
+            half of that.
+        v_head_dim: size of a value; hidden_size / num_attention_heads if None.
+        intermediate_size: width of the feed-forward layer; 4 * hidden_size if None.
+        hidden_act: activation; "quick_gelu" is the paper's x * sigmoid(1.702 x).
+        position_shape: lengths of the axes of the learned position embeddings, the last running fastest, such as
+            [32, 32, 3] for the rows, columns and channels of an image; [max_position_embeddings] if None.
+        max_position_embeddings: longest sequence; the product of position_shape.
+        attention_patterns: the pattern dict of every layer, or a list of them cycled over the layers. One dict in a
+            list for each residual block is the paper's first way of using factorised attention, a "union" its second
+            (merged heads), a "per_head" its third (section 4.2).
+        resid_dropout: dropout at the end of each residual branch; the paper has no other.
+        layer_norm_eps: epsilon of the layer norms.
+        initializer_scale: variance of the initial weights, times the number of inputs (section 6: 0.125).
+        upcast_sampling: float32 query-key products when sampling in half precision (section 5.6).
+    """
+
+    model_type = "sparse_transformer"
+    keys_to_ignore_at_inference = ("past_key_values",)
+
+    vocab_size: int = 257
+    hidden_size: int = 256
+    num_hidden_layers: int = 6
+    num_attention_heads: int = 4
+    qk_head_dim: int | None = None
+    v_head_dim: int | None = None
+    intermediate_size: int | None = None
+    hidden_act: str = "quick_gelu"
+    position_shape: list[int] | tuple[int, ...] | None = None
+    max_position_embeddings: int | None = None
+    attention_patterns: dict[str, Any] | list[dict[str, Any]] | None = None
+    resid_dropout: float | int = 0.0
+    layer_norm_eps: float = 1e-5
+    initializer_scale: float = 0.125
+    upcast_sampling: bool = True
+    use_cache: bool = True
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs):
+        if self.attention_patterns is None:
+            self.attention_patterns = [{"type": "local", "window": 32}, {"type": "strided", "stride": 32}]
+        if self.position_shape is None:
+            self.position_shape = [1024 if self.max_position_embeddings is None else self.max_position_embeddings]
+        self.position_shape = list(self.position_shape)
+        if self.max_position_embeddings is None:
+            self.max_position_embeddings = math.prod(self.position_shape)
+        self._derive_widths()
+        super().__post_init__(**kwargs)
+
+    def _derive_widths(self):
+        """Fill in the widths that follow from hidden_size and num_attention_heads."""
+        if self.num_attention_heads > 0:
+            for name in ("qk_head_dim", "v_head_dim"):
+                if getattr(self, name) is None:
+                    self._require_divisible(name)
+                    setattr(self, name, self.hidden_size // self.num_attention_heads)
+        if self.intermediate_size is None:
+            self.intermediate_size = 4 * self.hidden_size
+
+    def _require_divisible(self, name):
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size={self.hidden_size} is not a multiple of num_attention_heads={self.num_attention_heads}; "
+                f"choose a number of heads that divides it, or give {name}."
+            )
+
+    def validate_sizes(self):
+        """Every size is at least 1, and the axes hold as many positions as the model claims."""
+        sizes = "vocab_size hidden_size num_hidden_layers num_attention_heads qk_head_dim v_head_dim intermediate_size"
+        for name in sizes.split():
+            value = getattr(self, name)
+            if value is None or value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}.")
+        if not self.position_shape or min(self.position_shape) < 1:
+            raise ValueError(f"position_shape must list axis lengths of at least 1, got {self.position_shape}.")
+        positions = math.prod(self.position_shape)
+        if positions != self.max_position_embeddings:
+            raise ValueError(
+                f"position_shape={self.position_shape} holds {positions} positions, but "
+                f"max_position_embeddings={self.max_position_embeddings}; give one of them, or make them agree."
+            )
+        if not 0 <= self.resid_dropout < 1:
+            raise ValueError(f"resid_dropout must be at least 0 and below 1, got {self.resid_dropout}.")
+
+    def validate_attention_patterns(self):
+        """Every pattern is known, complete, and can be dealt out to the heads."""
+        for pattern in patterns_for_layers(self.attention_patterns, self.num_hidden_layers):
+            pattern.check_heads(self.num_attention_heads)
+
+    def validate_layer_types(self):
+        """Transformers reserves `layer_types` for its own caches and masks."""
+        if getattr(self, "layer_types", None) is not None:
+            raise ValueError(
+                f"layer_types={self.layer_types!r} is not a field of this model; "
+                "say which keys each layer sees with attention_patterns."
+            )
+
+
+__all__ = ["SparseTransformerConfig"]

@@ -1,0 +1,271 @@
+"""Sparse Transformer: Child, Gray, Radford and Sutskever 2019, "Generating Long Sequences with Sparse Transformers".
+
+A deep decoder whose layers each see a sparse set of earlier positions, so that a few steps connect any two of them.
+Equation and section numbers are those of arXiv:1904.10509.
+
+Shapes: B batch, T new tokens, H heads, D head dim (queries and keys), Dv head dim of values.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .attention import eager_attention_forward, in_float32, layer_masks
+from .attention_masks import token_positions
+from .attention_patterns import patterns_for_layers
+from .checks import check_one_input, check_positions, check_token_ids
+from .configuration_sparse_transformer import SparseTransformerConfig
+from .positions import AxialPositionEmbedding
+
+
+class SparseTransformerAttention(nn.Module):
+    """Factorised self-attention (equations 2 to 9): each head attends to the keys that the layer's pattern shows it."""
+
+    def __init__(self, config: SparseTransformerConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.is_causal = True
+        self.qk_head_dim = config.qk_head_dim
+        self.v_head_dim = config.v_head_dim
+        self.scaling = config.qk_head_dim**-0.5
+        heads = config.num_attention_heads
+        self.q_proj = nn.Linear(config.hidden_size, heads * config.qk_head_dim)
+        self.k_proj = nn.Linear(config.hidden_size, heads * config.qk_head_dim)
+        self.v_proj = nn.Linear(config.hidden_size, heads * config.v_head_dim)
+        self.o_proj = nn.Linear(heads * config.v_head_dim, config.hidden_size)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask,
+        past_key_values: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """[B, T, hidden] -> [B, T, hidden], and the weights [B, H, T, S] where the backend has them."""
+        query = self.q_proj(hidden_states).unflatten(-1, (-1, self.qk_head_dim)).transpose(1, 2)  # [B, H, T, D]
+        key = self.k_proj(hidden_states).unflatten(-1, (-1, self.qk_head_dim)).transpose(1, 2)
+        value = self.v_proj(hidden_states).unflatten(-1, (-1, self.v_head_dim)).transpose(1, 2)  # [B, H, T, Dv]
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+
+        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        sampling = past_key_values is not None and not self.training
+        if sampling and self.config.upcast_sampling and value.dtype in (torch.float16, torch.bfloat16):
+            attention = in_float32(attention)
+        output, weights = attention(
+            self, query, key, value, attention_mask, scaling=self.scaling, dropout=0.0, **kwargs
+        )  # [B, T, H, Dv]
+        return self.o_proj(output.flatten(2)), weights
+
+
+class SparseTransformerMLP(nn.Module):
+    """Position-wise feed-forward layer with f(x) = x * sigmoid(1.702 x) (section 5.2)."""
+
+    def __init__(self, config: SparseTransformerConfig):
+        super().__init__()
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.up_proj(hidden_states)))
+
+
+class SparseTransformerBlock(GradientCheckpointingLayer):
+    """Residual block with pre-norm and dropout at the end of each branch (equations 12 to 14).
+
+    With `model.gradient_checkpointing_enable()` attention and feed-forward are computed again in the backward pass
+    (section 5.4).
+    """
+
+    def __init__(self, config: SparseTransformerConfig, layer_idx: int):
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.self_attn = SparseTransformerAttention(config, layer_idx)
+        self.mlp_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = SparseTransformerMLP(config)
+        self.dropout = nn.Dropout(config.resid_dropout)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask=None,
+        past_key_values: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        attended, _ = self.self_attn(
+            self.attention_norm(hidden_states), attention_mask, past_key_values=past_key_values, **kwargs
+        )
+        hidden_states = hidden_states + self.dropout(attended)  # H + a(H), equation 12
+        return hidden_states + self.dropout(self.mlp(self.mlp_norm(hidden_states)))  # + b(H), equation 13
+
+
+class SparseTransformerPreTrainedModel(PreTrainedModel):
+    """Initial weights, and what Transformers wants to know about the family."""
+
+    config: SparseTransformerConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["SparseTransformerBlock"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_flash_attn = False
+    _supports_attention_backend = True
+    _can_compile_fullgraph = False
+    _can_record_outputs = {"hidden_states": SparseTransformerBlock, "attentions": SparseTransformerAttention}
+
+    @staticmethod
+    def create_masks_for_generate(attention_mask: torch.Tensor | None = None, **kwargs) -> torch.Tensor | None:
+        """Leave the 2-D padding mask alone: `forward` builds each layer's own mask, whatever the cache."""
+        return attention_mask
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        """Section 6: variance 0.125 / inputs; projections onto the residual stream shrunk by 1 / sqrt(2 N)."""
+        super()._init_weights(module)
+        scale = self.config.initializer_scale
+        if isinstance(module, nn.Linear):
+            init.normal_(module.weight, std=math.sqrt(scale / module.in_features))
+        elif isinstance(module, nn.Embedding):
+            init.normal_(module.weight, std=math.sqrt(scale / module.embedding_dim))
+        elif isinstance(module, AxialPositionEmbedding):
+            for axis in module.axes:
+                init.normal_(axis.weight, std=math.sqrt(scale / (axis.embedding_dim * len(module.axes))))
+        elif isinstance(module, SparseTransformerBlock):
+            for projection in (module.self_attn.o_proj, module.mlp.down_proj):
+                branches = 2 * self.config.num_hidden_layers
+                init.normal_(projection.weight, std=math.sqrt(scale / (projection.in_features * branches)))
+        elif isinstance(module, SparseTransformerForCausalLM):
+            init.zeros_(module.lm_head.weight)
+
+
+class SparseTransformerModel(SparseTransformerPreTrainedModel):
+    """The decoder without a head: ids or embeddings in, hidden states [B, T, hidden] out."""
+
+    def __init__(self, config: SparseTransformerConfig):
+        super().__init__(config)
+        self.patterns = patterns_for_layers(config.attention_patterns, config.num_hidden_layers)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
+        self.embed_positions = AxialPositionEmbedding(config.position_shape, config.hidden_size)
+        self.layers = nn.ModuleList(SparseTransformerBlock(config, i) for i in range(config.num_hidden_layers))
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPast:
+        """
+        Args:
+            input_ids: [B, T] token ids, or give inputs_embeds [B, T, hidden], to which positions are still added.
+            attention_mask: [B, past + T], 1 for tokens and 0 for padding, on either side.
+            position_ids: [B, T] positions of the tokens; counted from the mask if None.
+            past_key_values: what earlier calls returned.
+        """
+        check_one_input(input_ids, inputs_embeds)
+        if inputs_embeds is None:
+            check_token_ids(input_ids, self.embed_tokens.num_embeddings)
+            inputs_embeds = self.embed_tokens(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+
+        masks = layer_masks(self.patterns, self.config, inputs_embeds, attention_mask, position_ids, past_key_values)
+        if position_ids is None:
+            position_ids = self._position_ids(inputs_embeds, attention_mask, past_key_values)
+        check_positions(position_ids, self.embed_positions.num_positions)
+        hidden_states = inputs_embeds + self.embed_positions(position_ids)  # section 5.3
+        for layer, mask in zip(self.layers, masks):
+            hidden_states = layer(hidden_states, mask, past_key_values=past_key_values, **kwargs)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+    @staticmethod
+    def _position_ids(inputs_embeds, attention_mask, past_key_values) -> torch.Tensor:
+        """[B or 1, T] positions of the new tokens."""
+        past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
+        end = past_length + inputs_embeds.shape[1]
+        if attention_mask is not None and attention_mask.ndim == 2:
+            return token_positions(attention_mask)[:, past_length:end]
+        return torch.arange(past_length, end, device=inputs_embeds.device)[None]
+
+
+class SparseTransformerForCausalLM(SparseTransformerPreTrainedModel, GenerationMixin):
+    """The decoder with a linear layer to the next token's logits, initially 0."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: SparseTransformerConfig):
+        super().__init__(config)
+        self.vocab_size = config.vocab_size
+        self.model = SparseTransformerModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> CausalLMOutputWithPast:
+        """
+        Args:
+            labels: [B, T] ids to predict, shifted inside: position t predicts labels[t + 1]; -100 is ignored. For
+                inputs that begin with a start token give `shift_labels` instead, where t predicts shift_labels[t].
+            logits_to_keep: compute logits for the last so many positions only (0: all), or for these indices.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None or kwargs.get("shift_labels") is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.lm_head.out_features, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+__all__ = ["SparseTransformerForCausalLM", "SparseTransformerModel", "SparseTransformerPreTrainedModel"]

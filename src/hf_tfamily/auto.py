@@ -1,0 +1,46 @@
+"""Registers every system with Transformers' Auto classes. A new system is one line in SYSTEMS."""
+
+from importlib import import_module
+from typing import NamedTuple
+
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForCausalLM
+
+from .modeling.image_processing_tokens import ImageTokenProcessor
+
+
+class System(NamedTuple):
+    """One system: where its files are, and which class each Auto class loads."""
+
+    name: str
+    prefix: str
+    heads: dict[type, str]
+    image_processor: type | None = None
+
+
+SYSTEMS = [
+    System(
+        "sparse_transformer",
+        "SparseTransformer",
+        {AutoModel: "Model", AutoModelForCausalLM: "ForCausalLM"},
+        ImageTokenProcessor,
+    ),
+]
+
+
+def register(system: System) -> None:
+    """Make AutoConfig, AutoModel and the others load `system` by its model type."""
+    configuration = import_module(f".modeling.configuration_{system.name}", __package__)
+    modeling = import_module(f".modeling.modeling_{system.name}", __package__)
+    config_class = getattr(configuration, f"{system.prefix}Config")
+    AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+    for auto_class, suffix in system.heads.items():
+        auto_class.register(config_class, getattr(modeling, system.prefix + suffix), exist_ok=True)
+    if system.image_processor is not None:
+        AutoImageProcessor.register(
+            config_class, image_processor_classes={"pil": system.image_processor}, exist_ok=True
+        )
+
+
+def register_all() -> None:
+    for system in SYSTEMS:
+        register(system)

@@ -1,0 +1,1 @@
+"""Real data as token sequences."""

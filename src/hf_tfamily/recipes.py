@@ -1,0 +1,194 @@
+"""Recipes: a model, its data and its training in one YAML file (configs/<system>/<recipe>.yaml).
+
+    recipe = load_recipe("sparse_transformer/digits", ["model.num_hidden_layers=4", "training.max_steps=100"])
+
+A recipe's keys are checked when it is read: those of `model` against the config class of its `model_type`, those of
+`data` against the source's parameters, those of `training` against `TrainingArguments`.
+"""
+
+import copy
+import difflib
+import inspect
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import TrainingArguments
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from .data import SOURCES
+from .modeling.attention_patterns import nearest
+
+SECTIONS = ("model", "data", "training")
+
+
+class RecipeError(ValueError):
+    """A recipe, or a change to one, that does not exist or does not fit."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What to train, on what, and how.
+
+    Attributes:
+        name: "<system>/<recipe>", or the path of a user's file.
+        title: one line.
+        reference: the paper, with its table or section.
+        notes: where the recipe differs from the paper, and what the paper leaves open.
+        parameters: exact number of the model's parameters; None where unknown or where an override touched the model.
+        model: `model_type` and fields of its config class.
+        data: `source` and its arguments (see hf_tfamily.data).
+        training: fields of transformers.TrainingArguments.
+    """
+
+    name: str
+    title: str
+    model: dict[str, Any]
+    data: dict[str, Any]
+    training: dict[str, Any]
+    reference: str = ""
+    notes: tuple[str, ...] = ()
+    parameters: int | None = None
+
+
+def list_recipes() -> list[str]:
+    """Names of the recipes that come with the package, such as "sparse_transformer/digits"."""
+    systems = (entry for entry in _configs().iterdir() if entry.is_dir())
+    files = (file for system in systems for file in system.iterdir() if file.name.endswith(".yaml"))
+    return sorted(f"{Path(str(file)).parent.name}/{Path(file.name).stem}" for file in files)
+
+
+def load_recipe(name_or_path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+    """The recipe of that name (see `list_recipes`) or in that YAML file, changed by `section.key=value` overrides.
+
+    Values are YAML (`training.learning_rate=1e-3`); deeper places are reached by further dots and list indices
+    (`model.attention_patterns.0.window=8`). Raises RecipeError, naming the nearest names, on anything unknown.
+    """
+    name = str(name_or_path)
+    content = _check_layout(name, _parse(_read(name), name))
+    overrides = list(overrides)
+    for override in overrides:
+        _apply(override, content)
+    _check_model(content["model"], name)
+    _check_data(content["data"], name)
+    _check_keys(content["training"], [f.name for f in fields(TrainingArguments)], f"{name}: training")
+    if any(override.startswith("model.") for override in overrides):
+        content["parameters"] = None
+    return Recipe(name=name, **{**content, "notes": tuple(content.get("notes", ()))})
+
+
+def _configs():
+    return resources.files("hf_tfamily.configs")
+
+
+def _read(name: str) -> str:
+    if name in list_recipes():
+        return (_configs() / f"{name}.yaml").read_text(encoding="utf-8")
+    if Path(name).is_file():
+        return Path(name).read_text(encoding="utf-8")
+    raise RecipeError(f"No recipe and no file is called {name!r}{nearest(name, list_recipes())}")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2 where PyYAML reads 1.1: 1e-3 is a number, and `no` and `on` are words."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012
+        letter: [(tag, rule) for tag, rule in rules if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float")]
+        for letter, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|True|false|False)$"), list("tTfF"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?((\.\d+|\d+\.\d*)([eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.(inf|Inf)|\.(nan|NaN))$"),
+    list("-+0123456789."),
+)
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{where}: not readable as YAML: {error}") from error
+
+
+def _check_layout(name: str, content: Any) -> dict[str, Any]:
+    """The file's top level: known keys, and every section a mapping."""
+    if not isinstance(content, dict):
+        raise RecipeError(f"{name}: a recipe is a mapping with the keys {', '.join(SECTIONS)}, got {content!r}.")
+    _check_keys(content, [f.name for f in fields(Recipe) if f.name != "name"], name)
+    for key in ("title", *SECTIONS):
+        if key not in content:
+            raise RecipeError(f"{name}: the key {key!r} is missing.")
+    for section in SECTIONS:
+        if not isinstance(content[section], dict):
+            raise RecipeError(f"{name}: {section} must be a mapping, got {content[section]!r}.")
+    return content
+
+
+def _apply(override: str, content: dict[str, Any]) -> None:
+    """Carry out one `section.key=value`, in place."""
+    place, equals, text = override.partition("=")
+    section, *path = place.split(".")
+    if not equals or not path or not all(path):
+        raise RecipeError(f"An override is written section.key=value, such as model.hidden_size=64; got {override!r}.")
+    if section not in SECTIONS:
+        raise RecipeError(f"{override!r}: no section {section!r}{nearest(section, SECTIONS)}")
+    target = content[section]
+    for step, key in enumerate(path[:-1]):
+        target = _descend(target, key, override)
+        if not isinstance(target, (dict, list)):
+            raise RecipeError(
+                f"{override!r}: {'.'.join([section, *path[: step + 1]])} is {target!r}; nothing is inside it."
+            )
+    key = _index(target, path[-1], override) if isinstance(target, list) else path[-1]
+    target[key] = _parse(text, override)
+
+
+def _descend(target: dict | list, key: str, override: str) -> Any:
+    if isinstance(target, list):
+        return target[_index(target, key, override)]
+    if key not in target:
+        raise RecipeError(f"{override!r}: no key {key!r}{nearest(key, target)}")
+    return target[key]
+
+
+def _index(target: list, key: str, override: str) -> int:
+    if not key.isdecimal() or int(key) >= len(target):
+        raise RecipeError(f"{override!r}: {key!r} is no place in a list of {len(target)}; use 0 to {len(target) - 1}.")
+    return int(key)
+
+
+def _check_model(model: dict[str, Any], name: str) -> None:
+    keys = copy.copy(model)
+    model_type = keys.pop("model_type", None)
+    if model_type not in CONFIG_MAPPING:
+        known = difflib.get_close_matches(str(model_type), CONFIG_MAPPING.keys())
+        ours = {recipe.partition("/")[0] for recipe in list_recipes()}
+        raise RecipeError(f"{name}: unknown model.model_type {model_type!r}{nearest(str(model_type), known or ours)}")
+    config_class = CONFIG_MAPPING[model_type]
+    _check_keys(keys, [*(f.name for f in fields(config_class)), *config_class.attribute_map], f"{name}: model")
+
+
+def _check_data(data: dict[str, Any], name: str) -> None:
+    arguments = dict(data)
+    source = arguments.pop("source", None)
+    if source not in SOURCES:
+        raise RecipeError(f"{name}: unknown data.source {source!r}{nearest(str(source), SOURCES)}")
+    parameters = inspect.signature(SOURCES[source]).parameters
+    _check_keys(arguments, parameters, f"{name}: data source {source!r}")
+    for key, parameter in parameters.items():
+        if parameter.default is parameter.empty and key not in arguments:
+            raise RecipeError(f"{name}: data source {source!r} needs {key!r}, such as data.{key}=...")
+
+
+def _check_keys(keys: Iterable[str], allowed: Iterable[str], where: str) -> None:
+    allowed = list(allowed)
+    for key in keys:
+        if key not in allowed:
+            raise RecipeError(f"{where} has no key {key!r}{nearest(str(key), allowed)}")
