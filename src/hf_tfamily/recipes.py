@@ -6,9 +6,6 @@ A recipe's keys are checked when it is read: those of `model` against the config
 `data` against the source's parameters, those of `training` against `TrainingArguments`.
 """
 
-import copy
-import difflib
-import inspect
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
@@ -20,7 +17,7 @@ import yaml
 from transformers import TrainingArguments
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from .data import SOURCES
+from .data import check_data
 from .modeling.attention_patterns import nearest
 
 SECTIONS = ("model", "data", "training")
@@ -57,9 +54,9 @@ class Recipe:
 
 def list_recipes() -> list[str]:
     """Names of the recipes that come with the package, such as "sparse_transformer/digits"."""
-    systems = (entry for entry in _configs().iterdir() if entry.is_dir())
-    files = (file for system in systems for file in system.iterdir() if file.name.endswith(".yaml"))
-    return sorted(f"{Path(str(file)).parent.name}/{Path(file.name).stem}" for file in files)
+    systems = [entry for entry in _configs().iterdir() if entry.is_dir()]
+    files = [(system.name, file.name) for system in systems for file in system.iterdir()]
+    return sorted(f"{system}/{file.removesuffix('.yaml')}" for system, file in files if file.endswith(".yaml"))
 
 
 def load_recipe(name_or_path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
@@ -165,26 +162,23 @@ def _index(target: list, key: str, override: str) -> int:
 
 
 def _check_model(model: dict[str, Any], name: str) -> None:
-    keys = copy.copy(model)
+    keys = dict(model)
     model_type = keys.pop("model_type", None)
     if model_type not in CONFIG_MAPPING:
-        known = difflib.get_close_matches(str(model_type), CONFIG_MAPPING.keys())
-        ours = {recipe.partition("/")[0] for recipe in list_recipes()}
-        raise RecipeError(f"{name}: unknown model.model_type {model_type!r}{nearest(str(model_type), known or ours)}")
+        systems = {recipe.partition("/")[0] for recipe in list_recipes()}
+        hint = nearest(str(model_type), systems)
+        raise RecipeError(
+            f"{name}: unknown model.model_type {model_type!r}{hint} Transformers' own are allowed as well."
+        )
     config_class = CONFIG_MAPPING[model_type]
     _check_keys(keys, [*(f.name for f in fields(config_class)), *config_class.attribute_map], f"{name}: model")
 
 
 def _check_data(data: dict[str, Any], name: str) -> None:
-    arguments = dict(data)
-    source = arguments.pop("source", None)
-    if source not in SOURCES:
-        raise RecipeError(f"{name}: unknown data.source {source!r}{nearest(str(source), SOURCES)}")
-    parameters = inspect.signature(SOURCES[source]).parameters
-    _check_keys(arguments, parameters, f"{name}: data source {source!r}")
-    for key, parameter in parameters.items():
-        if parameter.default is parameter.empty and key not in arguments:
-            raise RecipeError(f"{name}: data source {source!r} needs {key!r}, such as data.{key}=...")
+    try:
+        check_data(data)
+    except ValueError as error:
+        raise RecipeError(f"{name}: {error}") from error
 
 
 def _check_keys(keys: Iterable[str], allowed: Iterable[str], where: str) -> None:

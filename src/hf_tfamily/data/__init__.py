@@ -1,1 +1,63 @@
-"""Real data as token sequences."""
+"""Real data as token sequences: images, bytes of text, audio.
+
+An example is [start, x0 ... x(N-1)]: N values in 0 ... num_values - 1 behind a start token, whose id is num_values, or
+num_values + class where a class is given. A model reads the first N ids and predicts the last N (`NextTokenCollator`).
+
+    data = load_data({"source": "digits"})
+    data.train[0]["input_ids"]      # 1 + 64 ids
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ..modeling.attention_patterns import nearest
+from .audio import audio_files, mu_law_decode, mu_law_encode, write_wav
+from .images import digits, fashion_mnist, hub_images, photo_crops
+from .sequences import LoadedData, MissingPackageError, NextTokenCollator
+from .text import bible, byte_tokenizer, hub_text, text_file
+
+SOURCES: dict[str, Callable[..., LoadedData]] = {
+    source.__name__: source
+    for source in (digits, photo_crops, fashion_mnist, hub_images, bible, text_file, hub_text, audio_files)
+}
+
+
+def load_data(data: Mapping[str, Any]) -> LoadedData:
+    """The data set that `{"source": name, **arguments}` describes; arguments are those of the function in SOURCES.
+
+    Raises ValueError on an unknown source or argument (with the nearest names), MissingPackageError where an optional
+    package is not installed, FileNotFoundError where files are missing.
+    """
+    check_data(data)
+    arguments = dict(data)
+    return SOURCES[arguments.pop("source")](**arguments)
+
+
+def check_data(data: Mapping[str, Any]) -> None:
+    """Raise ValueError unless `data` names a source and fits its parameters; nothing is loaded."""
+    arguments = dict(data)
+    source = arguments.pop("source", None)
+    if source not in SOURCES:
+        raise ValueError(f"Unknown data source {source!r}{nearest(str(source), SOURCES)}")
+    parameters = inspect.signature(SOURCES[source]).parameters
+    for key in arguments:
+        if key not in parameters:
+            raise ValueError(f"Data source {source!r} has no argument {key!r}{nearest(str(key), parameters)}")
+    for key, parameter in parameters.items():
+        if parameter.default is parameter.empty and key not in arguments:
+            raise ValueError(f"Data source {source!r} needs the argument {key!r}.")
+
+
+__all__ = [
+    "SOURCES",
+    "LoadedData",
+    "MissingPackageError",
+    "NextTokenCollator",
+    "byte_tokenizer",
+    "check_data",
+    "load_data",
+    "mu_law_decode",
+    "mu_law_encode",
+    "write_wav",
+]

@@ -1,0 +1,116 @@
+"""Sound as mu-law bytes: wav files in, windows of a fixed length out, each behind the start token 256.
+
+Mu-law (ITU-T G.711's curve, here its continuous form with mu = 255) spends the 256 values on soft sounds first, so that
+8 bits do for music.
+"""
+
+import wave
+from pathlib import Path
+
+import numpy as np
+
+from .sequences import LoadedData, token_dataset, with_start
+
+MU = 255
+SOUND_START = 256
+
+
+def mu_law_encode(samples: np.ndarray) -> np.ndarray:
+    """Samples in [-1, 1] -> the nearest of 256 levels, uint8; silence is 128."""
+    samples = np.asarray(samples, np.float64)
+    if samples.size and not np.abs(samples).max() <= 1:  # also refuses NaN
+        raise ValueError(f"samples must lie in [-1, 1], got values from {samples.min()} to {samples.max()}.")
+    compressed = np.sign(samples) * np.log1p(MU * np.abs(samples)) / np.log1p(MU)
+    return np.floor((compressed + 1) / 2 * MU + 0.5).astype(np.uint8)
+
+
+def mu_law_decode(levels: np.ndarray) -> np.ndarray:
+    """Levels 0 ... 255 -> samples in [-1, 1], float64."""
+    levels = np.asarray(levels)
+    if levels.size and (levels.min() < 0 or levels.max() > MU):
+        raise ValueError(f"levels must lie in 0 to {MU}, got values from {levels.min()} to {levels.max()}.")
+    compressed = 2 * (levels.astype(np.float64) / MU) - 1
+    return np.sign(compressed) * np.expm1(np.abs(compressed) * np.log1p(MU)) / MU
+
+
+def audio_files(
+    path: str, length: int = 65536, sample_rate: int | None = None, eval_files: int = 1, pattern: str = "**/*.wav"
+) -> LoadedData:
+    """The wav files of a folder as mu-law bytes, split by file; several channels are averaged to one.
+
+    Everything is held in memory, two bytes a sample.
+
+    Args:
+        path: the folder.
+        length: samples in an example; what does not fill a window at the end of a file is left out.
+        sample_rate: samples a second that every file must have; that of the first file if None.
+        eval_files: number of files to hold out, the last by name.
+        pattern: which files of the folder to take.
+    """
+    files = sorted(Path(path).glob(pattern))
+    if not 1 <= eval_files < len(files):
+        raise ValueError(
+            f"Found {len(files)} files {pattern!r} in {path!r}, of which eval_files={eval_files} are to be held out; "
+            "there must be at least one on each side."
+        )
+    sounds = [read_wav(file) for file in files]
+    rate = sample_rate or sounds[0][1]
+    for file, (_, own_rate) in zip(files, sounds):
+        if own_rate != rate:
+            raise ValueError(f"{file} has {own_rate} samples a second, not {rate}; resample it first.")
+    windows = [_windows(samples, length) for samples, _ in sounds]
+    return LoadedData(
+        train=_sound_dataset(windows[:-eval_files], length, "training"),
+        eval=_sound_dataset(windows[-eval_files:], length, "held-out"),
+        num_values=256,
+        dims=length,
+        description=f"{len(files)} wav files of {path} at {rate} Hz in windows of {length} mu-law bytes; "
+        f"held out: {', '.join(file.name for file in files[-eval_files:])}",
+        licence="unknown",
+    )
+
+
+def read_wav(file: str | Path) -> tuple[np.ndarray, int]:
+    """Samples [n] in [-1, 1], the mean of the channels, and the number of them in a second."""
+    try:
+        with wave.open(str(file), "rb") as sound:
+            channels, width, rate = sound.getnchannels(), sound.getsampwidth(), sound.getframerate()
+            content = sound.readframes(sound.getnframes())
+    except (wave.Error, EOFError) as error:
+        raise ValueError(f"{file} is no wav file of whole-number samples: {error}") from error
+    return _pcm_samples(content, width, file).reshape(-1, channels).mean(axis=1), rate
+
+
+def write_wav(file: str | Path, levels: np.ndarray, sample_rate: int) -> None:
+    """Write mu-law levels [n] as a wav file of one channel and 16 bits."""
+    samples = np.rint(mu_law_decode(levels) * 32767).astype("<i2")
+    with wave.open(str(file), "wb") as sound:
+        sound.setnchannels(1)
+        sound.setsampwidth(2)
+        sound.setframerate(sample_rate)
+        sound.writeframes(samples.tobytes())
+
+
+def _pcm_samples(content: bytes, width: int, file: str | Path) -> np.ndarray:
+    """Samples of `width` bytes, little-endian, in [-1, 1)."""
+    if not 1 <= width <= 4:
+        raise ValueError(f"{file} has samples of {8 * width} bits; 8, 16, 24 and 32 can be read.")
+    parts = np.frombuffer(content, np.uint8).reshape(-1, width)
+    if width == 1:
+        parts = parts ^ 0x80  # 8-bit wav files are unsigned
+    return np.pad(parts, ((0, 0), (4 - width, 0))).view("<i4")[:, 0] / 2**31
+
+
+def _windows(samples: np.ndarray, length: int) -> np.ndarray:
+    """[n, length] mu-law levels, one window behind the other."""
+    if length < 1:
+        raise ValueError(f"length must be at least 1, got {length}.")
+    count = len(samples) // length
+    return mu_law_encode(samples[: count * length]).reshape(count, length)
+
+
+def _sound_dataset(windows: list[np.ndarray], length: int, what: str):
+    levels = np.concatenate(windows)
+    if not len(levels):
+        raise ValueError(f"No {what} file holds length={length} samples; choose a shorter length.")
+    return token_dataset(with_start(levels, SOUND_START))

@@ -1,0 +1,250 @@
+"""Pictures as token sequences: each source gives arrays of levels [n, H, W, C], an ImageTokenProcessor the ids."""
+
+import gzip
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..modeling.image_processing_tokens import ImageTokenProcessor
+from .sequences import LoadedData, require, token_dataset
+
+FASHION_MNIST_PATH = "/usr/share/datasets/fashion-mnist"
+FASHION_MNIST_HUB = "zalando-datasets/fashion_mnist"
+FASHION_MNIST_CLASSES = ("T-shirt", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Boot")
+
+# Photos of scikit-image (names of functions in skimage.data) and of scikit-learn (names of files).
+PHOTOS = (
+    *("astronaut", "chelsea", "coffee", "hubble_deep_field", "immunohistochemistry", "retina", "rocket"),
+    *("stereo_motorcycle", "china.jpg", "flower.jpg"),
+)
+
+
+def digits(class_conditional: bool = True) -> LoadedData:
+    """scikit-learn's 1,797 handwritten digits: 8x8, 17 levels, 10 classes; inside its wheel.
+
+    The first 1,500 images train and the last 297 are held out, in the order in which scikit-learn hands them out, so
+    there is no seed to choose.
+    """
+    bunch = require("sklearn.datasets").load_digits()
+    values, labels = bunch.images.astype(np.int64)[..., None], bunch.target
+    return _image_data(
+        train=(values[:1500], labels[:1500]),
+        held_out=(values[1500:], labels[1500:]),
+        levels=17,
+        class_names=tuple("0123456789"),
+        class_conditional=class_conditional,
+        description="scikit-learn's handwritten digits, 8x8, 17 levels; 1,500 train, the last 297 are held out",
+        licence="BSD-3-Clause (scikit-learn); the images are part of UCI's Optical Recognition of Handwritten Digits",
+    )
+
+
+def photo_crops(
+    size: int = 32,
+    stride: int | None = None,
+    photos: tuple[str, ...] = PHOTOS,
+    eval_photos: tuple[str, ...] = ("coffee", "flower.jpg"),
+) -> LoadedData:
+    """RGB crops of the colour photos inside scikit-image's and scikit-learn's wheels, split by photo.
+
+    Args:
+        size: height and width of a crop.
+        stride: pixels from one training crop to the next; `size` (disjoint crops) if None. Held-out crops are disjoint.
+        photos: photos to use, of PHOTOS.
+        eval_photos: those of them that are held out.
+    """
+    unknown = sorted({*photos, *eval_photos} - set(PHOTOS))
+    if unknown:
+        raise ValueError(f"photos and eval_photos may hold {', '.join(PHOTOS)}; got {', '.join(unknown)}.")
+    train_photos = [photo for photo in photos if photo not in eval_photos]
+    if not train_photos or not eval_photos:
+        raise ValueError(f"Both sides need a photo: photos={list(photos)}, eval_photos={list(eval_photos)}.")
+    return _image_data(
+        train=(np.concatenate([_crops(_photo(photo), size, stride or size) for photo in train_photos]), None),
+        held_out=(np.concatenate([_crops(_photo(photo), size, size) for photo in eval_photos]), None),
+        levels=256,
+        description=f"{size}x{size} RGB crops of photos; held out: {', '.join(eval_photos)}",
+        licence="single photos have their own terms, in the documentation of skimage.data and of sklearn.datasets",
+    )
+
+
+def fashion_mnist(
+    path: str = FASHION_MNIST_PATH, size: int = 28, levels: int = 256, class_conditional: bool = True
+) -> LoadedData:
+    """Zalando's Fashion-MNIST, 60,000 and 10,000 grey pictures of clothes in 10 classes, split as published.
+
+    Read from the files of the Debian package dataset-fashion-mnist in `path`; if that folder is missing, from the Hub.
+
+    Args:
+        path: folder of train-images-idx3-ubyte.gz and its three companions.
+        size: height and width, a divisor of 28; smaller than 28 takes means of square patches.
+        levels: number of brightnesses; fewer than 256 takes the nearest of that many evenly spaced ones.
+    """
+    if size < 1 or 28 % size:
+        raise ValueError(f"size must be a divisor of 28, got {size}.")
+    if not 2 <= levels <= 256:
+        raise ValueError(f"levels must be from 2 to 256, got {levels}.")
+    read = _fashion_mnist_files if Path(path).is_dir() else _fashion_mnist_hub
+    train, held_out = [(_quantise(_shrink(values, size), levels)[..., None], labels) for values, labels in read(path)]
+    return _image_data(
+        train=train,
+        held_out=held_out,
+        levels=levels,
+        class_names=FASHION_MNIST_CLASSES,
+        class_conditional=class_conditional,
+        description=f"Fashion-MNIST at {size}x{size} with {levels} levels, split as published",
+        licence="MIT",
+    )
+
+
+def hub_images(
+    dataset: str,
+    image_column: str = "image",
+    label_column: str | None = None,
+    train_split: str = "train",
+    eval_split: str = "test",
+    height: int = 32,
+    width: int = 32,
+    channels: int = 3,
+    levels: int = 256,
+    resize: bool = False,
+    name: str | None = None,
+    revision: str | None = None,
+) -> LoadedData:
+    """Any image data set that `datasets.load_dataset` reads: a Hub name such as uoft-cs/cifar10, or a local folder.
+
+    Args:
+        dataset, name, revision: as in load_dataset.
+        image_column: column of images; they must be height x width, with `channels` channels, unless `resize`.
+        label_column: column of classes, whose start tokens begin the sequences; None for one start token.
+        train_split, eval_split: splits in load_dataset's notation, such as "train[:48000]" and "train[48000:]".
+        resize: cut out the largest centred part with the right proportions and average it down (box filter).
+    """
+    datasets = require("datasets")
+    parts = [datasets.load_dataset(dataset, name, split=s, revision=revision) for s in (train_split, eval_split)]
+    _check_columns(parts[0], [image_column, label_column], dataset)
+    class_names = _class_names(parts[0], label_column)
+    processor = ImageTokenProcessor(height, width, channels, levels, num_classes=len(class_names))
+
+    def tokens(rows: dict[str, list]) -> dict[str, Any]:
+        pictures = rows[image_column]
+        if resize:
+            pictures = [_fit(picture, width, height) for picture in pictures]
+        ids = processor(pictures, classes=rows[label_column] if class_names else None)["input_ids"]
+        return {"input_ids": ids, "label": rows[label_column]} if class_names else {"input_ids": ids}
+
+    features = token_dataset(np.zeros((1, 1 + processor.num_values)), [0], class_names).features
+    train, held_out = (
+        part.map(tokens, batched=True, batch_size=100, remove_columns=part.column_names, features=features)
+        for part in parts
+    )
+    return LoadedData(
+        train=train.with_format("numpy"),
+        eval=held_out.with_format("numpy"),
+        processor=processor,
+        num_values=levels,
+        dims=processor.num_values,
+        class_names=class_names or None,
+        description=f"{dataset} at {height}x{width}x{channels}; train: {train_split}; held out: {eval_split}",
+        licence=parts[0].info.license or "see the data set's own page",
+    )
+
+
+def _image_data(train, held_out, levels, description, licence, class_names=(), class_conditional=True) -> LoadedData:
+    """LoadedData of two pairs (levels [n, H, W, C], labels [n] or None)."""
+    classes = class_names if class_conditional else ()
+    processor = ImageTokenProcessor(*train[0].shape[1:], levels, num_classes=len(classes))
+    train_set, eval_set = (
+        token_dataset(processor(values, classes=labels if classes else None)["input_ids"], labels, class_names)
+        for values, labels in (train, held_out)
+    )
+    return LoadedData(
+        train=train_set,
+        eval=eval_set,
+        processor=processor,
+        num_values=levels,
+        dims=processor.num_values,
+        class_names=classes or None,
+        description=description,
+        licence=licence,
+    )
+
+
+def _photo(photo: str) -> np.ndarray:
+    """[H, W, 3] uint8."""
+    if photo.endswith(".jpg"):
+        return require("sklearn.datasets").load_sample_image(photo)
+    picture = getattr(require("skimage.data"), photo)()
+    return picture[0] if photo == "stereo_motorcycle" else picture  # that one is (left, right, disparity)
+
+
+def _crops(picture: np.ndarray, size: int, stride: int) -> np.ndarray:
+    """[n, size, size, 3] crops of [H, W, 3], row by row."""
+    windows = np.lib.stride_tricks.sliding_window_view(picture, (size, size), axis=(0, 1))[::stride, ::stride]
+    return windows.transpose(0, 1, 3, 4, 2).reshape(-1, size, size, 3)
+
+
+def _fashion_mnist_files(path: str) -> list[tuple[np.ndarray, np.ndarray]]:
+    return [
+        (_read_idx(Path(path) / f"{part}-images-idx3-ubyte.gz"), _read_idx(Path(path) / f"{part}-labels-idx1-ubyte.gz"))
+        for part in ("train", "t10k")
+    ]
+
+
+def _fashion_mnist_hub(path: str) -> list[tuple[np.ndarray, np.ndarray]]:
+    datasets = require("datasets")
+    try:
+        parts = [datasets.load_dataset(FASHION_MNIST_HUB, split=split) for split in ("train", "test")]
+    except (OSError, datasets.exceptions.DatasetsError) as error:
+        raise FileNotFoundError(
+            f"Fashion-MNIST is neither in the folder {path} nor to be had from the Hub ({error}). Either install the "
+            f"Debian package dataset-fashion-mnist (or unpack it with `apt-get download dataset-fashion-mnist && "
+            f"dpkg -x dataset-fashion-mnist_*.deb .` and give its folder as data.path), or go online once, so that "
+            f"datasets can fetch {FASHION_MNIST_HUB}."
+        ) from error
+    return [(np.stack([np.asarray(image) for image in part["image"]]), np.asarray(part["label"])) for part in parts]
+
+
+def _read_idx(file: Path) -> np.ndarray:
+    """The array in a gzipped idx file: 0, 0, 8 (bytes), number of axes, their lengths as big-endian int32, the data."""
+    if not file.is_file():
+        raise FileNotFoundError(f"The file {file} is missing; data.path must hold all four idx files of Fashion-MNIST.")
+    content = gzip.decompress(file.read_bytes())
+    axes = content[3] if content[:3] == b"\0\0\x08" else 0
+    header = 4 + 4 * axes
+    shape = np.frombuffer(content[4:header], ">i4")
+    if not axes or len(content) - header != shape.prod():
+        raise ValueError(f"{file} is no whole idx file of unsigned bytes.")
+    return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
+
+
+def _shrink(pictures: np.ndarray, size: int) -> np.ndarray:
+    """[n, H, H] -> [n, size, size] means of square patches, rounded to whole brightnesses."""
+    patch = pictures.shape[1] // size
+    return np.rint(pictures.reshape(-1, size, patch, size, patch).mean(axis=(2, 4))).astype(np.int64)
+
+
+def _quantise(brightness: np.ndarray, levels: int) -> np.ndarray:
+    """0 ... 255 -> the nearest of `levels` evenly spaced levels, as the processor does with pictures."""
+    return (brightness * (levels - 1) + 127) // 255
+
+
+def _check_columns(part, columns: list[str | None], dataset: str) -> None:
+    for column in columns:
+        if column is not None and column not in part.column_names:
+            raise ValueError(f"{dataset} has no column {column!r}; it has {', '.join(part.column_names)}.")
+
+
+def _class_names(part, label_column: str | None) -> tuple[str, ...]:
+    if label_column is None:
+        return ()
+    names = getattr(part.features[label_column], "names", None)
+    if names is None:
+        raise ValueError(f"The column {label_column!r} holds no classes (datasets.ClassLabel); use label_column=None.")
+    return tuple(names)
+
+
+def _fit(picture, width: int, height: int):
+    """The largest centred part of a PIL image with these proportions, averaged to width x height."""
+    ops, image = require("PIL.ImageOps"), require("PIL.Image")
+    return ops.fit(picture, (width, height), method=image.Resampling.BOX)

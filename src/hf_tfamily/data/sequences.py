@@ -1,0 +1,104 @@
+"""What all sources share: the data set they return, its collator, and how arrays become `datasets.Dataset`s.
+
+Shapes: n examples, N values in an example, B examples in a batch.
+"""
+
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+class MissingPackageError(ImportError):
+    """An optional package is not installed; the message says which extra brings it."""
+
+
+@dataclass(frozen=True)
+class LoadedData:
+    """A data set as token sequences.
+
+    Attributes:
+        train, eval: data sets with a column `input_ids` of 1 + dims ids, and `label` where there are classes.
+        num_values: number of values an element can take; a uniform guess costs log2(num_values) bits per dimension.
+        dims: number N of values in an example, the start token not counted.
+        class_names: names of the classes, whose start ids are num_values + class; None if there is one start id.
+        processor: turns ids into data and back: an ImageTokenProcessor, a tokenizer, or None.
+        description: what it is, and how it was split.
+        licence: under which terms it comes.
+    """
+
+    train: "Dataset"
+    eval: "Dataset"
+    num_values: int
+    dims: int
+    description: str
+    licence: str
+    class_names: tuple[str, ...] | None = None
+    processor: Any = None
+
+    @property
+    def start_ids(self) -> range:
+        """Ids of the start tokens: one for each class, else one."""
+        return range(self.num_values, self.num_values + len(self.class_names or [None]))
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids a model of this data needs."""
+        return self.start_ids.stop
+
+
+class NextTokenCollator:
+    """Examples [start, x0 ... x(N-1)] -> input_ids [B, N] without the last id, shift_labels [B, N] without the first.
+
+    For the stock Trainer: `Trainer(..., data_collator=NextTokenCollator())` with
+    `TrainingArguments(..., label_names=["shift_labels"])`.
+    """
+
+    def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        ids = torch.from_numpy(np.stack([np.asarray(example["input_ids"]) for example in examples])).long()
+        return {"input_ids": ids[:, :-1].contiguous(), "shift_labels": ids[:, 1:].contiguous()}
+
+
+def token_dataset(
+    input_ids: np.ndarray, labels: np.ndarray | None = None, class_names: Sequence[str] = ()
+) -> "Dataset":
+    """A `datasets.Dataset` of ids [n, 1 + N], and of labels [n] where there are classes; rows are numpy arrays.
+
+    Ids are kept as int16: values of at most 8 bits and their start tokens stay far below 32,767.
+    """
+    datasets, pyarrow = require("datasets"), require("pyarrow")
+    length = input_ids.shape[1]
+    flat = pyarrow.array(np.ascontiguousarray(input_ids, np.int16).reshape(-1))
+    # Arrow takes the whole buffer at once; Dataset.from_dict would go through Python row by row.
+    columns = {"input_ids": pyarrow.FixedSizeListArray.from_arrays(flat, length)}
+    features = {"input_ids": datasets.List(datasets.Value("int16"), length=length)}
+    if class_names:
+        columns["label"] = pyarrow.array(np.asarray(labels, np.int64))
+        features["label"] = datasets.ClassLabel(names=list(class_names))
+    info = datasets.DatasetInfo(features=datasets.Features(features))
+    return datasets.Dataset(pyarrow.table(columns), info=info).with_format("numpy")
+
+
+def with_start(values: np.ndarray, start_id: int) -> np.ndarray:
+    """Values [n, N] behind a start token: ids [n, 1 + N]."""
+    return np.pad(values.astype(np.int16), ((0, 0), (1, 0)), constant_values=start_id)
+
+
+def require(module: str) -> ModuleType:
+    """The optional module, or an error that says how to install it."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] != module.partition(".")[0]:
+            raise
+        package = error.name.partition(".")[0]
+        raise MissingPackageError(
+            f'This needs the package {package}, which is not installed: pip install "hf-tfamily[demo]"'
+        ) from error
