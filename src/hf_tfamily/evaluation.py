@@ -1,0 +1,57 @@
+"""Bits per dimension: how many bits a model spends on each value of held-out data.
+
+Shapes: B examples in a batch, N values in an example, V token ids.
+"""
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from .data import NextTokenCollator, load_data
+from .recipes import load_recipe
+
+
+@torch.inference_mode()
+def bits_per_dim(model: PreTrainedModel, dataset, batch_size: int = 32, progress: bool = False) -> float:
+    """Mean over all values of `dataset` of -log2 p(value | start, values before it).
+
+    Args:
+        model: a causal model; it is put in evaluation mode and stays where it is.
+        dataset: examples with `input_ids` [start, x0 ... x(N-1)], all of one length.
+        batch_size: the result does not depend on it: sums are taken in float64 and divided once.
+    """
+    model.eval()
+    batches = DataLoader(dataset, batch_size=batch_size, collate_fn=NextTokenCollator())
+    nats, values = 0.0, 0
+    for batch in tqdm(batches, desc="Evaluating", disable=not progress, leave=False):
+        targets = batch["shift_labels"].to(model.device)  # [B, N]
+        logits = model(input_ids=batch["input_ids"].to(model.device), use_cache=False).logits  # [B, N, V]
+        losses = cross_entropy(logits.float().transpose(1, 2), targets, reduction="none")
+        nats += losses.double().sum().item()
+        values += targets.numel()
+    return nats / values / math.log(2)
+
+
+def evaluate(folder: str | Path, overrides: Iterable[str] = (), batch_size: int = 32, progress: bool = True) -> float:
+    """Held-out bits per dimension of the finished model in `folder`, on the data it was trained for.
+
+    Args:
+        overrides: changes to its recipe, such as "data.path=/data/fashion".
+
+    Raises:
+        RecipeError: where the folder holds no recipe, or an override does not fit.
+    """
+    recipe = load_recipe(Path(folder) / "recipe.yaml", overrides)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    return bits_per_dim(model.to(best_device()), load_data(recipe.data).eval, batch_size, progress)
+
+
+def best_device() -> torch.device:
+    """The accelerator if there is one, else the CPU."""
+    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")

@@ -1,0 +1,75 @@
+"""Samples of a finished model: start tokens in, pictures or text out.
+
+Shapes: n samples, N values in a sample.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedModel
+from transformers.generation.streamers import BaseStreamer
+
+
+class _StepBar(BaseStreamer):
+    """Progress of `generate`, one step for each token."""
+
+    def __init__(self, steps: int, enabled: bool):
+        self.bar = tqdm(total=steps, desc="Sampling", disable=not enabled, leave=False)
+
+    def put(self, value: torch.Tensor) -> None:
+        self.bar.update(1)
+
+    def end(self) -> None:
+        self.bar.close()
+
+
+@torch.inference_mode()
+def sample(
+    model: PreTrainedModel,
+    start_ids: torch.Tensor,
+    temperature: float = 1.0,
+    batch_size: int = 128,
+    progress: bool = False,
+) -> torch.Tensor:
+    """Continue each of `start_ids` [n, 1] as the model's generation config says: ids [n, 1 + N] on the CPU."""
+    model.eval()
+    samples = []
+    for start in start_ids.split(batch_size):
+        start = start.to(model.device)
+        bar = _StepBar(model.generation_config.max_length, progress)
+        attend = torch.ones_like(start)
+        samples.append(model.generate(start, attention_mask=attend, temperature=temperature, streamer=bar).cpu())
+    return torch.cat(samples)
+
+
+def start_ids(processor: Any, count: int, classes: Sequence[int] | None = None) -> torch.Tensor:
+    """[n, 1] ids to sample from: `count` of them, or `count` for each of `classes`.
+
+    Raises:
+        ValueError: if the model has classes and none is given, or has none and some are.
+    """
+    if hasattr(processor, "start_tokens"):
+        if classes is None:
+            return processor.start_tokens(count=count, return_tensors="pt")["input_ids"]
+        classes = [label for label in classes for _ in range(count)]
+        return processor.start_tokens(classes=classes, return_tensors="pt")["input_ids"]
+    if classes is not None:
+        raise ValueError(f"This model was trained without classes, got classes={list(classes)}.")
+    return torch.full((count, 1), processor.bos_token_id)
+
+
+def load_processor(folder: str | Path) -> Any:
+    """The image processor or tokenizer saved beside a model; None if there is neither."""
+    if (Path(folder) / "preprocessor_config.json").exists():
+        return AutoImageProcessor.from_pretrained(folder)
+    if (Path(folder) / "tokenizer_config.json").exists():
+        return AutoTokenizer.from_pretrained(folder)
+    return None
+
+
+def texts(tokenizer: Any, ids: torch.Tensor) -> list[str]:
+    """The text of each row of `ids` [n, 1 + N], without its start token."""
+    return tokenizer.batch_decode(ids[:, 1:], skip_special_tokens=False)

@@ -1,0 +1,283 @@
+"""Train a recipe with the stock Trainer.
+
+While a run lasts, everything it writes is in `OUTPUT.partial/`: the recipe and the Trainer's checkpoints. The finished
+model is put together in there too and appears as `OUTPUT` by one rename, so whatever is at OUTPUT is whole.
+"""
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+import yaml
+from huggingface_hub.errors import StrictDataclassError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer_callback import ProgressCallback
+
+from . import plots
+from .card import model_card
+from .data import LoadedData, NextTokenCollator, load_data
+from .data.sequences import require
+from .evaluation import bits_per_dim
+from .hub import export
+from .recipes import Recipe, RecipeError, load_recipe
+from .sampling import sample, start_ids, texts
+
+SAMPLES_PER_CLASS = 8
+SAMPLES_WITHOUT_CLASSES = 16
+RECIPE_FILE = "recipe.yaml"
+CHECKPOINT_FILES = ("trainer_state.json", "model.safetensors", "optimizer.pt", "scheduler.pt")
+
+
+class RunError(ValueError):
+    """A folder that a run must not touch, or a run that cannot be resumed."""
+
+
+def train(recipe: Recipe, output: str | Path | None = None, resume: bool = False, overwrite: bool = False) -> Path:
+    """Train `recipe` and return the folder of the finished model. Under torchrun or accelerate, every rank calls this.
+
+    Args:
+        output: the finished folder; `runs/<system>-<recipe>` if None.
+        resume: go on from the last whole checkpoint of an interrupted run of the same recipe, if there is one.
+        overwrite: throw an interrupted run away, and replace a finished model once the new one is finished.
+
+    Raises:
+        RunError: if `output` or `output.partial` exists and neither flag says what to do with it.
+        RecipeError: if the recipe's model, data and training do not fit each other or are refused.
+        MissingPackageError: if the data or the pictures need a package that is not installed.
+    """
+    require("matplotlib")
+    run = RunFolder(output or default_output(recipe))
+    with _blaming(recipe, "training"):
+        arguments = _training_arguments(recipe, run.partial)
+    with arguments.main_process_first(local=False, desc="preparing data"):
+        if arguments.process_index == 0:
+            run.claim(recipe, resume, overwrite)
+        with _blaming(recipe, "data"):
+            data = load_data(recipe.data)
+    set_seed(arguments.seed)
+    with _blaming(recipe, "model"):
+        model = _build_model(recipe, data)
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        data_collator=NextTokenCollator(),
+        train_dataset=data.train,
+        eval_dataset=data.eval,
+        callbacks=[Stopwatch()],
+    )
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(BitsProgress())
+    trainer.train(run.last_whole_checkpoint(), ignore_keys_for_eval=["past_key_values"])
+    if trainer.is_world_process_zero():
+        run.publish(lambda folder: _finish(trainer, recipe, data, folder))
+    return run.output
+
+
+def default_output(recipe: Recipe) -> Path:
+    return Path("runs") / f"{recipe.model['model_type']}-{Path(recipe.name).stem}"
+
+
+class RunFolder:
+    """Where a run writes: `output` once it is finished, `partial` until then."""
+
+    def __init__(self, output: str | Path):
+        self.output = Path(output)
+        self.partial = self.output.with_name(self.output.name + ".partial")
+
+    def claim(self, recipe: Recipe, resume: bool, overwrite: bool) -> None:
+        """Make `partial` the folder of this run, or raise RunError."""
+        self._check_output(overwrite)
+        recorded = self.partial / RECIPE_FILE
+        if self.partial.exists() and not (resume or overwrite):
+            raise RunError(
+                f"{self.partial} holds an interrupted run; go on with it by --resume, throw it away by --overwrite, "
+                "or choose another --output."
+            )
+        if resume and recorded.exists():
+            self._check_same_recipe(recipe)
+            return
+        shutil.rmtree(self.partial, ignore_errors=True)
+        self.partial.mkdir(parents=True)
+        being_written = recorded.with_suffix(".tmp")
+        being_written.write_text(recipe_yaml(recipe), encoding="utf-8")
+        being_written.rename(recorded)
+
+    def _check_output(self, overwrite: bool) -> None:
+        if not self.output.exists() or (self.output.is_dir() and not any(self.output.iterdir())):
+            return
+        if not (self.output / "config.json").exists():
+            raise RunError(f"{self.output} exists and holds no model; choose another --output.")
+        interrupted = (self.partial / RECIPE_FILE).exists()
+        if not overwrite and not interrupted:
+            raise RunError(
+                f"{self.output} holds a finished model, and there is no interrupted run to --resume; "
+                "replace it by --overwrite, or choose another --output."
+            )
+
+    def _check_same_recipe(self, recipe: Recipe) -> None:
+        """An interrupted run goes on with its own recipe only."""
+        recorded = replace(load_recipe(self.partial / RECIPE_FILE), name=recipe.name, parameters=recipe.parameters)
+        if recorded != recipe:
+            raise RunError(
+                f"{self.partial} holds a run of another recipe ({_differences(recorded, recipe)}); give --resume the same "
+                "recipe and --set, throw it away by --overwrite, or choose another --output."
+            )
+
+    def last_whole_checkpoint(self) -> str | None:
+        """The newest checkpoint that was written to its end; the Trainer writes the trainer_state.json last."""
+        checkpoints = sorted(self.partial.glob("checkpoint-*"), key=lambda folder: int(folder.name.split("-")[-1]))
+        whole = [
+            folder
+            for folder in checkpoints
+            if _is_json(folder / "trainer_state.json") and any(folder.glob("*.safetensors"))
+        ]
+        return str(whole[-1]) if whole else None
+
+    def publish(self, write) -> None:
+        """Let `write(folder)` fill a folder, and make it `output` by a rename; then the working files go."""
+        finished = self.partial / "finished"
+        shutil.rmtree(finished, ignore_errors=True)
+        finished.mkdir()
+        write(finished)
+        if self.output.exists():
+            self.output.rename(self.partial / f"replaced-{time.time_ns()}")
+        finished.rename(self.output)
+        # Without its recipe a partial folder is rubbish, so a kill between these two lines leaves nothing to resume.
+        (self.partial / RECIPE_FILE).unlink()
+        shutil.rmtree(self.partial)
+
+
+class Stopwatch(TrainerCallback):
+    """Stamps every entry of the log with the seconds trained so far, those before a resume included."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.start = time.monotonic() - max((entry.get("seconds", 0) for entry in state.log_history), default=0)
+
+    def on_log(self, args, state, control, **kwargs):
+        state.log_history[-1]["seconds"] = round(time.monotonic() - self.start, 1)
+
+
+class BitsProgress(ProgressCallback):
+    """The Trainer's progress bar; losses are shown in bits per dimension."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        losses = {"loss": "training", "eval_loss": "held out"}
+        shown = [f"{name} {logs[key] / math.log(2):.3f} bits/dim" for key, name in losses.items() if key in logs]
+        if shown and self.training_bar is not None:
+            self.training_bar.write(f"step {state.global_step:>6}  {'  '.join(shown)}")
+
+
+def _training_arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
+    ours = {"output_dir": str(folder), "label_names": ["shift_labels"]}
+    for key in ours:
+        if key in recipe.training:
+            raise ValueError(f"{key} cannot be set; it is what `train` decides (see --output).")
+    cpu = not torch.accelerator.is_available()
+    defaults = {"use_cpu": cpu, "dataloader_pin_memory": not cpu, "report_to": "none", "save_total_limit": 2}
+    return TrainingArguments(**{**defaults, **recipe.training, **ours})
+
+
+def _build_model(recipe: Recipe, data: LoadedData) -> PreTrainedModel:
+    """A model with new weights that fits the data and knows how to sample it."""
+    config = AutoConfig.for_model(**recipe.model)
+    if config.vocab_size < data.vocab_size:
+        raise ValueError(f"vocab_size={config.vocab_size} is too small: the data has {data.vocab_size} ids.")
+    if config.max_position_embeddings < data.dims:
+        raise ValueError(
+            f"max_position_embeddings={config.max_position_embeddings} is too small: an example has {data.dims} values."
+        )
+    model = AutoModelForCausalLM.from_config(config)
+    model.generation_config = GenerationConfig(
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        max_length=1 + data.dims,
+        suppress_tokens=list(range(data.num_values, config.vocab_size)),
+        bos_token_id=None if data.class_names else data.num_values,
+    )
+    return model
+
+
+def _finish(trainer: Trainer, recipe: Recipe, data: LoadedData, folder: Path) -> None:
+    """Fill the finished folder: the model, what it reaches, samples, and a card."""
+    model, history = trainer.accelerator.unwrap_model(trainer.model), trainer.state.log_history
+    model.config.use_cache = True  # the Trainer turned it off
+    export(model, folder, data.processor)
+    (folder / RECIPE_FILE).write_text(recipe_yaml(recipe), encoding="utf-8")
+    metrics = {
+        "recipe": recipe.name,
+        "bits_per_dim": bits_per_dim(model, data.eval, trainer.args.per_device_eval_batch_size, progress=True),
+        "uniform_bits_per_dim": math.log2(data.num_values),
+        "steps": trainer.state.global_step,
+        "seconds": history[-1]["seconds"],
+        "parameters": model.num_parameters(),
+    }
+    (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    plots.loss_curve(history, metrics["uniform_bits_per_dim"], folder / "loss.png", title=recipe.name)
+    _write_samples(model, data, folder)
+    model_card(recipe, data, metrics).save(folder / "README.md")
+
+
+def _write_samples(model: PreTrainedModel, data: LoadedData, folder: Path) -> None:
+    """samples.png of pictures, samples.txt of text; nothing where no processor can decode."""
+    if data.processor is None:
+        return
+    classes = range(len(data.class_names)) if data.class_names else None
+    count = SAMPLES_PER_CLASS if data.class_names else SAMPLES_WITHOUT_CLASSES
+    ids = sample(model, start_ids(data.processor, count, classes), progress=True)
+    if hasattr(data.processor, "start_tokens"):
+        pictures = data.processor.decode(ids)
+        plots.sample_grid(pictures, folder / "samples.png", columns=SAMPLES_PER_CLASS, row_names=data.class_names or ())
+    else:
+        (folder / "samples.txt").write_text("\n\n".join(texts(data.processor, ids)), encoding="utf-8")
+
+
+def recipe_yaml(recipe: Recipe) -> str:
+    """The recipe as a file that `load_recipe` reads, overrides applied."""
+    content = {key: value for key, value in asdict(recipe).items() if key != "name" and value not in (None, "", ())}
+    if recipe.notes:
+        content["notes"] = list(recipe.notes)
+    return f"# {recipe.name}\n" + yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120)
+
+
+def _differences(recorded: Recipe, asked: Recipe) -> str:
+    """The keys in which two recipes differ, such as "model.hidden_size is 64 there and 32 here"."""
+    found = []
+    for section in ("model", "data", "training"):
+        there, here = getattr(recorded, section), getattr(asked, section)
+        for key in sorted({*there, *here}):
+            if there.get(key) != here.get(key):
+                found.append(f"{section}.{key} is {there.get(key)!r} there and {here.get(key)!r} here")
+    return "; ".join(found) or "only its texts differ"
+
+
+def _is_json(file: Path) -> bool:
+    try:
+        json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+@contextmanager
+def _blaming(recipe: Recipe, section: str) -> Iterator[None]:
+    """Values that a section's maker refuses are the recipe's fault, and said in one line."""
+    try:
+        yield
+    except (StrictDataclassError, ValueError, TypeError) as error:
+        raise RecipeError(f"{recipe.name}: {section}: {error}") from error
