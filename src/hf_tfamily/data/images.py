@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ..modeling.image_processing_tokens import ImageTokenProcessor
+from ..modeling.image_processing_tokens import PIL_MODES, ImageTokenProcessor
 from .sequences import LoadedData, require, token_dataset
 
 FASHION_MNIST_PATH = "/usr/share/datasets/fashion-mnist"
@@ -107,7 +107,7 @@ def hub_images(
     width: int = 32,
     channels: int = 3,
     levels: int = 256,
-    resize: bool = False,
+    fit: bool = False,
     name: str | None = None,
     revision: str | None = None,
 ) -> LoadedData:
@@ -115,10 +115,11 @@ def hub_images(
 
     Args:
         dataset, name, revision: as in load_dataset.
-        image_column: column of images; they must be height x width, with `channels` channels, unless `resize`.
+        image_column: column of images; they must be height x width, with `channels` channels, unless `fit`.
         label_column: column of classes, whose start tokens begin the sequences; None for one start token.
         train_split, eval_split: splits in load_dataset's notation, such as "train[:48000]" and "train[48000:]".
-        resize: cut out the largest centred part with the right proportions and average it down (box filter).
+        fit: convert pictures to grey or RGB, cut out the largest centred part with the right proportions, and average
+            it down (box filter).
     """
     datasets = require("datasets")
     parts = [datasets.load_dataset(dataset, name, split=s, revision=revision) for s in (train_split, eval_split)]
@@ -128,8 +129,8 @@ def hub_images(
 
     def tokens(rows: dict[str, list]) -> dict[str, Any]:
         pictures = rows[image_column]
-        if resize:
-            pictures = [_fit(picture, width, height) for picture in pictures]
+        if fit:
+            pictures = [_fit(picture, processor) for picture in pictures]
         ids = processor(pictures, classes=rows[label_column] if class_names else None)["input_ids"]
         return {"input_ids": ids, "label": rows[label_column]} if class_names else {"input_ids": ids}
 
@@ -244,7 +245,8 @@ def _class_names(part, label_column: str | None) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _fit(picture, width: int, height: int):
-    """The largest centred part of a PIL image with these proportions, averaged to width x height."""
+def _fit(picture, processor: ImageTokenProcessor):
+    """A PIL image in the processor's mode; its largest centred part with these proportions, averaged to the size."""
     ops, image = require("PIL.ImageOps"), require("PIL.Image")
-    return ops.fit(picture, (width, height), method=image.Resampling.BOX)
+    picture = picture.convert(PIL_MODES[processor.channels])
+    return ops.fit(picture, (processor.width, processor.height), method=image.Resampling.BOX)
