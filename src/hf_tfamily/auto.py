@@ -3,7 +3,14 @@
 from importlib import import_module
 from typing import NamedTuple
 
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 
 from .modeling.image_processing_tokens import ImageTokenProcessor
 
@@ -18,6 +25,16 @@ class System(NamedTuple):
 
 
 SYSTEMS = [
+    System(
+        "rope_decoder",
+        "RoPEDecoder",
+        {
+            AutoModel: "Model",
+            AutoModelForCausalLM: "ForCausalLM",
+            AutoModelForSequenceClassification: "ForSequenceClassification",
+            AutoModelForTokenClassification: "ForTokenClassification",
+        },
+    ),
     System(
         "sparse_transformer",
         "SparseTransformer",

@@ -1,0 +1,162 @@
+"""Configuration of the RoPE decoder: the decoder of Llama (Touvron et al. 2023, arXiv:2302.13971)."""
+
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_rope_utils import RopeParameters
+
+from .attention_patterns import nearest, patterns_for_layers
+
+ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
+LAYOUTS = ("half", "interleaved")
+
+
+@strict
+class RoPEDecoderConfig(PreTrainedConfig):
+    """What a RoPE decoder is made of. The defaults are a small model of bytes.
+
+    Args:
+        vocab_size: number of token ids.
+        hidden_size: width of the residual stream.
+        intermediate_size: width of the gated feed-forward layer; 8/3 * hidden_size, rounded up to a multiple of 64, if
+            None (Shazeer 2020, arXiv:2002.05202: as many weights as 4 * hidden_size without a gate).
+        num_hidden_layers: number of blocks.
+        num_attention_heads: number of query heads.
+        num_key_value_heads: number of key and value heads, each shared by a group of query heads (Ainslie et al. 2023,
+            arXiv:2305.13245); num_attention_heads if None.
+        head_dim: size of a query, key or value; hidden_size / num_attention_heads if None.
+        hidden_act: activation of the gate; "silu" makes it SwiGLU.
+        max_position_embeddings: length the model is trained for. Longer input is allowed: see rope_parameters.
+        rope_parameters: the rotary positions, as Transformers has them: `rope_type` (default, linear, dynamic, yarn,
+            llama3, longrope), `rope_theta`, `partial_rotary_factor`, and what the type needs.
+        rotary_layout: which dimensions make a pair: "half" (i and i + D/2: GPT-NeoX, Llama) or "interleaved" (2i and
+            2i + 1: RoFormer, GPT-J).
+        attention_patterns: which earlier positions a layer sees: one pattern dict, or a list of them cycled over the
+            layers; all positions if None.
+        attention_bias: give the query, key and value projections a bias.
+        attention_output_bias: give the output projection a bias; as attention_bias if None.
+        mlp_bias: give the feed-forward layers a bias.
+        attention_dropout: dropout on the attention weights.
+        classifier_dropout: dropout before the token classification head.
+        rms_norm_eps: epsilon of the norms.
+        initializer_range: standard deviation of the initial weights.
+    """
+
+    model_type = "rope_decoder"
+    keys_to_ignore_at_inference = ("past_key_values",)
+    base_model_tp_plan = {
+        "layers.*.self_attn.q_proj": "colwise",
+        "layers.*.self_attn.k_proj": "colwise",
+        "layers.*.self_attn.v_proj": "colwise",
+        "layers.*.self_attn.o_proj": "rowwise",
+        "layers.*.mlp.gate_proj": "colwise",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+    }
+    base_model_pp_plan = {
+        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
+        "norm": (["hidden_states"], ["hidden_states"]),
+    }
+
+    vocab_size: int = 257
+    hidden_size: int = 256
+    intermediate_size: int | None = None
+    num_hidden_layers: int = 6
+    num_attention_heads: int = 4
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 2048
+    rope_parameters: RopeParameters | dict | None = None
+    rotary_layout: str = "half"
+    attention_patterns: dict[str, Any] | list[dict[str, Any]] | None = None
+    attention_bias: bool = False
+    attention_output_bias: bool | None = None
+    mlp_bias: bool = False
+    attention_dropout: float | int = 0.0
+    classifier_dropout: float | int = 0.1
+    rms_norm_eps: float = 1e-6
+    initializer_range: float = 0.02
+    use_cache: bool = True
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs):
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None and self.num_attention_heads > 0:
+            self.head_dim = self._divided_head_dim()
+        if self.intermediate_size is None:
+            self.intermediate_size = -(-8 * self.hidden_size // (3 * 64)) * 64
+        if self.attention_output_bias is None:
+            self.attention_output_bias = self.attention_bias
+        super().__post_init__(**kwargs)
+
+    def _divided_head_dim(self) -> int:
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size={self.hidden_size} is not a multiple of num_attention_heads={self.num_attention_heads}; "
+                "choose a number of heads that divides it, or give head_dim."
+            )
+        return self.hidden_size // self.num_attention_heads
+
+    def validate_sizes(self):
+        """Every size is at least 1, and the heads fit each other."""
+        heads = ("num_attention_heads", "num_key_value_heads", "head_dim")
+        others = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "max_position_embeddings")
+        for name in heads + others:
+            value = getattr(self, name)
+            if value is None or value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}.")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_key_value_heads={self.num_key_value_heads} must divide "
+                f"num_attention_heads={self.num_attention_heads}."
+            )
+        for name in ("attention_dropout", "classifier_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}.")
+
+    def validate_rotary(self):
+        """The rotary positions are of a known kind and turn a whole number of pairs."""
+        if self.rotary_layout not in LAYOUTS:
+            raise ValueError(f"rotary_layout={self.rotary_layout!r} is unknown{nearest(self.rotary_layout, LAYOUTS)}")
+        rope_type = self.rope_parameters.get("rope_type")
+        if rope_type not in ROPE_TYPES:
+            raise ValueError(f"rope_parameters has rope_type={rope_type!r}{nearest(str(rope_type), ROPE_TYPES)}")
+        factor = self.rope_parameters.get("factor")
+        if factor is not None and factor < 1:
+            raise ValueError(f"rope_parameters has factor={factor}, but it must be at least 1.")
+        share = self.rope_parameters.get("partial_rotary_factor", 1.0)
+        rotated = int(self.head_dim * share)
+        if not 0 < share <= 1 or rotated < 2 or rotated % 2:
+            raise ValueError(
+                f"head_dim={self.head_dim} with partial_rotary_factor={share} turns {rotated} dimensions; the number "
+                "must be even, at least 2 and at most head_dim."
+            )
+        for name in ("short_factor", "long_factor"):
+            factors = self.rope_parameters.get(name)
+            if factors is not None and len(factors) != rotated // 2:
+                raise ValueError(f"rope_parameters has {len(factors)} values of {name}; it needs {rotated // 2}.")
+
+    def validate_attention_patterns(self):
+        """Every pattern is known, complete, and can be dealt out to the heads."""
+        if self.attention_patterns is not None:
+            for pattern in patterns_for_layers(self.attention_patterns, self.num_hidden_layers):
+                pattern.check_heads(self.num_attention_heads)
+
+    def validate_layer_types(self):
+        """Transformers reserves `layer_types` for its own caches and masks, `sliding_window` likewise."""
+        for name in ("layer_types", "sliding_window"):
+            if getattr(self, name, None) is not None:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} is not a field of this model; "
+                    "say which keys each layer sees with attention_patterns."
+                )
+
+
+__all__ = ["RoPEDecoderConfig"]

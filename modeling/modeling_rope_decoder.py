@@ -1,0 +1,315 @@
+"""RoPE decoder: rotary positions, RMSNorm, gated feed-forward layers, grouped heads.
+
+The decoder of Llama (Touvron et al. 2023, arXiv:2302.13971) with the rotary positions of RoFormer (Su et al. 2021,
+arXiv:2104.09864); any layer may follow an attention pattern. `hf-tfamily convert` turns checkpoints of stock classes
+into this one and back.
+
+Shapes: B batch, T new tokens, H query heads, Hk key heads, D head dim, R rotated dimensions of D.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_causal_mask, create_masks_for_generate
+from transformers.modeling_layers import (
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+    GradientCheckpointingLayer,
+)
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .attention import eager_attention_forward, layer_masks
+from .attention_masks import token_positions
+from .attention_patterns import Full, patterns_for_layers
+from .checks import check_one_input, check_token_ids
+from .configuration_rope_decoder import RoPEDecoderConfig
+from .positions import ROTARY_LAYOUTS, RotaryEmbedding
+
+# Their masks come from `layer_masks`; all others (flash attention, Hub kernels, vLLM) get Transformers' own.
+PATTERN_BACKENDS = ("eager", "sdpa", "flex_attention", "block_sparse")
+
+
+class RoPEDecoderAttention(nn.Module):
+    """Self-attention with rotated queries and keys; each key head serves a group of query heads."""
+
+    def __init__(self, config: RoPEDecoderConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.is_causal = True
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = config.head_dim**-0.5
+        self.rotate = ROTARY_LAYOUTS[config.rotary_layout]
+        query_size = config.num_attention_heads * config.head_dim
+        key_size = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, key_size, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, key_size, bias=config.attention_bias)
+        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.attention_output_bias)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        past_key_values: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """[B, T, hidden] -> [B, T, hidden], and the weights [B, H, T, S] where the backend has them."""
+        query = self.q_proj(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, H, T, D]
+        key = self.k_proj(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, Hk, T, D]
+        value = self.v_proj(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        query, key = self.rotate(query, *position_embeddings), self.rotate(key, *position_embeddings)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+
+        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        dropout = self.config.attention_dropout if self.training else 0.0
+        output, weights = attention(
+            self, query, key, value, attention_mask, scaling=self.scaling, dropout=dropout, **kwargs
+        )  # [B, T, H, D]
+        return self.o_proj(output.flatten(2)), weights
+
+
+class RoPEDecoderMLP(nn.Module):
+    """Gated feed-forward layer, down(act(gate(x)) * up(x)) (Shazeer 2020, arXiv:2002.05202, equation 6)."""
+
+    def __init__(self, config: RoPEDecoderConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+
+
+class RoPEDecoderBlock(GradientCheckpointingLayer):
+    """Residual block with pre-norm."""
+
+    def __init__(self, config: RoPEDecoderConfig, layer_idx: int):
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.self_attn = RoPEDecoderAttention(config, layer_idx)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = RoPEDecoderMLP(config)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask=None,
+        past_key_values: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        attended, _ = self.self_attn(
+            self.input_layernorm(hidden_states), attention_mask, past_key_values=past_key_values, **kwargs
+        )
+        hidden_states = hidden_states + attended
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+class RoPEDecoderPreTrainedModel(PreTrainedModel):
+    """What Transformers wants to know about the family."""
+
+    config: RoPEDecoderConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["RoPEDecoderBlock"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": RoPEDecoderBlock, "attentions": RoPEDecoderAttention}
+
+    @staticmethod
+    def create_masks_for_generate(config, attention_mask: torch.Tensor | None = None, **kwargs):
+        """With patterns the 2-D padding mask stays as it is: `forward` builds each layer's own mask."""
+        if config.attention_patterns is not None:
+            return attention_mask
+        return create_masks_for_generate(config=config, attention_mask=attention_mask, **kwargs)
+
+
+class RoPEDecoderModel(RoPEDecoderPreTrainedModel):
+    """The decoder without a head: ids or embeddings in, hidden states [B, T, hidden] out."""
+
+    def __init__(self, config: RoPEDecoderConfig):
+        super().__init__(config)
+        patterns = Full() if config.attention_patterns is None else config.attention_patterns
+        self.patterns = patterns_for_layers(patterns, config.num_hidden_layers)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
+        self.layers = nn.ModuleList(RoPEDecoderBlock(config, i) for i in range(config.num_hidden_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = RotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPast:
+        """
+        Args:
+            input_ids: [B, T] token ids, or give inputs_embeds [B, T, hidden].
+            attention_mask: [B, past + T], 1 for tokens and 0 for padding, on either side; or [B or 1, H or 1, T, S],
+                which then says all, causality included (patterns still hold).
+            position_ids: [B or 1, T] positions of the tokens; counted from the mask if None. Where they start anew in
+                a row without a mask, the row packs several documents.
+            past_key_values: what earlier calls returned.
+        """
+        check_one_input(input_ids, inputs_embeds)
+        if inputs_embeds is None:
+            check_token_ids(input_ids, self.embed_tokens.num_embeddings)
+            inputs_embeds = self.embed_tokens(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+
+        masks = self._masks(inputs_embeds, attention_mask, position_ids, past_key_values)
+        if position_ids is None:
+            position_ids = self._position_ids(inputs_embeds, attention_mask, past_key_values)
+        position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
+        hidden_states = inputs_embeds
+        for layer, mask in zip(self.layers, masks):
+            hidden_states = layer(
+                hidden_states,
+                mask,
+                past_key_values=past_key_values,
+                position_embeddings=position_embeddings,
+                position_ids=position_ids,
+                **kwargs,
+            )
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+    def _masks(self, inputs_embeds, attention_mask, position_ids, past_key_values) -> list:
+        """One mask for each layer. Without patterns any attention implementation of Transformers will do."""
+        if self.config.attention_patterns is None and self.config._attn_implementation not in PATTERN_BACKENDS:
+            mask = create_causal_mask(self.config, inputs_embeds, attention_mask, past_key_values, position_ids)
+            return [mask] * len(self.layers)
+        causal = attention_mask is None or attention_mask.ndim != 4
+        return layer_masks(
+            self.patterns, self.config, inputs_embeds, attention_mask, position_ids, past_key_values, causal=causal
+        )
+
+    @staticmethod
+    def _position_ids(inputs_embeds, attention_mask, past_key_values) -> torch.Tensor:
+        """[B or 1, T] positions of the new tokens."""
+        past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
+        end = past_length + inputs_embeds.shape[1]
+        if attention_mask is not None and attention_mask.ndim == 2:
+            return token_positions(attention_mask)[:, past_length:end]
+        return torch.arange(past_length, end, device=inputs_embeds.device)[None]
+
+
+class RoPEDecoderForCausalLM(RoPEDecoderPreTrainedModel, GenerationMixin):
+    """The decoder with a linear layer to the next token's logits."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
+
+    def __init__(self, config: RoPEDecoderConfig):
+        super().__init__(config)
+        self.vocab_size = config.vocab_size
+        self.model = RoPEDecoderModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> CausalLMOutputWithPast:
+        """
+        Args:
+            labels: [B, T] ids to predict, shifted inside: position t predicts labels[t + 1]; -100 is ignored. Give
+                `shift_labels` instead where t predicts shift_labels[t].
+            logits_to_keep: compute logits for the last so many positions only (0: all), or for these indices.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None or kwargs.get("shift_labels") is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.lm_head.out_features, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+# The generic heads look their base model up by Auto class, which a checkpoint's own code is not registered with.
+class RoPEDecoderForSequenceClassification(GenericForSequenceClassification, RoPEDecoderPreTrainedModel):
+    """The decoder with a linear layer on each row's last token, the rightmost that is not config.pad_token_id."""
+
+    def __init__(self, config: RoPEDecoderConfig):
+        RoPEDecoderPreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = RoPEDecoderModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+
+class RoPEDecoderForTokenClassification(GenericForTokenClassification, RoPEDecoderPreTrainedModel):
+    """The decoder with a linear layer on every token."""
+
+    def __init__(self, config: RoPEDecoderConfig):
+        RoPEDecoderPreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = RoPEDecoderModel(config)
+        self.dropout = nn.Dropout(config.classifier_dropout)
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+
+RoPEDecoder = RoPEDecoderModel
+
+__all__ = [
+    "RoPEDecoder",
+    "RoPEDecoderForCausalLM",
+    "RoPEDecoderForSequenceClassification",
+    "RoPEDecoderForTokenClassification",
+    "RoPEDecoderModel",
+    "RoPEDecoderPreTrainedModel",
+]
