@@ -1,0 +1,128 @@
+"""Patterns: what they show, their dict form, and what they refuse."""
+
+import json
+
+import pytest
+import torch
+
+from hf_tfamily.modeling.attention_patterns import (
+    PATTERN_TYPES,
+    Fixed,
+    FixedBlock,
+    FixedSummary,
+    Full,
+    Local,
+    PerHead,
+    Strided,
+    Union,
+    pattern_from_dict,
+    patterns_for_layers,
+    walk,
+)
+
+PATTERNS = [
+    Full(),
+    Local(3),
+    Strided(4),
+    FixedBlock(4),
+    FixedSummary(4, 1),
+    FixedSummary(6, 2, sub_blocks=2, shift=1),
+    Fixed(4, 2),
+    Fixed(6, 1, sub_blocks=4),
+    Union((Local(3), Strided(4))),
+    PerHead((Local(3), Strided(4))),
+    Union((PerHead((Full(), Fixed(4, 1, sub_blocks=2))), Local(2))),
+    PerHead((Union((Local(2), Strided(5))), FixedSummary(5, 2, sub_blocks=2))),
+]
+
+
+def seen_keys(pattern, query, length=12, head=0):
+    """Causally visible keys, as a reader of the paper would list them."""
+    return {key for key in range(length) if key <= query and pattern.visible(head, query, key)}
+
+
+def test_every_pattern_type_is_tested():
+    assert {p.type for pattern in PATTERNS for p in walk(pattern)} == set(PATTERN_TYPES)
+
+
+def test_strided_attention_is_the_papers():
+    """Section 4.3: the previous l positions (as the authors' code counts them) and every l-th position."""
+    assert seen_keys(Local(4), 9) == {6, 7, 8, 9}
+    assert seen_keys(Strided(4), 9) == {1, 5, 9}
+
+
+def test_fixed_attention_is_the_papers():
+    """Section 4.3: floor(j / l) = floor(i / l), and j mod l in {l - c, ..., l - 1}."""
+    assert seen_keys(FixedBlock(4), 9) == {8, 9}
+    assert seen_keys(FixedSummary(4, 1), 9) == {3, 7}
+    assert seen_keys(Fixed(4, 1), 9) == {3, 7, 8, 9}
+
+
+def test_distinct_sub_blocks_for_distinct_heads_count_from_the_blocks_end():
+    pattern = FixedSummary(6, 2, sub_blocks=3)
+    assert [seen_keys(pattern, 5, head=h) for h in range(4)] == [{4, 5}, {2, 3}, {0, 1}, {4, 5}]
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_tensors_and_integers_agree_and_heads_repeat(pattern):
+    heads, length = 2 * pattern.head_period, 13
+    h, q, k = torch.arange(heads)[:, None, None], torch.arange(length)[:, None], torch.arange(length)
+    table = pattern.visible(h, q, k).expand(heads, length, length)
+    for head in range(heads):
+        alone = pattern.for_head(head)
+        assert alone.head_period == 1
+        for i in range(length):
+            for j in range(length):
+                expected = bool(pattern.visible(head, i, j))
+                assert table[head, i, j] == expected == bool(alone.visible(0, i, j))
+                assert expected == any(bool(part.visible(head, i, j)) for part in pattern.parts)
+                assert expected == bool(pattern.visible(head + pattern.head_period, i, j))
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_dict_round_trip_and_hash(pattern):
+    again = pattern_from_dict(json.loads(json.dumps(pattern.to_dict())))
+    assert again == pattern
+    assert hash(again) == hash(pattern)
+    with pytest.raises(AttributeError):
+        pattern.window = 5
+
+
+def test_dict_form_is_plain():
+    assert Strided(96).to_dict() == {"type": "strided", "stride": 96}
+    assert pattern_from_dict({"type": "union", "patterns": [{"type": "full"}]}) == Union((Full(),))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Strided(0), r"Strided.stride must be an integer of at least 1, got 0"),
+        (lambda: Local(2.5), r"Local.window .* got 2.5"),
+        (lambda: Local(True), r"Local.window .* got True"),
+        (lambda: FixedBlock("8"), r"FixedBlock.block .* got '8'"),
+        (lambda: Fixed(4, 5), r"\(shift \+ sub_blocks\) \* summary <= block, got .* 5 > 4"),
+        (lambda: FixedSummary(8, 2, sub_blocks=4, shift=1), r"10 > 8"),
+        (lambda: FixedSummary(8, 2, shift=-1), r"shift must be an integer of at least 0, got -1"),
+        (lambda: Union(()), r"Union.patterns is empty"),
+        (lambda: Union(Local(2)), r"Union.patterns must be a list of patterns"),
+        (lambda: PerHead((Local(2), 3)), r"holds 3, which is no pattern"),
+        (lambda: PerHead((Local(2), Full())).check_heads(3), r"2 patterns.* num_attention_heads=3"),
+        (
+            lambda: pattern_from_dict({"type": "stride", "stride": 4}),
+            r"'stride'; did you mean 'strided'.*Allowed: fixed",
+        ),
+        (lambda: pattern_from_dict({"type": "local", "windw": 4}), r"no key 'windw'; did you mean 'window'"),
+        (lambda: pattern_from_dict({"type": "local"}), r"'local' needs 'window'"),
+        (lambda: pattern_from_dict({"window": 4}), r"Unknown pattern type None"),
+        (lambda: pattern_from_dict("local"), r"must be a dict"),
+        (lambda: patterns_for_layers([], 2), r"empty list"),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_name(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_patterns_cycle_over_layers():
+    assert patterns_for_layers([{"type": "full"}, Local(2)], 3) == [Full(), Local(2), Full()]
+    assert patterns_for_layers({"type": "full"}, 2) == [Full(), Full()]
