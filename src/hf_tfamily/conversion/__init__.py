@@ -1,0 +1,63 @@
+"""Checkpoints of other classes turned into this family's, and back.
+
+A converter is a module here that says
+
+    SOURCE_TYPE     the `model_type` in the config.json of the other side
+    OUR_TYPE        the `model_type` of ours
+    to_ours(config: dict, weights: dict) -> (config, weights)
+    to_stock(config: dict, weights: dict) -> (config, weights)      left out where there is no way back
+
+where a config is the content of a config.json and weights are the tensors by name. The config returned names its
+`model_type` and its class in `architectures`. What cannot be said on the other side is a ValueError naming it.
+"""
+
+from pathlib import Path
+from types import ModuleType
+
+from . import llama, mistral, qwen2
+from .checkpoint import find_checkpoint, read_config, read_weights, write_checkpoint
+
+# For each of our types the first is what it becomes when no target is named.
+CONVERTERS: tuple[ModuleType, ...] = (llama, mistral, qwen2)
+
+
+def convert(source: str | Path, destination: str | Path, target: str | None = None) -> str:
+    """Convert the checkpoint `source` and write it to the folder `destination`, with its tokenizer.
+
+    Args:
+        source: a folder or a Hub repository; its config.json says what it is.
+        destination: a folder that does not exist yet, or is empty.
+        target: `model_type` to convert to, where there is a choice.
+
+    Returns:
+        The `model_type` written.
+
+    Raises:
+        FileNotFoundError: if the source has no config or no weights.
+        FileExistsError: if the destination holds something.
+        ValueError: if the source is of a type nobody converts, if the target cannot hold it, or if weights are left
+            over or missing, naming them.
+    """
+    folder = find_checkpoint(source)
+    config = read_config(folder)
+    step = _step(config, target)
+    new_config, new_weights = step(config, read_weights(folder))
+    write_checkpoint(Path(destination), new_config, new_weights, companions_of=folder)
+    return new_config["model_type"]
+
+
+def _step(config: dict, target: str | None):
+    """The function that leads from the type of `config` to `target`."""
+    found = config["model_type"]
+    steps = {c.OUR_TYPE: c.to_ours for c in CONVERTERS if found == c.SOURCE_TYPE}
+    steps |= {c.SOURCE_TYPE: c.to_stock for c in CONVERTERS if found == c.OUR_TYPE and hasattr(c, "to_stock")}
+    if not steps:
+        known = sorted({c.SOURCE_TYPE for c in CONVERTERS} | {c.OUR_TYPE for c in CONVERTERS if hasattr(c, "to_stock")})
+        raise ValueError(f"The source has model_type={found!r}; what can be converted is {', '.join(known)}.")
+    target = next(iter(steps)) if target is None else target
+    if target not in steps:
+        raise ValueError(f"{found} cannot become target={target!r}; it can become {', '.join(steps)}.")
+    return steps[target]
+
+
+__all__ = ["CONVERTERS", "convert"]
