@@ -1,0 +1,426 @@
+"""Runs a plan (attention_plan.py) with PyTorch: on the CPU by its flash kernel, elsewhere by plain matrix products.
+
+Each part is one strided view of the queries and one of the keys, computed some tiles at a time; outputs are merged by
+their log-sum-exp (LSE). The backward drives each part with the *global* output and LSE, which makes it exact: with
+P = exp(S - LSE) a part needs nothing from the others.
+
+Legend: B batch, H heads, Hk key heads, T queries, S keys, D head dimension (Dv of values); A tiles or batch entries
+taken together; I queries and J keys of one tile.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .attention_patterns import Pattern, pattern_from_dict
+from .attention_plan import Group, Part, Plan, Tokens, plan_attention
+
+_MASKED = -1e30  # not -inf: a row without keys then keeps a finite LSE, far below any real one
+_EMPTY_ROW = -1e29
+_PIECE = 1 << 17  # elements of the queries taken together: small enough to stay in the processor's cache
+_PIECE_SCORES = 1 << 22  # scores held at once without a flash kernel
+
+
+def block_sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pattern: Pattern,
+    *,
+    causal: bool,
+    scale: float,
+    q_offset: int,
+    kv_offset: int = 0,
+    key_valid: Tensor | None = None,
+) -> Tensor:
+    """softmax(scale * Q K^T) V over the keys that the pattern, causality and `key_valid` show, never T x S at once.
+
+    Args:
+        query: [B, T, H, D]; key: [B, S, Hk, D]; value: [B, S, Hk, Dv]. Query head h reads key head h // (H / Hk).
+            Any strides; one dtype of float16, bfloat16, float32, float64.
+        pattern: which keys a query may see, by position.
+        causal: whether keys after the query are hidden.
+        q_offset, kv_offset: query i stands at position `q_offset + i`, key j at `kv_offset + j`.
+        key_valid: bool [B, S], False for keys that nobody may see.
+
+    Returns [B, T, H, Dv]. A query that sees no key gets 0, and gives gradient 0. Can be differentiated once.
+    """
+    _check(query, key, value, key_valid)
+    output, _ = torch.ops.hf_tfamily.block_sparse_attention(
+        query, key, value, key_valid, _to_json(pattern), causal, scale, q_offset, kv_offset
+    )
+    return output
+
+
+def _check(query: Tensor, key: Tensor, value: Tensor, key_valid: Tensor | None) -> None:
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if tensor.dim() != 4 or tensor.dtype != query.dtype:
+            raise ValueError(
+                f"{name} must be [batch, length, heads, head dimension] in the dtype of query ({query.dtype}), "
+                f"got shape {tuple(tensor.shape)} and {tensor.dtype}."
+            )
+    if key.shape[:3] != value.shape[:3] or key.shape[0] != query.shape[0] or key.shape[3] != query.shape[3]:
+        raise ValueError(
+            f"key must be [B, S, Hk, D] and value [B, S, Hk, Dv] for a query [B, T, H, D], "
+            f"got query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}."
+        )
+    if query.shape[2] % key.shape[2]:
+        raise ValueError(f"{query.shape[2]} query heads are no multiple of {key.shape[2]} key heads.")
+    if key_valid is not None and (key_valid.dtype != torch.bool or key_valid.shape != key.shape[:2]):
+        raise ValueError(
+            f"key_valid must be bool {tuple(key.shape[:2])}, got {key_valid.dtype} {tuple(key_valid.shape)}."
+        )
+
+
+@lru_cache(maxsize=256)
+def _to_json(pattern: Pattern) -> str:
+    return json.dumps(pattern.to_dict(), sort_keys=True)
+
+
+@lru_cache(maxsize=256)
+def _from_json(pattern: str) -> Pattern:
+    return pattern_from_dict(json.loads(pattern))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A whole call
+
+
+def _forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_valid: Tensor | None,
+    pattern: str,
+    causal: bool,
+    scale: float,
+    q_offset: int,
+    kv_offset: int,
+) -> tuple[Tensor, Tensor]:
+    """Output [B, T, H, Dv] and LSE [B, T, H]; the LSE is +inf where a query sees nothing."""
+    plan = _plan(query, key, pattern, causal, q_offset, kv_offset)
+    kernel = _kernel(query)
+    q, k, v = _prepare(plan, query, key, value)
+    output = q.new_empty((*q.shape[:3], v.shape[3]))
+    lse = q.new_empty(q.shape[:3], dtype=_wide(q.dtype))
+    if not plan.complete:
+        output.zero_()
+        lse.fill_(_MASKED)
+    for group in plan.groups:
+        keys = _Keys(group, k, key_valid)
+        of_keys = (keys.pick(k), keys.pick(v))
+        for part, bias, tile_q, out, tile_lse, tile_k, tile_v in _tiles(keys, (q, output, lse), of_keys):
+            part_out, part_lse = kernel.forward(tile_q, tile_k, tile_v, bias, part.causal, scale)
+            if part.writes:
+                out.copy_(part_out)
+                tile_lse.copy_(part_lse)
+            else:
+                _merge(out, tile_lse, part_out, part_lse)
+    empty = lse < _EMPTY_ROW
+    output.masked_fill_(empty[..., None], 0)
+    lse.masked_fill_(empty, float("inf"))
+    return output[..., : value.shape[3]].to(query.dtype).contiguous(), lse
+
+
+def _backward(
+    grad_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_valid: Tensor | None,
+    output: Tensor,
+    lse: Tensor,
+    pattern: str,
+    causal: bool,
+    scale: float,
+    q_offset: int,
+    kv_offset: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value. P = exp(S - LSE) with the LSE over all parts, so each part stands alone."""
+    plan = _plan(query, key, pattern, causal, q_offset, kv_offset)
+    kernel = _kernel(query)
+    q, k, v = _prepare(plan, query, key, value)
+    output, grad_output = (_widen(x.to(q.dtype), v.shape[3]) for x in (output, grad_output))
+    grad_q = torch.empty_like(q) if plan.complete else torch.zeros_like(q)
+    grad_k, grad_v = torch.zeros_like(k), torch.zeros_like(v)
+    for group in plan.groups:
+        keys = _Keys(group, k, key_valid)
+        of_queries = (q, output, lse, grad_output, grad_q)
+        group_grad_k, group_grad_v = keys.pick_zeros(grad_k), keys.pick_zeros(grad_v)
+        of_keys = (keys.pick(k), keys.pick(v), group_grad_k, group_grad_v)
+        for part, bias, *tiles in _tiles(keys, of_queries, of_keys):
+            tile_q, out, tile_lse, grad_out, tile_grad_q, tile_k, tile_v, tile_grad_k, tile_grad_v = tiles
+            part_grad_q, part_grad_k, part_grad_v = kernel.backward(
+                grad_out, tile_q, tile_k, tile_v, out, tile_lse, bias, part.causal, scale
+            )
+            tile_grad_q.copy_(part_grad_q) if part.writes else tile_grad_q.add_(part_grad_q)
+            _add_windows(tile_grad_k, part_grad_k, part.keys)
+            _add_windows(tile_grad_v, part_grad_v, part.keys)
+        keys.put_back(grad_k, group_grad_k)
+        keys.put_back(grad_v, group_grad_v)
+    grads = (grad_q, _sum_heads(grad_k, key.shape[2]), _sum_heads(grad_v, key.shape[2]))
+    return tuple(
+        grad[..., : x.shape[3]].to(x.dtype).contiguous() for grad, x in zip(grads, (query, key, value), strict=True)
+    )
+
+
+def _plan(query: Tensor, key: Tensor, pattern: str, causal: bool, q_offset: int, kv_offset: int) -> Plan:
+    return plan_attention(
+        _from_json(pattern),
+        query.shape[1],
+        key.shape[1],
+        num_heads=query.shape[2],
+        causal=causal,
+        first_query=q_offset,
+        first_key=kv_offset,
+    )
+
+
+def _prepare(plan: Plan, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The tensors as the kernels want them. A copy only for float16 on the CPU, Dv != D, or heads planned apart."""
+    dim = max(query.shape[3], value.shape[3])
+    half_on_cpu = query.dtype == torch.float16 and query.device.type == "cpu"
+    dtype = torch.float32 if half_on_cpu else query.dtype
+    repeats = query.shape[2] // key.shape[2] if any(len(g.heads) < query.shape[2] for g in plan.groups) else 1
+    if repeats > 1:
+        key, value = key.repeat_interleave(repeats, 2), value.repeat_interleave(repeats, 2)
+    return tuple(_widen(x.to(dtype), dim) for x in (query, key, value))
+
+
+def _merge(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor) -> None:
+    """Merge the output and LSE of a part into those so far, in place."""
+    weight = torch.sigmoid(part_lse - lse)[..., None]
+    out.copy_(torch.lerp(out.to(weight.dtype), part_out.to(weight.dtype), weight))
+    lse.copy_(torch.logaddexp(lse, part_lse))
+
+
+def _add_windows(total: Tensor, part: Tensor, keys: Tokens) -> None:
+    """total += part for key tiles [A, Hk, J, D], where windows of neighbouring tiles may overlap in `total`."""
+    overlap = keys.stride == 1 and 0 < keys.step < keys.count
+    width = keys.step if overlap else keys.count
+    for start in range(0, keys.count, width):  # in tokens that are not yet shared
+        total[:, :, start : start + width].add_(part[:, :, start : start + width])
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _widen(x: Tensor, dim: int) -> Tensor:
+    """Zeros behind the last dimension, up to `dim`."""
+    return x if x.shape[-1] == dim else F.pad(x, (0, dim - x.shape[-1]))
+
+
+def _sum_heads(grad: Tensor, num_heads: int) -> Tensor:
+    """The gradient of heads that were repeated for each of their query heads."""
+    return grad if grad.shape[2] == num_heads else grad.unflatten(2, (num_heads, -1)).sum(3)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Views
+
+
+class _Keys:
+    """The keys of a group: all of the sequence, or those picked by its index; and which of them are hidden."""
+
+    def __init__(self, group: Group, key: Tensor, key_valid: Tensor | None) -> None:
+        self.group = group
+        self.heads = slice(group.heads.start, group.heads.stop, group.heads.step)
+        self.index = self._index(key)
+        self.hidden = self._hidden(key, key_valid)
+
+    def _index(self, key: Tensor) -> tuple[Tensor, Tensor] | None:
+        """(token, key head) of each picked key, [J, heads] together."""
+        index = self.group.index
+        if index is None:
+            return None
+        heads = torch.arange(key.shape[2])[self.heads]
+        if index.dim() == 2 and len(heads) < index.shape[1]:
+            heads = heads.repeat_interleave(index.shape[1] // len(heads))
+        return index.view(len(index), -1).to(key.device), heads.to(key.device)
+
+    def _hidden(self, key: Tensor, key_valid: Tensor | None) -> Tensor | None:
+        """What is added to the scores of each key, 0 or a huge negative number: [B, J, heads or 1]."""
+        hidden = None if key_valid is None else ~key_valid[:, :, None]
+        if hidden is not None and self.index:
+            hidden = hidden[:, self.index[0], 0]
+        if self.group.absent is not None:
+            absent = self.group.absent.view(len(self.group.absent), -1).to(key.device)
+            hidden = absent.expand(key.shape[0], -1, -1) if hidden is None else hidden | absent
+        return None if hidden is None else _bias(~hidden, key.dtype)
+
+    def pick(self, x: Tensor) -> Tensor:
+        """From [B, S, Hk, D] the keys of the group, [B, J, heads, D]; a view where they are the sequence itself."""
+        return x[:, :, self.heads] if self.index is None else x[:, *self.index]
+
+    def pick_zeros(self, grad: Tensor) -> Tensor:
+        """Where the gradient of what was picked is summed up."""
+        return grad[:, :, self.heads] if self.index is None else torch.zeros_like(grad[:, *self.index])
+
+    def put_back(self, grad: Tensor, picked: Tensor) -> None:
+        """Add the gradient of what was picked to that of the sequence."""
+        if self.index is not None:
+            torch.ops.aten.index_put_(grad, [None, *self.index], picked, accumulate=True)
+
+
+def _tiles(
+    keys: _Keys, of_queries: tuple[Tensor, ...], of_keys: tuple[Tensor, ...]
+) -> Iterator[tuple[Part | Tensor | None, ...]]:
+    """(part, bias, tiles of each tensor), some tiles at a time; tiles are [A, heads, I or J, D]."""
+    batch = of_queries[0].shape[0]
+    for part in keys.group.parts:
+        views = [_view(x[:, :, keys.heads], part.queries, part.tiles) for x in of_queries]
+        views += [_view(x, part.keys, part.tiles) for x in of_keys]
+        mask = None if part.mask is None else _bias(part.mask.to(views[0].device), views[0].dtype)
+        hidden = None if keys.hidden is None else _view(keys.hidden, part.keys, part.tiles)
+        for piece in _pieces(batch, part.tiles, views[0][0, 0].numel()):
+            yield part, _bias_of(mask, hidden, piece), *(view[piece].transpose(1, 2) for view in views)
+
+
+def _view(x: Tensor, tokens: Tokens, tiles: int) -> Tensor:
+    """[B, N, ...] as [B, tiles, tokens of a tile, ...], overlapping where the tiles do."""
+    batch, token, *rest = x.stride()
+    size = (x.shape[0], tiles, tokens.count, *x.shape[2:])
+    stride = (batch, tokens.step * token, tokens.stride * token, *rest)
+    return x.as_strided(size, stride, x.storage_offset() + tokens.start * token)
+
+
+def _pieces(batch: int, tiles: int, size: int) -> Iterator[tuple[int | slice, int | slice]]:
+    """Which tiles of which batch entries to take together: many along the longer of the two, one along the other."""
+    at_once = max(1, _PIECE // size)
+    if tiles >= batch:
+        for entry in range(batch):
+            yield from ((entry, slice(start, start + at_once)) for start in range(0, tiles, at_once))
+    else:
+        for tile in range(tiles):
+            yield from ((slice(start, start + at_once), tile) for start in range(0, batch, at_once))
+
+
+def _bias(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 where `seen`, a huge negative number elsewhere."""
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, _MASKED)
+
+
+def _bias_of(mask: Tensor | None, hidden: Tensor | None, piece: tuple) -> Tensor | None:
+    """What is added to the scores of a piece, [A or 1, heads or 1, I or 1, J]."""
+    if mask is not None:
+        mask = mask[piece[1]] if len(mask) > 1 else mask
+        mask = mask[None] if mask.dim() == 3 else mask
+    if hidden is not None:
+        hidden = hidden[piece].transpose(1, 2)[:, :, None]
+        return hidden if mask is None else mask + hidden
+    return mask
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Kernels: attention of tiles [A, H, I, D] over [A, Hk, J, D], with LSE [A, H, I]
+
+
+class _Kernel(NamedTuple):
+    forward: Callable[..., tuple[Tensor, Tensor]]
+    backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+
+
+def _kernel(query: Tensor) -> _Kernel:
+    return _FLASH if query.device.type == "cpu" else _PLAIN
+
+
+def _flash_forward(q, k, v, bias, causal, scale):
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q, k, v, is_causal=causal, attn_mask=bias, scale=scale
+    )
+
+
+def _flash_backward(grad_out, q, k, v, out, lse, bias, causal, scale):
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        grad_out, q, k, v, out, lse, 0.0, causal, attn_mask=bias, scale=scale
+    )
+
+
+def _plain_forward(q, k, v, bias, causal, scale):
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    outs, lses = [], []
+    for rows in _rows(q, k):
+        scores = _scores(q, k, bias, causal, scale, rows)
+        lse = scores.logsumexp(-1)
+        outs.append((scores - lse[..., None]).exp().to(v.dtype) @ v)
+        lses.append(lse)
+    return torch.cat(outs, 2), torch.cat(lses, 2)
+
+
+def _plain_backward(grad_out, q, k, v, out, lse, bias, causal, scale):
+    num_key_heads = k.shape[1]
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    grad_q, grad_k, grad_v = [], torch.zeros_like(k), torch.zeros_like(v)
+    delta = (grad_out.to(lse.dtype) * out).sum(-1, keepdim=True)
+    for rows in _rows(q, k):
+        weights = (_scores(q, k, bias, causal, scale, rows) - lse[:, :, rows, None]).exp()
+        grad_weights = (grad_out[:, :, rows] @ v.mT).to(lse.dtype)
+        grad_scores = (weights * (grad_weights - delta[:, :, rows]) * scale).to(q.dtype)
+        grad_q.append(grad_scores @ k)
+        grad_k += grad_scores.mT @ q[:, :, rows]
+        grad_v += weights.to(v.dtype).mT @ grad_out[:, :, rows]
+    grad_k, grad_v = (x.unflatten(1, (num_key_heads, -1)).sum(2) for x in (grad_k, grad_v))
+    return torch.cat(grad_q, 2), grad_k, grad_v
+
+
+def _rows(q: Tensor, k: Tensor) -> Iterator[slice]:
+    """Slices of the queries whose scores are held at once."""
+    at_once = max(1, _PIECE_SCORES // (q.shape[0] * q.shape[1] * k.shape[2]))
+    return (slice(start, start + at_once) for start in range(0, q.shape[2], at_once))
+
+
+def _scores(q: Tensor, k: Tensor, bias: Tensor | None, causal: bool, scale: float, rows: slice) -> Tensor:
+    """Scores [A, H, rows, J] in at least float32, with the bias and causality added."""
+    scores = (q[:, :, rows] @ k.mT).to(_wide(q.dtype)) * scale
+    if bias is not None:
+        scores += bias[:, :, rows] if bias.shape[2] > 1 else bias
+    if causal:
+        seen = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+        scores.masked_fill_(~seen[rows], _MASKED)
+    return scores
+
+
+_FLASH = _Kernel(_flash_forward, _flash_backward)
+_PLAIN = _Kernel(_plain_forward, _plain_backward)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The operator, so that torch.compile and torch.export see one node
+
+
+def _forward_fake(query, key, value, key_valid, pattern, causal, scale, q_offset, kv_offset):
+    output = query.new_empty((*query.shape[:3], value.shape[3]))
+    return output, query.new_empty(query.shape[:3], dtype=_wide(query.dtype))
+
+
+def _backward_fake(grad_output, query, key, value, *_):
+    return tuple(x.new_empty(x.shape) for x in (query, key, value))
+
+
+def _save_for_backward(ctx, inputs, output):
+    query, key, value, key_valid, *ctx.rest = inputs
+    ctx.save_for_backward(query, key, value, key_valid, *output)
+
+
+def _autograd_backward(ctx, grad_output, _grad_lse):
+    grads = torch.ops.hf_tfamily.block_sparse_attention_backward(grad_output, *ctx.saved_tensors, *ctx.rest)
+    return *grads, *[None] * 6
+
+
+def _register() -> None:
+    forward = torch.library.custom_op("hf_tfamily::block_sparse_attention", _forward, mutates_args=())
+    forward.register_fake(_forward_fake)
+    forward.register_autograd(_autograd_backward, setup_context=_save_for_backward)
+    backward = torch.library.custom_op("hf_tfamily::block_sparse_attention_backward", _backward, mutates_args=())
+    backward.register_fake(_backward_fake)
+
+
+# The operator is global to the process: a copy of this file, such as remote code, uses the one that is there.
+if not hasattr(torch.ops.hf_tfamily, "block_sparse_attention"):
+    _register()
