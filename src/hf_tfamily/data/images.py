@@ -59,8 +59,11 @@ def photo_crops(
     train_photos = [photo for photo in photos if photo not in eval_photos]
     if not train_photos or not eval_photos:
         raise ValueError(f"Both sides need a photo: photos={list(photos)}, eval_photos={list(eval_photos)}.")
+    stride = size if stride is None else stride
+    if stride < 1:
+        raise ValueError(f"stride must be at least 1, got {stride}.")
     return _image_data(
-        train=(np.concatenate([_crops(_photo(photo), size, stride or size) for photo in train_photos]), None),
+        train=(np.concatenate([_crops(_photo(photo), size, stride) for photo in train_photos]), None),
         held_out=(np.concatenate([_crops(_photo(photo), size, size) for photo in eval_photos]), None),
         levels=256,
         description=f"{size}x{size} RGB crops of photos; held out: {', '.join(eval_photos)}",
@@ -181,6 +184,8 @@ def _photo(photo: str) -> np.ndarray:
 
 def _crops(picture: np.ndarray, size: int, stride: int) -> np.ndarray:
     """[n, size, size, 3] crops of [H, W, 3], row by row."""
+    if not 1 <= size <= min(picture.shape[:2]):
+        raise ValueError(f"size must be from 1 to {min(picture.shape[:2])}, the shorter side of a photo, got {size}.")
     windows = np.lib.stride_tricks.sliding_window_view(picture, (size, size), axis=(0, 1))[::stride, ::stride]
     return windows.transpose(0, 1, 3, 4, 2).reshape(-1, size, size, 3)
 
