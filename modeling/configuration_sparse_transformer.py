@@ -4,9 +4,10 @@ import math
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
+from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 
-from .attention_patterns import patterns_for_layers
+from .attention_patterns import nearest, patterns_for_layers
 
 
 @strict
@@ -23,16 +24,18 @@ class SparseTransformerConfig(PreTrainedConfig):
         v_head_dim: size of a value; hidden_size / num_attention_heads if None.
         intermediate_size: width of the feed-forward layer; 4 * hidden_size if None.
         hidden_act: activation; "quick_gelu" is the paper's x * sigmoid(1.702 x).
-        position_shape: lengths of the axes of the learned position embeddings, the last running fastest, such as
-            [32, 32, 3] for the rows, columns and channels of an image; [max_position_embeddings] if None.
+        position_shape: lengths of the axes of the learned position embeddings, the last running fastest (section 5.3):
+            [32, 32, 3] for the rows, columns and channels of an image, [length / stride, stride] for text and audio;
+            [max_position_embeddings] if None.
         max_position_embeddings: longest sequence; the product of position_shape.
         attention_patterns: the pattern dict of every layer, or a list of them cycled over the layers. One dict in a
-            list for each residual block is the paper's first way of using factorised attention, a "union" its second
-            (merged heads), a "per_head" its third (section 4.2).
+            list for each residual block is the paper's first way of using factorised attention (equation 6), a "union"
+            its second (merged heads, equation 7), a "per_head" its third (multi-head, equation 8).
         resid_dropout: dropout at the end of each residual branch; the paper has no other.
         layer_norm_eps: epsilon of the layer norms.
         initializer_scale: variance of the initial weights, times the number of inputs (section 6: 0.125).
-        upcast_sampling: float32 query-key products when sampling in half precision (section 5.6).
+        upcast_sampling: float32 query-key products when sampling in half precision, that is outside training, with a
+            cache (section 5.6).
     """
 
     model_type = "sparse_transformer"
@@ -51,7 +54,7 @@ class SparseTransformerConfig(PreTrainedConfig):
     attention_patterns: dict[str, Any] | list[dict[str, Any]] | None = None
     resid_dropout: float | int = 0.0
     layer_norm_eps: float = 1e-5
-    initializer_scale: float = 0.125
+    initializer_scale: float | int = 0.125
     upcast_sampling: bool = True
     use_cache: bool = True
     bos_token_id: int | None = None
@@ -72,11 +75,10 @@ class SparseTransformerConfig(PreTrainedConfig):
 
     def _derive_widths(self):
         """Fill in the widths that follow from hidden_size and num_attention_heads."""
-        if self.num_attention_heads > 0:
-            for name in ("qk_head_dim", "v_head_dim"):
-                if getattr(self, name) is None:
-                    self._require_divisible(name)
-                    setattr(self, name, self.hidden_size // self.num_attention_heads)
+        for name in ("qk_head_dim", "v_head_dim"):
+            if getattr(self, name) is None and self.num_attention_heads > 0:
+                self._require_divisible(name)
+                setattr(self, name, self.hidden_size // self.num_attention_heads)
         if self.intermediate_size is None:
             self.intermediate_size = 4 * self.hidden_size
 
@@ -102,16 +104,27 @@ class SparseTransformerConfig(PreTrainedConfig):
                 f"position_shape={self.position_shape} holds {positions} positions, but "
                 f"max_position_embeddings={self.max_position_embeddings}; give one of them, or make them agree."
             )
+
+    def validate_numbers(self):
+        """Dropout is a probability below 1, and the rest of the numbers are not negative."""
         if not 0 <= self.resid_dropout < 1:
             raise ValueError(f"resid_dropout must be at least 0 and below 1, got {self.resid_dropout}.")
+        for name in ("layer_norm_eps", "initializer_scale"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}.")
+
+    def validate_hidden_act(self):
+        """Transformers has an activation of that name."""
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"hidden_act={self.hidden_act!r} is unknown{nearest(self.hidden_act, ACT2FN)}")
 
     def validate_attention_patterns(self):
         """Every pattern is known, complete, and can be dealt out to the heads."""
         for pattern in patterns_for_layers(self.attention_patterns, self.num_hidden_layers):
             pattern.check_heads(self.num_attention_heads)
 
-    def validate_layer_types(self):
-        """Transformers reserves `layer_types` for its own caches and masks."""
+    def validate_layer_type(self):
+        """Transformers reserves `layer_types` for its own caches and masks; replaces its check of their names."""
         if getattr(self, "layer_types", None) is not None:
             raise ValueError(
                 f"layer_types={self.layer_types!r} is not a field of this model; "

@@ -1,9 +1,9 @@
 """Sparse Transformer: Child, Gray, Radford and Sutskever 2019, "Generating Long Sequences with Sparse Transformers".
 
-A deep decoder whose layers each see a sparse set of earlier positions, so that a few steps connect any two of them.
+A deep decoder whose heads each see a sparse set of earlier positions, so that a few steps connect any two of them.
 Equation and section numbers are those of arXiv:1904.10509.
 
-Shapes: B batch, T new tokens, H heads, D head dim (queries and keys), Dv head dim of values.
+Shapes: B batch, T new tokens, S keys, H heads, D head dim of queries and keys, Dv head dim of values.
 """
 
 import math
@@ -26,13 +26,13 @@ from transformers.utils.output_capturing import capture_outputs
 from .attention import eager_attention_forward, in_float32, layer_masks
 from .attention_masks import token_positions
 from .attention_patterns import patterns_for_layers
-from .checks import check_one_input, check_positions, check_token_ids
+from .checks import check_embeddings, check_one_input, check_positions, check_token_ids
 from .configuration_sparse_transformer import SparseTransformerConfig
 from .positions import AxialPositionEmbedding
 
 
 class SparseTransformerAttention(nn.Module):
-    """Factorised self-attention (equations 2 to 9): each head attends to the keys that the layer's pattern shows it."""
+    """Factorised self-attention (equations 2 to 8): each head attends to the keys that the layer's pattern shows it."""
 
     def __init__(self, config: SparseTransformerConfig, layer_idx: int):
         super().__init__()
@@ -70,12 +70,12 @@ class SparseTransformerAttention(nn.Module):
             attention = in_float32(attention)
         output, weights = attention(
             self, query, key, value, attention_mask, scaling=self.scaling, dropout=0.0, **kwargs
-        )  # [B, T, H, Dv]
-        return self.o_proj(output.flatten(2)), weights
+        )  # [B, T, H, Dv], equations 2 and 3
+        return self.o_proj(output.flatten(2)), weights  # W_p, equation 5
 
 
 class SparseTransformerMLP(nn.Module):
-    """Position-wise feed-forward layer with f(x) = x * sigmoid(1.702 x) (section 5.2)."""
+    """Position-wise feed-forward layer W_2 f(W_1 x + b_1) + b_2 with f(x) = x * sigmoid(1.702 x) (section 5.2)."""
 
     def __init__(self, config: SparseTransformerConfig):
         super().__init__()
@@ -88,7 +88,7 @@ class SparseTransformerMLP(nn.Module):
 
 
 class SparseTransformerBlock(GradientCheckpointingLayer):
-    """Residual block with pre-norm and dropout at the end of each branch (equations 12 to 14).
+    """Residual block with pre-norm and dropout at the end of each branch (equations 10 and 12 to 14).
 
     With `model.gradient_checkpointing_enable()` attention and feed-forward are computed again in the backward pass
     (section 5.4).
@@ -113,7 +113,7 @@ class SparseTransformerBlock(GradientCheckpointingLayer):
             self.attention_norm(hidden_states), attention_mask, past_key_values=past_key_values, **kwargs
         )
         hidden_states = hidden_states + self.dropout(attended)  # H + a(H), equation 12
-        return hidden_states + self.dropout(self.mlp(self.mlp_norm(hidden_states)))  # + b(H), equation 13
+        return hidden_states + self.dropout(self.mlp(self.mlp_norm(hidden_states)))  # + b(H), equations 13 and 14
 
 
 class SparseTransformerPreTrainedModel(PreTrainedModel):
@@ -138,7 +138,10 @@ class SparseTransformerPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module):
-        """Section 6: variance 0.125 / inputs; projections onto the residual stream shrunk by 1 / sqrt(2 N)."""
+        """Variance 0.125 / inputs, logits 0 (section 6); W_p and W_2 shrunk by 1 / sqrt(2 N) (section 5.2).
+
+        The paper writes N(0, 0.125 / sqrt(inputs)); its authors' code has this variance.
+        """
         super()._init_weights(module)
         scale = self.config.initializer_scale
         if isinstance(module, nn.Linear):
@@ -149,20 +152,20 @@ class SparseTransformerPreTrainedModel(PreTrainedModel):
             for axis in module.axes:
                 init.normal_(axis.weight, std=math.sqrt(scale / (axis.embedding_dim * len(module.axes))))
         elif isinstance(module, SparseTransformerBlock):
+            branches = 2 * self.config.num_hidden_layers
             for projection in (module.self_attn.o_proj, module.mlp.down_proj):
-                branches = 2 * self.config.num_hidden_layers
                 init.normal_(projection.weight, std=math.sqrt(scale / (projection.in_features * branches)))
         elif isinstance(module, SparseTransformerForCausalLM):
             init.zeros_(module.lm_head.weight)
 
 
 class SparseTransformerModel(SparseTransformerPreTrainedModel):
-    """The decoder without a head: ids or embeddings in, hidden states [B, T, hidden] out."""
+    """The decoder without a head (equations 9 and 10): ids or embeddings in, hidden states [B, T, hidden] out."""
 
     def __init__(self, config: SparseTransformerConfig):
         super().__init__(config)
         self.patterns = patterns_for_layers(config.attention_patterns, config.num_hidden_layers)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.embed_positions = AxialPositionEmbedding(config.position_shape, config.hidden_size)
         self.layers = nn.ModuleList(SparseTransformerBlock(config, i) for i in range(config.num_hidden_layers))
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -192,36 +195,41 @@ class SparseTransformerModel(SparseTransformerPreTrainedModel):
         if inputs_embeds is None:
             check_token_ids(input_ids, self.embed_tokens.num_embeddings)
             inputs_embeds = self.embed_tokens(input_ids)
+        else:
+            check_embeddings(inputs_embeds, self.config.hidden_size)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
 
         masks = layer_masks(self.patterns, self.config, inputs_embeds, attention_mask, position_ids, past_key_values)
-        if position_ids is None:
-            position_ids = self._position_ids(inputs_embeds, attention_mask, past_key_values)
-        check_positions(position_ids, self.embed_positions.num_positions)
-        hidden_states = inputs_embeds + self.embed_positions(position_ids)  # section 5.3
+        position_ids = self._positions(inputs_embeds, attention_mask, position_ids, past_key_values)
+        hidden_states = inputs_embeds + self.embed_positions(position_ids)  # equation 15
         for layer, mask in zip(self.layers, masks):
             hidden_states = layer(hidden_states, mask, past_key_values=past_key_values, **kwargs)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
-    @staticmethod
-    def _position_ids(inputs_embeds, attention_mask, past_key_values) -> torch.Tensor:
-        """[B or 1, T] positions of the new tokens."""
+    def _positions(self, inputs_embeds, attention_mask, position_ids, past_key_values) -> torch.Tensor:
+        """[B or 1, T] positions of the new tokens: the caller's, or counted from the mask or the past."""
+        num_positions = self.embed_positions.num_positions
+        if position_ids is not None:
+            check_positions(position_ids, num_positions)
+            return position_ids
         past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
         end = past_length + inputs_embeds.shape[1]
         if attention_mask is not None and attention_mask.ndim == 2:
-            return token_positions(attention_mask)[:, past_length:end]
-        return torch.arange(past_length, end, device=inputs_embeds.device)[None]
+            position_ids = token_positions(attention_mask)[:, past_length:end]
+        else:
+            position_ids = torch.arange(past_length, end, device=inputs_embeds.device)[None]
+        check_positions(position_ids, num_positions, counted_to=end)
+        return position_ids
 
 
 class SparseTransformerForCausalLM(SparseTransformerPreTrainedModel, GenerationMixin):
-    """The decoder with a linear layer to the next token's logits, initially 0."""
+    """The decoder with a linear layer to the next token's logits (equation 11), which is 0 at first."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
     def __init__(self, config: SparseTransformerConfig):
         super().__init__(config)
-        self.vocab_size = config.vocab_size
         self.model = SparseTransformerModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
