@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
+from .attention_block_sparse import NAME as BLOCK_SPARSE
 from .attention_masks import VisibleKeys, drop_trivial, full_causal, visible_keys
 from .attention_patterns import Pattern
 
@@ -21,6 +22,7 @@ def eager_attention_forward(
     attention_mask: torch.Tensor | None,
     scaling: float,
     dropout: float = 0.0,
+    position_bias: torch.Tensor | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention as its equation says; every other backend is held to it.
@@ -28,6 +30,7 @@ def eager_attention_forward(
     Args:
         query, key, value: [B, H, T, D], [B, Hk, S, D], [B, Hk, S, Dv], with H a multiple of Hk.
         attention_mask: boolean, broadcastable to [B, H, T, S], True where a key is seen; None if all are.
+        position_bias: [B or 1, H, T, S], added to the scaled scores.
 
     Returns:
         The output [B, T, H, Dv], and the weights [B, H, T, S]. A query that sees nothing has weights and output 0.
@@ -35,6 +38,8 @@ def eager_attention_forward(
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     scores = query @ key.transpose(-1, -2) * scaling
+    if position_bias is not None:
+        scores = scores + position_bias
     if attention_mask is not None:
         scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
     weights = scores.softmax(dim=-1, dtype=torch.float32)
@@ -95,8 +100,11 @@ def lower_mask(seen: VisibleKeys, implementation: str, device: torch.device):
         return seen.dense(device)
     if implementation == "flex_attention":
         return seen.block_mask(device)
+    if implementation == BLOCK_SPARSE:
+        return seen
     raise ValueError(
-        f"attn_implementation={implementation!r} cannot run attention patterns; use 'eager', 'sdpa' or 'flex_attention'."
+        f"attn_implementation={implementation!r} cannot run attention patterns; "
+        f"use '{BLOCK_SPARSE}', 'sdpa', 'flex_attention' or 'eager'."
     )
 
 

@@ -36,6 +36,7 @@ class VisibleKeys:
         query_positions, key_positions: [B, T] and [B, S] positions of tokens; None where places are positions.
         query_documents, key_documents: [B, T] and [B, S] document numbers of packed rows; None if a row is one.
         extra: [B or 1, H or 1, T, S] bool, the caller's own mask on top; None if there is none.
+        awaits_pattern: made for a stock model; the attention function adds the layer's pattern to what is said here.
     """
 
     pattern: Pattern
@@ -52,6 +53,7 @@ class VisibleKeys:
     query_documents: torch.Tensor | None = None
     key_documents: torch.Tensor | None = None
     extra: torch.Tensor | None = None
+    awaits_pattern: bool = False
 
     @property
     def is_plain(self) -> bool:
@@ -156,9 +158,9 @@ def visible_keys(
     if attention_mask is not None and attention_mask.ndim == 4:
         seen = replace(seen, extra=_check_4d_mask(attention_mask, seen))
     elif attention_mask is not None:
-        return _with_padding(seen, _check_2d_mask(attention_mask, seen))
+        return with_padding(seen, _check_2d_mask(attention_mask, seen))
     elif position_ids is not None and past_length == 0:
-        return _with_packing(seen, position_ids)
+        return with_packing(seen, _documents(position_ids), position_ids)
     if position_ids is not None:
         return _with_shift(seen, position_ids)
     return seen
@@ -192,7 +194,7 @@ def token_positions(attention_mask: torch.Tensor) -> torch.Tensor:
     return (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)
 
 
-def _with_padding(seen: VisibleKeys, valid: torch.Tensor) -> VisibleKeys:
+def with_padding(seen: VisibleKeys, valid: torch.Tensor) -> VisibleKeys:
     """`valid` is [B, past + T]; keys beyond it (the free end of a static cache) are no tokens yet."""
     positions = token_positions(valid)
     free_end = max(seen.key_offset + seen.key_length - valid.shape[1], 0)
@@ -206,19 +208,28 @@ def _with_padding(seen: VisibleKeys, valid: torch.Tensor) -> VisibleKeys:
     )
 
 
-def _with_packing(seen: VisibleKeys, position_ids: torch.Tensor) -> VisibleKeys:
-    """Without a mask or a past, a position that does not follow its neighbour begins a new document."""
-    pad = torch.nn.functional.pad
-    starts = position_ids[:, 1:] != position_ids[:, :-1] + 1
-    documents = pad(starts.long().cumsum(dim=-1), (1, 0))
-    free_end = (0, seen.key_length - seen.query_length)
+def with_packing(seen: VisibleKeys, documents: torch.Tensor, positions: torch.Tensor | None = None) -> VisibleKeys:
+    """`documents` [B or 1, T] numbers the documents of each row, in ascending order; `positions` count from their
+    starts unless given."""
+    documents = documents.expand(seen.batch_size, -1)
+    pad, free_end = torch.nn.functional.pad, (0, seen.key_length - seen.query_length)
+    if positions is None:
+        places = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
+        begins = pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True)
+        positions = places - (places * begins).cummax(dim=-1).values
     return replace(
         seen,
-        query_positions=position_ids,
-        key_positions=pad(position_ids, free_end),
+        query_positions=positions,
+        key_positions=pad(positions, free_end),
         query_documents=documents,
         key_documents=pad(documents, free_end, value=-1),
     )
+
+
+def _documents(position_ids: torch.Tensor) -> torch.Tensor:
+    """A position that does not follow its neighbour's begins a new document."""
+    starts = position_ids[:, 1:] != position_ids[:, :-1] + 1
+    return torch.nn.functional.pad(starts.long().cumsum(dim=-1), (1, 0))
 
 
 def _with_shift(seen: VisibleKeys, position_ids: torch.Tensor) -> VisibleKeys:

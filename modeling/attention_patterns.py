@@ -234,6 +234,23 @@ class Union(_Composite):
 
 
 @dataclass(frozen=True)
+class Intersection(_Composite):
+    """Keys that all of `patterns` show, such as a pattern inside a model's own sliding window."""
+
+    type: ClassVar[str] = "intersection"
+    patterns: tuple[Pattern, ...]
+
+    def visible(self, head, query, key):
+        first, *rest = (p.visible(head, query, key) for p in self.patterns)
+        for seen in rest:
+            first = first & seen
+        return first
+
+    def for_head(self, head: int) -> "Intersection":
+        return Intersection(tuple(p.for_head(head) for p in self.patterns))
+
+
+@dataclass(frozen=True)
 class PerHead(_Composite):
     """Head h follows `patterns[h mod len(patterns)]`: "multi-head" (Child et al. 2019, section 4.2, equation 9).
 
@@ -260,8 +277,8 @@ class PerHead(_Composite):
     def check_heads(self, num_heads: int) -> None:
         if num_heads % len(self.patterns):
             raise ValueError(
-                f"PerHead deals out {len(self.patterns)} patterns, which does not divide num_attention_heads={num_heads}; "
-                f"give a number of patterns that does."
+                f"PerHead deals out {len(self.patterns)} patterns, which does not divide "
+                f"num_attention_heads={num_heads}; give a number of patterns that does."
             )
         super().check_heads(num_heads)
 
@@ -299,6 +316,18 @@ def patterns_for_layers(patterns: Mapping | Pattern | Iterable, num_layers: int)
     if not patterns:
         raise ValueError("attention_patterns is an empty list; give one pattern, or a list to cycle over the layers.")
     return [patterns[layer % len(patterns)] for layer in range(num_layers)]
+
+
+def intersect(first: Pattern, second: Pattern) -> Pattern:
+    """Keys that both show, without an Intersection where one pattern alone says it."""
+    match first, second:
+        case Full(), other:
+            return other
+        case other, Full():
+            return other
+        case Local(), Local():
+            return Local(min(first.window, second.window))
+    return first if first == second else Intersection((first, second))
 
 
 def walk(pattern: Pattern) -> Iterator[Pattern]:

@@ -53,7 +53,7 @@ class ImageTokenProcessor(BaseImageProcessor):
         order: order of generation, a key of GENERATION_ORDERS.
     """
 
-    model_input_names = ["input_ids"]  # noqa: RUF012
+    model_input_names = ["input_ids"]
     valid_kwargs = ImageTokenProcessorKwargs
 
     def __init__(

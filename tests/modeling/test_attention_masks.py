@@ -8,6 +8,7 @@ from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from hf_tfamily.modeling.attention import eager_attention_forward, lower_mask
+from hf_tfamily.modeling.attention_block_sparse import block_sparse_attention_forward
 from hf_tfamily.modeling.attention_masks import drop_trivial, visible_keys
 from hf_tfamily.modeling.attention_patterns import FixedSummary, Full, Local, Strided, Union
 from tests.modeling.test_attention_patterns import PATTERNS
@@ -17,6 +18,7 @@ FORWARD = {
     "eager": eager_attention_forward,
     "sdpa": sdpa_attention_forward,
     "flex_attention": flex_attention_forward,
+    "block_sparse": block_sparse_attention_forward,
 }
 HEADS, BATCH, DIM, VALUE_DIM = 8, 2, 4, 6
 
@@ -117,7 +119,7 @@ def test_backends_equal_loops(pattern, name):
 def test_rows_that_see_nothing_are_zero_with_zero_gradient():
     pattern = FixedSummary(4, 1)  # the first three positions have no summary before them
     case = CASES["no multiple"]
-    for implementation in ("eager", "sdpa"):
+    for implementation in ("eager", "sdpa", "block_sparse"):
         query, key, value = (t.requires_grad_() for t in tensors(case, torch.float32))
         output = run(implementation, case, pattern, query, key, value)
         assert (output[:, :3] == 0).all()
@@ -127,19 +129,22 @@ def test_rows_that_see_nothing_are_zero_with_zero_gradient():
         assert all(torch.isfinite(t.grad).all() for t in (query, key, value))
 
 
-def test_gradients_of_eager_and_sdpa_equal_float64():
-    case = CASES["left padding"]
+@pytest.mark.parametrize("name", ["left padding", "packed", "prefill after a past", "bidirectional"])
+def test_gradients_equal_float64(name):
+    case = CASES[name]
+    tokens = case.valid[:, case.past :, None, None]
     for pattern in PATTERNS:
-        grads = {}
         inputs = tensors(case, torch.float32)
-        weight = torch.randn(BATCH, case.length, HEADS, VALUE_DIM)
-        for implementation, dtype in (("eager", torch.float64), ("eager", torch.float32), ("sdpa", torch.float32)):
+        weight = torch.randn(BATCH, case.length, HEADS, VALUE_DIM) * tokens
+
+        def gradients(implementation, dtype, pattern=pattern, inputs=inputs, weight=weight):
             leaves = [t.detach().clone().to(dtype).requires_grad_() for t in inputs]
             (run(implementation, case, pattern, *leaves) * weight.to(dtype)).sum().backward()
-            grads[implementation, dtype] = [leaf.grad.double() for leaf in leaves]
-        oracle = grads.pop(("eager", torch.float64))
-        for found in grads.values():
-            for grad, expected in zip(found, oracle):
+            return [leaf.grad.double() for leaf in leaves]
+
+        oracle = gradients("eager", torch.float64)
+        for implementation in ("eager", "sdpa", "block_sparse"):
+            for grad, expected in zip(gradients(implementation, torch.float32), oracle):
                 torch.testing.assert_close(grad, expected, atol=1e-5, rtol=1e-5)
 
 

@@ -11,6 +11,7 @@ from hf_tfamily.modeling.attention_patterns import (
     FixedBlock,
     FixedSummary,
     Full,
+    Intersection,
     Local,
     PerHead,
     Strided,
@@ -32,6 +33,8 @@ PATTERNS = [
     Union((Local(3), Strided(4))),
     PerHead((Local(3), Strided(4))),
     Union((PerHead((Full(), Fixed(4, 1, sub_blocks=2))), Local(2))),
+    Intersection((Local(6), Strided(2))),
+    Union((Intersection((Fixed(6, 1, sub_blocks=4), Local(9))), Local(2))),
     PerHead((Union((Local(2), Strided(5))), FixedSummary(5, 2, sub_blocks=2))),
 ]
 

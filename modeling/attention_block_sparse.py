@@ -1,0 +1,295 @@
+"""`attn_implementation="block_sparse"`: attention that costs what its pattern shows, under our models and stock ones.
+
+Two functions are registered with Transformers: the attention itself, and a mask function that builds no mask but says
+as data what is seen (`VisibleKeys`). Between them and the plan lies alignment: a plan counts positions from the start
+of a document, so padded and packed rows are first moved to where their positions say.
+
+Shapes: B batch, H heads, T queries, S keys, D head dim of queries and keys, Dv of values.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.masking_utils import AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+
+from .attention_masks import VisibleKeys, with_packing, with_padding
+from .attention_patterns import Full, Local, Pattern, intersect, pattern_from_dict
+from .attention_torch import block_sparse_attention
+
+NAME = "block_sparse"
+# A copy of this file beside a checkpoint and the installed package may meet in one process: the newer one serves both.
+VERSION = 1
+
+
+def block_sparse_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: VisibleKeys | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """Attention [B, T, H, Dv] of queries [B, H, T, D] to keys [B, Hk, S, D] and values [B, Hk, S, Dv].
+
+    Raises:
+        ValueError: for what the backend cannot do, naming what can.
+    """
+    _refuse_unsupported(attention_mask, dropout if module.training else 0.0, kwargs)
+    is_causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
+    seen = _bind(attention_mask, module, query, key, is_causal)
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    tensors = (tensor.transpose(1, 2) for tensor in _in_one_dtype(query, key, value))
+    return attend(seen, *tensors, scaling), None
+
+
+def attend(
+    seen: VisibleKeys, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
+) -> torch.Tensor:
+    """Attention of [B, T, H, D] to the keys [B, S, Hk, D] that `seen` shows -> [B, T, H, Dv]."""
+    if seen.query_positions is None:
+        return block_sparse_attention(
+            query,
+            key,
+            value,
+            seen.pattern,
+            causal=seen.causal,
+            scale=scaling,
+            q_offset=seen.query_offset,
+            kv_offset=seen.key_offset,
+            key_valid=seen.key_valid,
+        )
+    if seen.query_length == 1:
+        return _attend_one(seen, query, key, value, scaling)
+    if seen.query_documents is None:
+        return _attend_padded(seen, query, key, value, scaling)
+    return _attend_packed(seen, query, key, value, scaling)
+
+
+def block_sparse_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | torch.Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable | None = None,
+    attention_mask: torch.Tensor | None = None,
+    **kwargs,
+) -> VisibleKeys:
+    """What a stock model's own mask shows, as data; the layer's pattern is added by the attention function.
+
+    Raises:
+        ValueError: if the model's mask function is none that can be stated as causality, window and documents.
+    """
+    seen = VisibleKeys(
+        Full(),
+        num_heads=1,
+        causal=False,
+        batch_size=batch_size,
+        query_length=q_length,
+        key_length=kv_length,
+        query_offset=int(q_offset),
+        key_offset=kv_offset,
+        awaits_pattern=True,
+    )
+    for name, values in _conditions(mask_function):
+        seen = _with_condition(seen, name, values)
+    return seen if attention_mask is None else with_padding(seen, attention_mask.bool())
+
+
+def register(replace_older: bool = True) -> None:
+    """Make Transformers know the backend, unless a copy of at least this version has done so."""
+    registered = ALL_ATTENTION_FUNCTIONS.get(NAME)
+    if registered is not None and not (replace_older and getattr(registered, "version", 0) < VERSION):
+        return
+    block_sparse_attention_forward.version = VERSION
+    AttentionInterface.register(NAME, block_sparse_attention_forward)
+    AttentionMaskInterface.register(NAME, block_sparse_mask)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is seen
+
+
+def _refuse_unsupported(attention_mask: Any, dropout: float, kwargs: dict[str, Any]) -> None:
+    reasons = {
+        "dropout of attention weights; set it to 0 in the config, or use 'eager' or 'sdpa'": dropout > 0,
+        "output_attentions; use 'eager'": kwargs.get("output_attentions"),
+        "softcap (of attention logits); set it to None in the config, or use 'eager'": kwargs.get("softcap")
+        is not None,
+        "attention sinks (s_aux); use 'eager'": kwargs.get("s_aux") is not None,
+        "position_bias; use 'eager' or 'sdpa'": kwargs.get("position_bias") is not None,
+        "masks that are tensors: this model builds its own, which cannot be combined with a pattern; "
+        "use 'eager' or 'sdpa'": isinstance(attention_mask, torch.Tensor),
+        "a 4-D attention_mask; use 'eager' or 'sdpa'": getattr(attention_mask, "extra", None) is not None,
+    }
+    for reason, applies in reasons.items():
+        if applies:
+            raise ValueError(f"attn_implementation='{NAME}' does not support {reason}.")
+
+
+def _bind(seen: VisibleKeys | None, module: nn.Module, query, key, is_causal: bool) -> VisibleKeys:
+    """Add the layer's pattern, which a mask made for a stock model still lacks."""
+    if seen is None:
+        batch_size, num_heads, query_length, key_length = *query.shape[:3], key.shape[2]
+        pattern = _pattern_of(module)
+        past = key_length - query_length if is_causal else 0
+        return VisibleKeys(pattern, num_heads, is_causal, batch_size, query_length, key_length, query_offset=past)
+    if seen.awaits_pattern:
+        pattern = intersect(_pattern_of(module), seen.pattern)
+        return replace(seen, pattern=pattern, num_heads=query.shape[1], awaits_pattern=False)
+    return seen
+
+
+def _pattern_of(module: nn.Module) -> Pattern:
+    """The pattern that the config gives to this layer of a stock model; cross-attention sees everything."""
+    patterns = getattr(module.config, "attention_patterns", None)
+    if patterns is None:
+        raise ValueError(
+            f"attn_implementation='{NAME}' needs config.attention_patterns, such as "
+            "{'type': 'local', 'window': 64}; {'type': 'full'} is dense attention."
+        )
+    if _is_cross_attention(module):
+        return Full()
+    if isinstance(patterns, dict):
+        return pattern_from_dict(patterns)
+    layer_idx = getattr(module, "layer_idx", None)
+    if layer_idx is None:
+        raise ValueError(
+            f"{type(module).__name__} does not know its layer, so config.attention_patterns must be one dict "
+            "for all layers, not a list."
+        )
+    return pattern_from_dict(patterns[layer_idx % len(patterns)])
+
+
+def _is_cross_attention(module: nn.Module) -> bool:
+    declared = getattr(module, "is_cross_attention", None)
+    if declared is not None:
+        return declared
+    decoder_without_causality = getattr(module, "is_decoder", False) and not getattr(module, "is_causal", True)
+    return decoder_without_causality or "CrossAttention" in type(module).__name__
+
+
+def _conditions(mask_function: Callable) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The single conditions whose intersection one of Transformers' mask functions is: their names and values."""
+    name = mask_function.__qualname__.split(".")[0]
+    values = inspect.getclosurevars(mask_function).nonlocals
+    if name == "and_masks":
+        for inner in values["mask_functions"]:
+            yield from _conditions(inner)
+        return
+    yield name, values
+    if name == "remap_positions_for_packed_sequence":
+        yield from _conditions(values["mask_function"])
+
+
+def _with_condition(seen: VisibleKeys, name: str, values: dict[str, Any]) -> VisibleKeys:
+    match name:
+        case "causal_mask_function":
+            return replace(seen, causal=True)
+        case "bidirectional_mask_function":
+            return seen
+        case "sliding_window_overlay":
+            return replace(seen, pattern=intersect(seen.pattern, Local(values["sliding_window"])))
+        case "sliding_window_bidirectional_overlay":
+            return replace(seen, pattern=intersect(seen.pattern, Local(values["sliding_window"] + 1)))
+        case "packed_sequence_mask_function":
+            return with_packing(seen, values["packed_sequence_mask"])
+        case "remap_positions_for_packed_sequence":
+            return seen  # its positions follow from the documents, which come as a condition of their own
+    raise ValueError(
+        f"attn_implementation='{NAME}' cannot combine a pattern with this model's own mask ({name}); use 'sdpa'."
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Alignment
+
+
+def _attend_one(seen: VisibleKeys, query, key, value, scaling: float) -> torch.Tensor:
+    """One query in each row, at different positions: its row of the mask is no larger than its row of keys."""
+    query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
+    grouped = {"enable_gqa": True} if query.shape[1] != key.shape[1] else {}
+    mask = seen.dense(query.device)
+    output = nn.functional.scaled_dot_product_attention(query, key, value, mask, scale=scaling, **grouped)
+    return output.transpose(1, 2)
+
+
+def _attend_padded(seen: VisibleKeys, query, key, value, scaling: float) -> torch.Tensor:
+    """Each row is a document: a token at position p goes to slot p of its row."""
+    end = seen.key_offset + seen.key_length
+    length = end if seen.key_valid is not None else int(seen.key_positions.max()) + 1
+    rows = torch.arange(seen.batch_size, device=query.device)[:, None] * length
+    key_slots, query_slots = rows + seen.key_positions, rows + seen.query_positions
+    if seen.key_valid is not None:
+        key_slots = key_slots.masked_fill(~seen.key_valid, -1)
+        first_query = seen.query_offset - seen.key_offset
+        query_valid = seen.key_valid[:, first_query : first_query + seen.query_length]
+        query_slots = query_slots.masked_fill(~query_valid, -1)
+    return _attend_slots(seen, query, key, value, scaling, query_slots, key_slots, seen.batch_size, length)
+
+
+def _attend_packed(seen: VisibleKeys, query, key, value, scaling: float) -> torch.Tensor:
+    """Each document becomes a row; documents of similar length, up to a power of two, are computed together."""
+    documents = seen.key_documents
+    numbers = documents + torch.arange(len(documents), device=documents.device)[:, None] * (documents.max() + 1)
+    numbers = numbers.masked_fill(documents < 0, -1)  # the free end of a static cache belongs to none
+    lengths = torch.bincount(numbers[numbers >= 0])
+    bounds = 2 ** lengths.clamp(min=1).log2().ceil().long()
+    output = 0
+    for bound in bounds[lengths > 0].unique().tolist():
+        chosen = (bounds == bound) & (lengths > 0)
+        rows = chosen.cumsum(0) - 1
+        slots = rows[numbers] * bound + seen.key_positions
+        slots = slots.masked_fill(~chosen[numbers] | (numbers < 0), -1)
+        query_slots = slots[:, : seen.query_length]
+        output = output + _attend_slots(seen, query, key, value, scaling, query_slots, slots, int(chosen.sum()), bound)
+    return output
+
+
+def _attend_slots(
+    seen: VisibleKeys, query, key, value, scaling, query_slots, key_slots, num_rows: int, length: int
+) -> torch.Tensor:
+    """Move tokens to their slots [B, T] and [B, S] among `num_rows` rows of `length`, attend, and move outputs back.
+
+    Slot -1 is nowhere: such keys are seen by nobody, such queries get 0.
+    """
+    nowhere = num_rows * length
+    query_slots = query_slots.flatten() % (nowhere + 1)
+    key_slots = key_slots.flatten() % (nowhere + 1)
+
+    def to_slots(tensor: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+        moved = tensor.new_zeros(nowhere + 1, *tensor.shape[2:]).index_copy(0, slots, tensor.flatten(0, 1))
+        return moved[:nowhere].unflatten(0, (num_rows, length))
+
+    valid = torch.zeros(nowhere + 1, dtype=torch.bool, device=query.device).index_fill(0, key_slots, True)
+    output = block_sparse_attention(
+        to_slots(query, query_slots),
+        to_slots(key, key_slots),
+        to_slots(value, key_slots),
+        seen.pattern,
+        causal=seen.causal,
+        scale=scaling,
+        q_offset=0,
+        key_valid=valid[:nowhere].unflatten(0, (num_rows, length)),
+    )
+    output = nn.functional.pad(output.flatten(0, 1), (0, 0, 0, 0, 0, 1))
+    return output[query_slots].unflatten(0, query.shape[:2])
+
+
+def _in_one_dtype(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Under autocast, models mix float32 (rotated queries, say) with the autocast dtype."""
+    device = tensors[0].device.type
+    if torch.is_autocast_enabled(device):
+        return tuple(tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors)
+    return tensors
+
+
+register()
