@@ -77,8 +77,13 @@ def _check(query: Tensor, key: Tensor, value: Tensor, key_valid: Tensor | None) 
         )
 
 
-@lru_cache(maxsize=256)
+@torch.compiler.assume_constant_result  # torch.compile cannot look into json
 def _to_json(pattern: Pattern) -> str:
+    return _cached_json(pattern)
+
+
+@lru_cache(maxsize=256)
+def _cached_json(pattern: Pattern) -> str:
     return json.dumps(pattern.to_dict(), sort_keys=True)
 
 
