@@ -386,8 +386,8 @@ def _scores(q: Tensor, k: Tensor, bias: Tensor | None, causal: bool, scale: floa
     if bias is not None:
         scores += bias[:, :, rows] if bias.shape[2] > 1 else bias
     if causal:
-        seen = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
-        scores.masked_fill_(~seen[rows], _MASKED)
+        query, key = (torch.arange(x.shape[2], device=x.device) for x in (q, k))
+        scores.masked_fill_(key > query[rows, None], _MASKED)
     return scores
 
 
