@@ -93,7 +93,7 @@ def _read(name: str) -> str:
 class _Loader(yaml.SafeLoader):
     """YAML 1.2 where PyYAML reads 1.1: 1e-3 is a number, and `no` and `on` are words."""
 
-    yaml_implicit_resolvers = {  # noqa: RUF012
+    yaml_implicit_resolvers = {
         letter: [(tag, rule) for tag, rule in rules if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float")]
         for letter, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
@@ -125,6 +125,8 @@ def _check_layout(name: str, content: Any) -> dict[str, Any]:
     for section in SECTIONS:
         if not isinstance(content[section], dict):
             raise RecipeError(f"{name}: {section} must be a mapping, got {content[section]!r}.")
+    if not isinstance(content.get("notes", []), list):
+        raise RecipeError(f"{name}: notes must be a list, got {content['notes']!r}.")
     return content
 
 
@@ -163,10 +165,10 @@ def _index(target: list, key: str, override: str) -> int:
 
 def _check_model(model: dict[str, Any], name: str) -> None:
     keys = dict(model)
-    model_type = keys.pop("model_type", None)
+    model_type = str(keys.pop("model_type", None))
     if model_type not in CONFIG_MAPPING:
         systems = {recipe.partition("/")[0] for recipe in list_recipes()}
-        hint = nearest(str(model_type), systems)
+        hint = nearest(model_type, systems)
         raise RecipeError(
             f"{name}: unknown model.model_type {model_type!r}{hint} Transformers' own are allowed as well."
         )

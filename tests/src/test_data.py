@@ -41,7 +41,8 @@ def test_with_start():
     ("data", "message"),
     [
         ({"source": "digit"}, "did you mean 'digits'"),
-        ({}, "Unknown data source None"),
+        ({}, "Unknown data source 'None'"),
+        ({"source": ["digits"]}, "Unknown data source"),
         ({"source": "bible", "lenght": 8}, "did you mean 'length'"),
         ({"source": "text_file"}, "needs the argument 'path'"),
     ],

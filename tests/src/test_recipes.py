@@ -139,9 +139,10 @@ def test_a_users_own_file(tmp_path):
         ("title: x\nmodel: {model_type: llama}\ndata: {source: digits}", "'training' is missing"),
         ("title: x\nmodel: 3\ndata: {}\ntraining: {}", "model must be a mapping"),
         ("title: x\nmodels: {}", "no key 'models'; did you mean 'model'"),
-        ("title: x\nmodel: {}\ndata: {source: digits}\ntraining: {}", "unknown model.model_type None"),
+        ("title: x\nmodel: {}\ndata: {source: digits}\ntraining: {}", "unknown model.model_type 'None'"),
         ("title: x\nmodel: {model_type: llama}\ndata: {source: text_file}\ntraining: {}", "needs the argument 'path'"),
         ("title: [", "not readable as YAML"),
+        ("title: x\nnotes: one\nmodel: {}\ndata: {}\ntraining: {}", "notes must be a list, got 'one'"),
     ],
 )
 def test_mistaken_files_are_named(tmp_path, text, message):

@@ -37,9 +37,9 @@ def load_data(data: Mapping[str, Any]) -> LoadedData:
 def check_data(data: Mapping[str, Any]) -> None:
     """Raise ValueError unless `data` names a source and fits its parameters; nothing is loaded."""
     arguments = dict(data)
-    source = arguments.pop("source", None)
+    source = str(arguments.pop("source", None))
     if source not in SOURCES:
-        raise ValueError(f"Unknown data source {source!r}{nearest(str(source), SOURCES)}")
+        raise ValueError(f"Unknown data source {source!r}{nearest(source, SOURCES)}")
     parameters = inspect.signature(SOURCES[source]).parameters
     for key in arguments:
         if key not in parameters:
