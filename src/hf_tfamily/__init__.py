@@ -5,3 +5,7 @@ implementation. Nothing heavy is imported until it is used: no triton, datasets,
 """
 
 __version__ = "0.1.0"
+
+from .auto import register_all
+
+register_all()
