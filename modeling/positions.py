@@ -5,6 +5,7 @@ Shapes: B batch, T tokens.
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -114,3 +115,118 @@ def _turn(first, second, cos, sin):
     """Each pair turned by its angle (equation 13)."""
     cos, sin = cos[:, None], sin[:, None]  # [B, 1, T, R / 2]
     return first * cos - second * sin, second * cos + first * sin
+
+
+# The dimension along which sines and cosines are stacked before the last two are flattened.
+SINUSOID_LAYOUTS = {"interleaved": -1, "halves": -2}
+
+
+def sinusoids(positions: torch.Tensor, dim: int, layout: str = "interleaved") -> torch.Tensor:
+    """Sine and cosine waves of positions, [...] -> [..., dim] (Vaswani et al. 2017, arXiv:1706.03762, section 3.5).
+
+    Args:
+        positions: floating point; the waves have its dtype.
+        layout: "interleaved" as in the paper (sine in even columns, cosine in odd ones), or "halves" as in Marian and
+            Transformer-XL (all sines, then all cosines).
+    """
+    if layout not in SINUSOID_LAYOUTS:
+        raise ValueError(f"layout must be one of {', '.join(SINUSOID_LAYOUTS)}, got {layout!r}.")
+    if dim % 2 or dim < 2:
+        raise ValueError(f"Sines and cosines come in pairs: dim must be even and at least 2, got {dim}.")
+    even = torch.arange(0, dim, 2, dtype=positions.dtype, device=positions.device)
+    angles = positions[..., None] / 10000 ** (even / dim)
+    waves = torch.stack([angles.sin(), angles.cos()], dim=SINUSOID_LAYOUTS[layout])
+    return waves.flatten(-2)
+
+
+class SinusoidalPositionEmbedding(nn.Module):
+    """Absolute positions as waves; no parameters, and no longest position.
+
+    Args:
+        hidden_size: width of the embeddings, even.
+        layout: see `sinusoids`.
+    """
+
+    def __init__(self, hidden_size: int, layout: str = "interleaved"):
+        super().__init__()
+        self.hidden_size = hidden_size
+        self.layout = layout
+
+    def forward(self, position_ids: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """[B, T] positions -> [B, T, hidden]."""
+        exact = torch.promote_types(dtype, torch.float32)
+        return sinusoids(position_ids.to(exact), self.hidden_size, self.layout).to(dtype)
+
+
+class RelativeSinusoids(nn.Module):
+    """The matrix R of Dai et al. 2019 (arXiv:1901.02860), section 3.3: a wave for each distance i - j.
+
+    Args:
+        hidden_size: width of the embeddings, even.
+        clamp_len: larger distances count as this one; None for no limit.
+    """
+
+    def __init__(self, hidden_size: int, clamp_len: int | None = None):
+        super().__init__()
+        self.hidden_size = hidden_size
+        self.clamp_len = clamp_len
+
+    def forward(self, length: int, like: torch.Tensor) -> torch.Tensor:
+        """[length, hidden], rows for the distances length - 1 down to 0, in the dtype and on the device of `like`."""
+        exact = torch.promote_types(like.dtype, torch.float32)
+        distances = torch.arange(length - 1, -1, -1, dtype=exact, device=like.device)
+        if self.clamp_len is not None:
+            distances = distances.clamp(max=self.clamp_len)
+        return sinusoids(distances, self.hidden_size, "halves").to(like.dtype)
+
+
+class RelativeBiases(nn.Module):
+    """The vectors u and v of Dai et al. 2019, section 3.3, which take the place of the query's absolute position.
+
+    Attributes:
+        content: u [H, D], added to queries that meet keys.
+        position: v [H, D], added to queries that meet distances.
+    """
+
+    def __init__(self, num_heads: int, head_dim: int):
+        super().__init__()
+        self.content = nn.Parameter(torch.zeros(num_heads, head_dim))
+        self.position = nn.Parameter(torch.zeros(num_heads, head_dim))
+
+
+@dataclass(frozen=True)
+class RelativePositions:
+    """Where the queries stand to the keys, for every layer of one call.
+
+    Attributes:
+        states: R [L, hidden] for the distances L - 1 down to 0.
+        key_length: S, at most L.
+        distances: [B, T, S], negative for later keys; None where the T queries are the last T of S unpadded keys.
+    """
+
+    states: torch.Tensor
+    key_length: int
+    distances: torch.Tensor | None = None
+
+    def scores(self, query: torch.Tensor, relative_key: torch.Tensor) -> torch.Tensor:
+        """What queries [B, H, T, D] and projected distances [H, L, D] have in common, as [B, H, T, S].
+
+        The terms (b) and (d) of Dai et al. 2019, section 3.3, if v has been added to the query. Entries for later
+        keys mean nothing; the causal mask hides them.
+        """
+        by_distance = query @ relative_key[:, -self.key_length :].transpose(-1, -2)  # column c: distance S - 1 - c
+        if self.distances is None:
+            return shift_rows(by_distance)
+        columns = (self.key_length - 1 - self.distances).clamp(0, self.key_length - 1)
+        return by_distance.gather(-1, columns[:, None].expand_as(by_distance))
+
+
+def shift_rows(scores: torch.Tensor) -> torch.Tensor:
+    """[..., T, S] by distance -> [..., T, S] by key (Dai et al. 2019, appendix B).
+
+    Row i moves T - 1 - i places to the left: of S keys the last T are the queries' own. What enters from the right
+    belongs to later keys. Done by viewing rows of S + 1 entries as rows of T.
+    """
+    *batch, rows, columns = scores.shape
+    padded = nn.functional.pad(scores, (1, 0)).view(*batch, columns + 1, rows)
+    return padded[..., 1:, :].reshape(*batch, rows, columns)

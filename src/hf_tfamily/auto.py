@@ -41,6 +41,15 @@ SYSTEMS = [
         {AutoModel: "Model", AutoModelForCausalLM: "ForCausalLM"},
         ImageTokenProcessor,
     ),
+    System(
+        "transformer_xl",
+        "TransformerXL",
+        {
+            AutoModel: "Model",
+            AutoModelForCausalLM: "ForCausalLM",
+            AutoModelForSequenceClassification: "ForSequenceClassification",
+        },
+    ),
 ]
 
 

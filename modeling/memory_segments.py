@@ -1,0 +1,289 @@
+"""What Transformer-XL keeps of the segments it has read: a Cache of the last `mem_len` places of every layer.
+
+While gradients flow it keeps each layer's input, detached, so that the key and value projections learn through memory
+positions too (Dai et al. 2019, arXiv:1901.02860, section 3.2). Otherwise it keeps projected keys and values, and the
+projected distances: the same result for far less work.
+
+Shapes: B batch, H heads, T new tokens, M places in memory, D head dim, L distances.
+"""
+
+import weakref
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+
+class MemoryLayer(CacheLayerMixin):
+    """The last `capacity` entries of one layer, in tensors whose places run along dimension -2.
+
+    Attributes:
+        names: what the tensors are called.
+        zero_start: begin with zero hidden states in every place, instead of with nothing.
+        seen: number of tokens the model has read, kept or not.
+    """
+
+    is_sliding = False
+    supports_early_init = False
+    names: tuple[str, ...]
+
+    def __init__(self, capacity: int, zero_start: bool = False):
+        super().__init__()
+        self.capacity = capacity
+        self.zero_start = zero_start
+        self.seen = 0
+
+    @property
+    def first(self) -> torch.Tensor | None:
+        """One of the tensors, for its batch, dtype and device; None before the first segment."""
+        return getattr(self, self.names[0]) if self.is_initialized else None
+
+    @property
+    def held(self) -> int:
+        """Number of places that the next segment sees."""
+        if self.is_initialized:
+            return self.first.shape[-2]
+        return self.capacity if self.zero_start else 0
+
+    def lazy_initialization(self, *entries: torch.Tensor) -> None:
+        for name, new in zip(self.names, entries):
+            setattr(self, name, new[..., :0, :].detach())
+        self.is_initialized = True
+
+    def append(self, *entries: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """What is held, then the new entries; the last `capacity` of them stay, without their gradient."""
+        if not self.is_initialized:
+            self.lazy_initialization(*entries)
+        joined = []
+        for name, new in zip(self.names, entries):
+            check_same_kind(getattr(self, name), new)
+            joined.append(torch.cat([getattr(self, name), new], dim=-2))
+            setattr(self, name, joined[-1][..., -self.capacity :, :].detach())
+        return tuple(joined)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.held + query_length, self.seen - self.held
+
+    def get_seq_length(self) -> int:
+        return self.seen
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def reset(self) -> None:
+        for name in self.names:
+            setattr(self, name, None)
+        self.is_initialized = False
+        self.seen = 0
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self.change_batch(lambda held: held.index_select(0, beam_idx.to(held.device)))
+
+    def change_batch(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        for name in self.names if self.is_initialized else ():
+            setattr(self, name, change(getattr(self, name)))
+
+
+class HiddenStateLayer(MemoryLayer):
+    """Keeps the layer's inputs [B, M, hidden]; every segment projects them anew, so that the projections learn."""
+
+    names = ("states",)
+
+    def lazy_initialization(self, hidden_states: torch.Tensor) -> None:
+        batch_size, _, hidden_size = hidden_states.shape
+        self.states = hidden_states.new_zeros(batch_size, self.held, hidden_size)
+        self.is_initialized = True
+
+    def past_states(self, like: torch.Tensor) -> torch.Tensor:
+        if not self.is_initialized:
+            self.lazy_initialization(like)
+        check_same_kind(self.states, like)
+        return self.states
+
+    def remember(self, hidden_states: torch.Tensor) -> None:
+        self.append(hidden_states)
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        return key_states, value_states
+
+    def relative_keys(self, position_states: torch.Tensor, project: Callable) -> torch.Tensor:
+        return project(position_states)
+
+    def distances_wanted(self, key_length: int) -> int:
+        return key_length
+
+
+class KeyValueLayer(MemoryLayer):
+    """Keeps keys and values [B, H, M, D], and the projected distances [H, L, D]."""
+
+    names = ("keys", "values")
+
+    def __init__(self, capacity: int, zero_start: bool = False):
+        super().__init__(capacity, zero_start)
+        self.projected_distances: torch.Tensor | None = None
+
+    def past_states(self, like: torch.Tensor) -> torch.Tensor:
+        batch_size, _, hidden_size = like.shape
+        return like.new_zeros(batch_size, 0 if self.is_initialized else self.held, hidden_size)
+
+    def remember(self, hidden_states: torch.Tensor) -> None:
+        """`update` did."""
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        return self.append(key_states, value_states)
+
+    def relative_keys(self, position_states: torch.Tensor, project: Callable) -> torch.Tensor:
+        if len(position_states):
+            self.projected_distances = project(position_states)
+        return self.projected_distances
+
+    def distances_wanted(self, key_length: int) -> int:
+        """0 if those at hand reach; else so many that growing memories seldom ask again."""
+        if self.projected_distances is None:
+            return key_length
+        return 0 if self.projected_distances.shape[1] >= key_length else 2 * key_length
+
+    def reset(self) -> None:
+        super().reset()
+        self.projected_distances = None
+
+
+class SegmentMemory(Cache):
+    """The memory of a Transformer-XL: made by the model's first call, handed back with the next segment.
+
+    Args:
+        config: a TransformerXLConfig, for num_hidden_layers, mem_len and zero_initial_memory.
+        projected: keep keys and values instead of hidden states; not for training.
+
+    Attributes:
+        valid: [B, M] bool, False where a place holds padding; None if no place does.
+    """
+
+    kind = "segment"
+
+    def __init__(self, config, projected: bool = False):
+        layer = KeyValueLayer if projected else HiddenStateLayer
+        layers = [layer(config.mem_len, config.zero_initial_memory) for _ in range(config.num_hidden_layers)]
+        super().__init__(layers=layers)
+        self.projected = projected
+        self.valid: torch.Tensor | None = None
+        self._model = None
+
+    @property
+    def held(self) -> int:
+        """Number of places that the next segment sees."""
+        return self.layers[0].held
+
+    @property
+    def seen(self) -> int:
+        """Number of tokens read since the start."""
+        return self.layers[0].seen
+
+    def past_states(self, like: torch.Tensor, layer_idx: int) -> torch.Tensor:
+        """Remembered inputs [B, M, hidden] of a layer whose new input is `like`; [B, 0, hidden] if projected."""
+        return self.layers[layer_idx].past_states(like)
+
+    def remember(self, hidden_states: torch.Tensor, layer_idx: int) -> None:
+        """Take in a layer's new input [B, T, hidden]."""
+        self.layers[layer_idx].remember(hidden_states)
+
+    def distances_wanted(self, key_length: int) -> int:
+        """For how many distances the layers want R, given the number of keys; 0 if they have them projected."""
+        return max(layer.distances_wanted(key_length) for layer in self.layers)
+
+    def relative_keys(self, layer_idx: int, position_states: torch.Tensor, project: Callable) -> torch.Tensor:
+        """[H, L, D]: the distances [L, hidden] projected by a layer, or its earlier projection of more of them."""
+        return self.layers[layer_idx].relative_keys(position_states, project)
+
+    def valid_keys(self, new: torch.Tensor | None, batch_size: int, length: int) -> torch.Tensor | None:
+        """[B, M + T] bool for the memory followed by T new tokens, of which `new` [B, T] says which are no padding."""
+        if self.valid is None and new is None:
+            return None
+        past = self.valid if self.valid is not None else new.new_ones(batch_size, self.held)
+        return torch.cat([past, past.new_ones(batch_size, length) if new is None else new], dim=1)
+
+    def advance(self, length: int, valid: torch.Tensor | None) -> None:
+        """Every layer has taken in `length` tokens; `valid` is what `valid_keys` said."""
+        for layer in self.layers:
+            layer.seen += length
+        self.valid = None if valid is None or bool(valid[:, -self.held :].all()) else valid[:, -self.held :]
+
+    def check(self, model: nn.Module, inputs_embeds: torch.Tensor) -> None:
+        """Raise ValueError if this is no memory for `model` to read inputs_embeds [B, T, hidden] with."""
+        owner = None if self._model is None else self._model()
+        if (owner is not None and owner is not model) or len(self.layers) != model.config.num_hidden_layers:
+            raise ValueError(
+                "past_key_values is the memory of another model; give each model the one it returned, or None to start."
+            )
+        self._model = weakref.ref(model)
+        if self.projected and model.training:
+            raise ValueError(
+                "past_key_values holds projected keys and values, through which nothing can be learnt; it was made "
+                "without gradients. Start training with past_key_values=None, and keep a memory of its own for it."
+            )
+        first = self.layers[0].first
+        if first is not None and (first.shape[0], first.device) != (inputs_embeds.shape[0], inputs_embeds.device):
+            raise ValueError(
+                f"past_key_values remembers a batch of {first.shape[0]} rows on {first.device}, but the new segment "
+                f"has {inputs_embeds.shape[0]} rows on {inputs_embeds.device}; give its own rows or start with None."
+            )
+
+    def check_padding(self, past: torch.Tensor) -> None:
+        """Raise ValueError if `past` [B, seen] calls padding what was read as tokens, or the other way round."""
+        held = min(self.held, self.seen)
+        past = past[:, self.seen - held :]
+        if not torch.equal(past, torch.ones_like(past) if self.valid is None else self.valid[:, -held:]):
+            raise ValueError(
+                "attention_mask and past_key_values disagree about which of the earlier tokens are padding; give the "
+                "earlier calls the same mask."
+            )
+
+    def reset(self) -> None:
+        super().reset()
+        self.valid = None
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self._change_batch(lambda held: held.index_select(0, beam_idx.to(held.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._change_batch(lambda held: held.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self._change_batch(lambda held: held[indices.to(held.device)])
+
+    def crop(self, tokens_to_remove: int) -> None:
+        raise ValueError("A segment memory cannot be cropped: what it dropped for newer tokens is gone.")
+
+    def _change_batch(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        for layer in self.layers:
+            layer.change_batch(change)
+        self.valid = None if self.valid is None else change(self.valid)
+
+    def __getstate__(self) -> dict:
+        """Copies and files forget which model the memory came from."""
+        return {**self.__dict__, "_model": None}
+
+
+def check_memory(memory, kind: str) -> None:
+    """Raise ValueError if past_key_values is some other cache. By name: a checkpoint's own code has its own classes."""
+    if getattr(memory, "kind", None) != kind:
+        raise ValueError(
+            f"past_key_values must be a {kind} memory, as earlier calls returned it, got a {type(memory).__name__}; "
+            "give None to start with an empty one."
+        )
+
+
+def check_same_kind(held: torch.Tensor, new: torch.Tensor) -> None:
+    """Raise ValueError unless the entries differ in nothing but the number of places."""
+    for name, mine, other in (
+        ("batch size", held.shape[0], new.shape[0]),
+        ("sizes", (*held.shape[1:-2], held.shape[-1]), (*new.shape[1:-2], new.shape[-1])),
+        ("dtype", held.dtype, new.dtype),
+        ("device", held.device, new.device),
+    ):
+        if mine != other:
+            raise ValueError(
+                f"past_key_values does not fit the new segment: its {name} is {mine}, the segment's is {other}. "
+                "Start with past_key_values=None, or give the memory of this very stream."
+            )
