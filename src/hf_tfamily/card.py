@@ -24,7 +24,7 @@ TEMPLATE = """---
 
 | held-out bits per dimension | uniform guess | steps | seconds of training |
 |---|---|---|---|
-| {{ "%.4f"|format(metrics.bits_per_dim) }} | {{ "%.4f"|format(metrics.uniform_bits_per_dim) }} | {{ metrics.steps }} | {{ metrics.seconds }} |
+| {{ bits }} | {{ uniform_bits }} | {{ metrics.steps }} | {{ metrics.seconds }} |
 
 The recipe is beside this page. `hf-tfamily train recipe.yaml` makes these figures and this folder,
 `hf-tfamily evaluate .` computes the first figure again.
@@ -65,6 +65,8 @@ def model_card(recipe: Recipe, data: LoadedData, metrics: dict[str, Any]) -> Mod
         recipe=recipe,
         data=data,
         metrics=metrics,
+        bits=f"{metrics['bits_per_dim']:.4f}",
+        uniform_bits=f"{metrics['uniform_bits_per_dim']:.4f}",
         pictures=hasattr(data.processor, "start_tokens"),
         start_tokens=f"id {first}" if first == last else f"ids {first} to {last}, one for each class",
     )

@@ -1,15 +1,23 @@
 """Pictures: samples of a model, its loss curve, and attention patterns. The only file that needs matplotlib."""
 
+import functools
 import math
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from .data.sequences import require
+from .pattern_views import LATER, Panel, grid_view, keys_per_query, matrix_view
 
 INK, GREY, BLUE, ORANGE = "#1f2328", "#8c959f", "#1f5fa8", "#d9730d"
+TRAINING_LINE = {"color": BLUE, "alpha": 0.6}
+HELD_OUT_LINE = {"color": ORANGE, "marker": "o", "markersize": 3}
+VIEW_COLOURS = ("#0b2f57", "#e8ecf0", "#2f6fb7", "#9dc3ea", "#d9730d", "#f3bf8f")  # query, unseen, parts 1, 2, ...
+PANEL_TITLE = {"fontsize": 9, "loc": "center", "fontweight": "normal"}
+CORNER = {"ha": "right", "va": "top", "fontsize": 8, "color": GREY}
 STYLE = {
     "font.size": 10,
     "text.color": INK,
@@ -30,30 +38,41 @@ STYLE = {
 }
 
 
-def new_figure(width: float, height: float, **layout: Any):
-    """A figure and its axes in this file's style, drawn without a display."""
-    with require("matplotlib").rc_context(STYLE):
-        figure = require("matplotlib.figure").Figure(figsize=(width, height))
-        return figure, figure.subplots(**layout)
+def styled(draw: Callable) -> Callable:
+    """Run a drawing function in this file's style; it needs matplotlib, but no display."""
+
+    @functools.wraps(draw)
+    def draw_in_style(*args: Any, **kwargs: Any) -> None:
+        with require("matplotlib").rc_context(STYLE):
+            draw(*args, **kwargs)
+
+    return draw_in_style
+
+
+def new_figure(width: float, height: float):
+    """An empty figure, size in inches."""
+    return require("matplotlib.figure").Figure(figsize=(width, height))
 
 
 def save(figure, path: str | Path) -> None:
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with require("matplotlib").rc_context(STYLE):
-        figure.savefig(path)
+    figure.savefig(path)
 
 
+@styled
 def sample_grid(pictures: Sequence, path: str | Path, columns: int, row_names: Sequence[str] = ()) -> None:
     """Write PIL `pictures`, all of one size, in rows of `columns`; `row_names` stand at the left of the rows."""
     arrays = [np.asarray(picture.convert("RGB")) for picture in pictures]
-    height, width, gap = arrays[0].shape[0], arrays[0].shape[1], max(1, arrays[0].shape[0] // 12)
+    height, width = arrays[0].shape[:2]
+    gap = max(1, height // 12)
     rows = math.ceil(len(arrays) / columns)
     sheet = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, 3), 255, np.uint8)
     for place, array in enumerate(arrays):
         top, left = place // columns * (height + gap), place % columns * (width + gap)
         sheet[top : top + height, left : left + width] = array
 
-    figure, axes = new_figure(columns * 0.75, rows * 0.75 * height / width)
+    figure = new_figure(columns * 0.75, rows * 0.75 * height / width)
+    axes = figure.subplots()
     axes.imshow(sheet, interpolation="nearest")
     axes.spines[:].set_visible(False)
     axes.set_xticks([])
@@ -62,24 +81,59 @@ def sample_grid(pictures: Sequence, path: str | Path, columns: int, row_names: S
     save(figure, path)
 
 
+@styled
 def loss_curve(log_history: Sequence[dict], uniform: float, path: str | Path, title: str = "") -> None:
-    """Write the bits per dimension of a Trainer's `log_history` over its steps, below the `uniform` bound."""
-    figure, axes = new_figure(6.4, 3.6)
+    """Write the bits per dimension of a Trainer's `log_history` over its steps, and the `uniform` bound."""
+    figure = new_figure(6.4, 3.6)
+    axes = figure.subplots()
     axes.set_title(title)
-    drawn = []
-    for key, name, style in (
-        ("loss", "training", {"color": BLUE, "alpha": 0.55}),
-        ("eval_loss", "held out", {"color": ORANGE, "marker": "o", "markersize": 3}),
-    ):
+    lowest = uniform
+    for key, name, line in (("loss", "training", TRAINING_LINE), ("eval_loss", "held out", HELD_OUT_LINE)):
         points = [(entry["step"], entry[key] / math.log(2)) for entry in log_history if key in entry]
         if points:
             steps, bits = zip(*points)
-            drawn += bits
-            axes.plot(steps, bits, label=f"{name}: {bits[-1]:.3f} at the end", **style)
-    axes.axhline(uniform, color=GREY, linestyle="--", linewidth=1, label=f"uniform: {uniform:.3f}")
-    axes.set_ylim(min([*drawn, uniform]) * 0.96, uniform * 1.04)
+            lowest = min(lowest, *bits)
+            axes.plot(steps, bits, label=f"{name}: {bits[-1]:.3f} at the end", **line)
+    axes.axhline(uniform, color=GREY, linestyle="--", linewidth=1, label=f"uniform guess: {uniform:.3f}")
+    axes.set_ylim(lowest * 0.95, uniform * 1.05)
     axes.set_xlabel("step")
     axes.set_ylabel("bits per dimension")
     axes.grid(axis="y", color=GREY, alpha=0.2)
-    axes.legend(loc="best")
+    axes.legend()
     save(figure, path)
+
+
+@styled
+def pattern_pictures(panels: Sequence[Panel], path: str | Path, title: str = "", columns: int = 4) -> None:
+    """Write the panels side by side, each like figure 3 of Child et al. 2019: the grid above, the matrix below."""
+    columns = min(columns, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    figure = new_figure(2.6 * columns, 4.1 * rows)
+    figure.suptitle(title, x=0.01, ha="left", weight="bold")
+    cells = figure.subplots(2 * rows, columns, squeeze=False, height_ratios=[1, 2] * rows)
+    for axes in cells.flat:
+        axes.set_axis_off()
+    for place, panel in enumerate(panels):
+        row, column = 2 * (place // columns), place % columns
+        above, below = cells[row : row + 2, column]
+        above.set_title("\n".join([*textwrap.wrap(panel.title, 34), panel.note]), **PANEL_TITLE)
+        if panel.shape is not None:
+            _draw_codes(above, grid_view(panel.pattern, panel.shape, panel.head), later="#f8f9fa")
+        view = matrix_view(panel.pattern, panel.length, panel.head)
+        _draw_codes(below, view, later="white")
+        corner = f"{panel.length} tokens,\n{keys_per_query(view):.1f} keys per query"
+        below.text(1, 0.98, corner, transform=below.transAxes, **CORNER)
+    save(figure, path)
+
+
+def _draw_codes(axes, view: np.ndarray, later: str) -> None:
+    """Draw a view's codes as coloured cells, with gaps between them where there is room."""
+    palette = [later, *VIEW_COLOURS]  # codes begin at LATER
+    to_rgb = require("matplotlib.colors").to_rgb
+    axes.imshow(np.array([to_rgb(colour) for colour in palette])[view - LATER], interpolation="nearest")
+    if max(view.shape) <= 64:
+        line = {"color": "white", "linewidth": 12 / max(view.shape)}
+        for edge in range(view.shape[0] + 1):
+            axes.axhline(edge - 0.5, **line)
+        for edge in range(view.shape[1] + 1):
+            axes.axvline(edge - 0.5, **line)

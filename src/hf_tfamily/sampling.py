@@ -46,19 +46,28 @@ def sample(
 
 
 def start_ids(processor: Any, count: int, classes: Sequence[int] | None = None) -> torch.Tensor:
-    """[n, 1] ids to sample from: `count` of them, or `count` for each of `classes`.
+    """[n, 1] ids to sample from: `count` of them, or `count` for each of `classes` (None: all of them, if any).
 
     Raises:
-        ValueError: if the model has classes and none is given, or has none and some are.
+        ValueError: if `classes` holds one that the model does not know, or the model has none.
     """
-    if hasattr(processor, "start_tokens"):
+    if makes_pictures(processor):
+        if classes is None and processor.num_classes:
+            classes = range(processor.num_classes)
         if classes is None:
             return processor.start_tokens(count=count, return_tensors="pt")["input_ids"]
-        classes = [label for label in classes for _ in range(count)]
-        return processor.start_tokens(classes=classes, return_tensors="pt")["input_ids"]
+        repeated = [label for label in classes for _ in range(count)]
+        return processor.start_tokens(classes=repeated, return_tensors="pt")["input_ids"]
+    if processor is None:
+        raise ValueError("There is neither an image processor nor a tokenizer beside this model to decode samples.")
     if classes is not None:
         raise ValueError(f"This model was trained without classes, got classes={list(classes)}.")
     return torch.full((count, 1), processor.bos_token_id)
+
+
+def makes_pictures(processor: Any) -> bool:
+    """Does the processor decode ids to pictures (and not to text)?"""
+    return hasattr(processor, "start_tokens")
 
 
 def load_processor(folder: str | Path) -> Any:

@@ -10,7 +10,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import torch
@@ -35,12 +35,11 @@ from .data.sequences import require
 from .evaluation import bits_per_dim
 from .hub import export
 from .recipes import Recipe, RecipeError, load_recipe
-from .sampling import sample, start_ids, texts
+from .sampling import makes_pictures, sample, start_ids, texts
 
 SAMPLES_PER_CLASS = 8
 SAMPLES_WITHOUT_CLASSES = 16
 RECIPE_FILE = "recipe.yaml"
-CHECKPOINT_FILES = ("trainer_state.json", "model.safetensors", "optimizer.pt", "scheduler.pt")
 
 
 class RunError(ValueError):
@@ -64,26 +63,21 @@ def train(recipe: Recipe, output: str | Path | None = None, resume: bool = False
     run = RunFolder(output or default_output(recipe))
     with _blaming(recipe, "training"):
         arguments = _training_arguments(recipe, run.partial)
-    with arguments.main_process_first(local=False, desc="preparing data"):
-        if arguments.process_index == 0:
-            run.claim(recipe, resume, overwrite)
-        with _blaming(recipe, "data"):
-            data = load_data(recipe.data)
+    is_main = arguments.process_index == 0
+    if is_main:
+        run.check(recipe, resume, overwrite)
+    with arguments.main_process_first(local=False), _blaming(recipe, "data"):
+        data = load_data(recipe.data)
     set_seed(arguments.seed)
     with _blaming(recipe, "model"):
         model = _build_model(recipe, data)
-    trainer = Trainer(
-        model=model,
-        args=arguments,
-        data_collator=NextTokenCollator(),
-        train_dataset=data.train,
-        eval_dataset=data.eval,
-        callbacks=[Stopwatch()],
-    )
-    trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(BitsProgress())
+    with _blaming(recipe, "training"):
+        trainer = _build_trainer(model, arguments, data)
+    with arguments.main_process_first(local=False):
+        if is_main:
+            run.open(recipe, resume)
     trainer.train(run.last_whole_checkpoint(), ignore_keys_for_eval=["past_key_values"])
-    if trainer.is_world_process_zero():
+    if is_main:
         run.publish(lambda folder: _finish(trainer, recipe, data, folder))
     return run.output
 
@@ -99,17 +93,37 @@ class RunFolder:
         self.output = Path(output)
         self.partial = self.output.with_name(self.output.name + ".partial")
 
-    def claim(self, recipe: Recipe, resume: bool, overwrite: bool) -> None:
-        """Make `partial` the folder of this run, or raise RunError."""
-        self._check_output(overwrite)
-        recorded = self.partial / RECIPE_FILE
-        if self.partial.exists() and not (resume or overwrite):
+    def check(self, recipe: Recipe, resume: bool, overwrite: bool) -> None:
+        """Raise RunError if something is here that the flags give no leave to continue or to replace."""
+        interrupted = (self.partial / RECIPE_FILE).exists()
+        if _holds_something(self.output) and not (self.output / "config.json").exists():
+            raise RunError(f"{self.output} exists and holds no model; choose another --output.")
+        if _holds_something(self.output) and not overwrite and not interrupted:
+            raise RunError(
+                f"{self.output} holds a finished model, and there is no interrupted run to --resume; "
+                "replace it by --overwrite, or choose another --output."
+            )
+        if _holds_something(self.partial) and not (resume or overwrite):
             raise RunError(
                 f"{self.partial} holds an interrupted run; go on with it by --resume, throw it away by --overwrite, "
                 "or choose another --output."
             )
-        if resume and recorded.exists():
+        if resume and interrupted:
             self._check_same_recipe(recipe)
+
+    def _check_same_recipe(self, recipe: Recipe) -> None:
+        """An interrupted run goes on with its own recipe only."""
+        recorded = replace(load_recipe(self.partial / RECIPE_FILE), name=recipe.name)
+        if recorded != recipe:
+            raise RunError(
+                f"{self.partial} holds a run of another recipe ({_differences(recorded, recipe)}); give --resume the "
+                "same recipe and --set, throw it away by --overwrite, or choose another --output."
+            )
+
+    def open(self, recipe: Recipe, resume: bool) -> None:
+        """Make `partial` the working folder: as it is where a run is resumed, else a new one."""
+        recorded = self.partial / RECIPE_FILE
+        if resume and recorded.exists():
             return
         shutil.rmtree(self.partial, ignore_errors=True)
         self.partial.mkdir(parents=True)
@@ -117,35 +131,10 @@ class RunFolder:
         being_written.write_text(recipe_yaml(recipe), encoding="utf-8")
         being_written.rename(recorded)
 
-    def _check_output(self, overwrite: bool) -> None:
-        if not self.output.exists() or (self.output.is_dir() and not any(self.output.iterdir())):
-            return
-        if not (self.output / "config.json").exists():
-            raise RunError(f"{self.output} exists and holds no model; choose another --output.")
-        interrupted = (self.partial / RECIPE_FILE).exists()
-        if not overwrite and not interrupted:
-            raise RunError(
-                f"{self.output} holds a finished model, and there is no interrupted run to --resume; "
-                "replace it by --overwrite, or choose another --output."
-            )
-
-    def _check_same_recipe(self, recipe: Recipe) -> None:
-        """An interrupted run goes on with its own recipe only."""
-        recorded = replace(load_recipe(self.partial / RECIPE_FILE), name=recipe.name, parameters=recipe.parameters)
-        if recorded != recipe:
-            raise RunError(
-                f"{self.partial} holds a run of another recipe ({_differences(recorded, recipe)}); give --resume the same "
-                "recipe and --set, throw it away by --overwrite, or choose another --output."
-            )
-
     def last_whole_checkpoint(self) -> str | None:
         """The newest checkpoint that was written to its end; the Trainer writes the trainer_state.json last."""
         checkpoints = sorted(self.partial.glob("checkpoint-*"), key=lambda folder: int(folder.name.split("-")[-1]))
-        whole = [
-            folder
-            for folder in checkpoints
-            if _is_json(folder / "trainer_state.json") and any(folder.glob("*.safetensors"))
-        ]
+        whole = [folder for folder in checkpoints if _is_whole(folder)]
         return str(whole[-1]) if whole else None
 
     def publish(self, write) -> None:
@@ -187,6 +176,10 @@ def _training_arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
     for key in ours:
         if key in recipe.training:
             raise ValueError(f"{key} cannot be set; it is what `train` decides (see --output).")
+    for field in fields(TrainingArguments):
+        value = recipe.training.get(field.name)
+        if isinstance(value, str) and isinstance(field.default, (int, float)):
+            raise ValueError(f"{field.name} must be a number or true or false, got {value!r}.")
     cpu = not torch.accelerator.is_available()
     defaults = {"use_cpu": cpu, "dataloader_pin_memory": not cpu, "report_to": "none", "save_total_limit": 2}
     return TrainingArguments(**{**defaults, **recipe.training, **ours})
@@ -213,6 +206,20 @@ def _build_model(recipe: Recipe, data: LoadedData) -> PreTrainedModel:
     return model
 
 
+def _build_trainer(model: PreTrainedModel, arguments: TrainingArguments, data: LoadedData) -> Trainer:
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        data_collator=NextTokenCollator(),
+        train_dataset=data.train,
+        eval_dataset=data.eval,
+        callbacks=[Stopwatch()],
+    )
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(BitsProgress())
+    return trainer
+
+
 def _finish(trainer: Trainer, recipe: Recipe, data: LoadedData, folder: Path) -> None:
     """Fill the finished folder: the model, what it reaches, samples, and a card."""
     model, history = trainer.accelerator.unwrap_model(trainer.model), trainer.state.log_history
@@ -237,10 +244,9 @@ def _write_samples(model: PreTrainedModel, data: LoadedData, folder: Path) -> No
     """samples.png of pictures, samples.txt of text; nothing where no processor can decode."""
     if data.processor is None:
         return
-    classes = range(len(data.class_names)) if data.class_names else None
     count = SAMPLES_PER_CLASS if data.class_names else SAMPLES_WITHOUT_CLASSES
-    ids = sample(model, start_ids(data.processor, count, classes), progress=True)
-    if hasattr(data.processor, "start_tokens"):
+    ids = sample(model, start_ids(data.processor, count), progress=True)
+    if makes_pictures(data.processor):
         pictures = data.processor.decode(ids)
         plots.sample_grid(pictures, folder / "samples.png", columns=SAMPLES_PER_CLASS, row_names=data.class_names or ())
     else:
@@ -266,12 +272,18 @@ def _differences(recorded: Recipe, asked: Recipe) -> str:
     return "; ".join(found) or "only its texts differ"
 
 
-def _is_json(file: Path) -> bool:
+def _holds_something(path: Path) -> bool:
+    """Is there a file, or a folder that is not empty?"""
+    return path.is_file() or (path.is_dir() and any(path.iterdir()))
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Does it have weights, and a trainer_state.json that is not cut off?"""
     try:
-        json.loads(file.read_text(encoding="utf-8"))
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return True
+    return any(checkpoint.glob("*.safetensors"))
 
 
 @contextmanager

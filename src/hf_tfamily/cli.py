@@ -1,0 +1,257 @@
+"""The command `hf-tfamily`: train, evaluate, sample, show, info, recipes.
+
+What is wrong with a request is said in one line, with exit code 2. Heavy modules are imported by the commands that need
+them.
+"""
+
+import json
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+app = typer.Typer(
+    help="The Transformer family as Hugging Face models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console(highlight=False)
+errors = Console(stderr=True, highlight=False)
+
+Overrides = Annotated[
+    list[str], typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change the recipe, model.hidden_size=64 say.")
+]
+Folder = Annotated[
+    Path, typer.Argument(metavar="DIR", help="Folder of a finished model.", exists=True, file_okay=False)
+]
+Seed = Annotated[int, typer.Option(help="Seed of the random numbers.")]
+show_traceback = False
+
+
+@app.callback()
+def options(traceback: Annotated[bool, typer.Option(help="Show where an error comes from.")] = False) -> None:
+    global show_traceback
+    show_traceback = traceback
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="Name of a recipe (see `recipes`), or a YAML file.")],
+    output: Annotated[Path | None, typer.Option(help="Finished folder [default: runs/<system>-<recipe>]")] = None,
+    overrides: Overrides = [],  # noqa: B006
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
+) -> None:
+    """Train a recipe; also under `torchrun` and `accelerate launch`."""
+    from accelerate import PartialState
+
+    with _one_line_errors():
+        from . import training
+        from .recipes import load_recipe
+
+        _quiet()
+        loaded = load_recipe(recipe, overrides)
+        output = output or training.default_output(loaded)
+        try:
+            training.train(loaded, output, resume=resume, overwrite=overwrite)
+        except KeyboardInterrupt:
+            again = ["hf-tfamily", "train", recipe, "--output", str(output), "--resume"]
+            again += [word for override in overrides for word in ("--set", override)]
+            errors.print(f"\nInterrupted. To go on: {escape(shlex.join(again))}", soft_wrap=True)
+            raise typer.Exit(130) from None
+    if PartialState().is_main_process:
+        _report(output)
+
+
+def _report(folder: Path) -> None:
+    """What a finished run has to say."""
+    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    console.print(
+        f"\nHeld-out bits per dimension: [bold]{metrics['bits_per_dim']:.4f}[/]"
+        f" (a uniform guess: {metrics['uniform_bits_per_dim']:.4f})\n"
+        f"{metrics['parameters']:,} parameters, {metrics['steps']:,} steps in {metrics['seconds']:.0f} s"
+    )
+    for name in ("samples.png", "samples.txt", "loss.png"):
+        if (folder / name).exists():
+            console.print(f"{name.partition('.')[0].capitalize() + ':':9}{escape(str(folder / name))}")
+    console.print(
+        "\nLoad it:\n"
+        "  import hf_tfamily\n"
+        "  from transformers import AutoModelForCausalLM\n"
+        f'  model = AutoModelForCausalLM.from_pretrained("{escape(str(folder))}")'
+    )
+
+
+@app.command()
+def evaluate(
+    folder: Folder,
+    overrides: Overrides = [],  # noqa: B006
+    batch_size: Annotated[int, typer.Option(min=1, help="Examples at once.")] = 32,
+) -> None:
+    """Held-out bits per dimension of a finished model, on its own data or on what --set data.… says."""
+    with _one_line_errors():
+        from .evaluation import evaluate
+
+        _quiet()
+        console.print(f"Held-out bits per dimension: [bold]{evaluate(folder, overrides, batch_size):.4f}[/]")
+
+
+@app.command()
+def sample(
+    folder: Folder,
+    classes: Annotated[str | None, typer.Option(help="Classes to draw, such as 0,1,2 [default: all]")] = None,
+    count: Annotated[int, typer.Option(min=1, help="Samples, of each class where there are classes.")] = 8,
+    output: Annotated[Path, typer.Option(help="Where the pictures go.")] = Path("samples.png"),
+    seed: Seed = 0,
+    temperature: Annotated[float, typer.Option(min=1e-3, help="Below 1: more likely, less varied.")] = 1.0,
+) -> None:
+    """Sample a finished model: pictures as a PNG, text to the terminal."""
+    with _one_line_errors():
+        from transformers import AutoModelForCausalLM, set_seed
+
+        from . import plots, sampling
+        from .evaluation import best_device
+
+        _quiet()
+        chosen = _integers(classes) if classes is not None else None
+        processor = sampling.load_processor(folder)
+        start_ids = sampling.start_ids(processor, count, chosen)
+        model = AutoModelForCausalLM.from_pretrained(folder).to(best_device())
+        set_seed(seed)
+        ids = sampling.sample(model, start_ids, temperature, progress=True)
+        if sampling.makes_pictures(processor):
+            plots.sample_grid(processor.decode(ids), output, columns=min(count, 16))
+            console.print(f"Samples: {escape(str(output))}")
+        else:
+            for text in sampling.texts(processor, ids):
+                console.rule()
+                console.print(text, markup=False)
+
+
+def _integers(text: str) -> list[int]:
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise ValueError(f"--classes must be whole numbers such as 0,1,2, got {text!r}.") from None
+
+
+@app.command()
+def show(
+    what: Annotated[
+        str | None, typer.Argument(metavar="RECIPE|PATTERN", help="A recipe, or a pattern such as local:window=8")
+    ] = None,
+    length: Annotated[int | None, typer.Option(min=1, help="Tokens to draw [default: four periods]")] = None,
+    output: Annotated[Path | None, typer.Option(help="Also draw a PNG.")] = None,
+    gallery: Annotated[Path | None, typer.Option(help="Draw every pattern there is into this PNG.")] = None,
+) -> None:
+    """Which keys do queries see? Patterns in the terminal and as pictures.
+
+    A pattern is JSON, or fixed:block=8,summary=2. Join patterns by + for their union, by / for taking turns over heads.
+    """
+    with _one_line_errors():
+        from . import pattern_views, plots
+
+        if gallery is not None:
+            plots.pattern_pictures(pattern_views.gallery(), gallery, "Which keys does a query see?")
+            console.print(f"Picture: {escape(str(gallery))}")
+        if what is None:
+            if gallery is None:
+                raise ValueError("Say what to show: a recipe, a pattern, or --gallery FILE.")
+            return
+        if pattern_views.looks_like_pattern(what):
+            panels = pattern_views.pattern_panels(pattern_views.parse_pattern(what), length)
+        else:
+            panels = _show_recipe(what, length)
+        for panel in panels:
+            view = pattern_views.matrix_view(panel.pattern, panel.length, panel.head)
+            keys = pattern_views.keys_per_query(view)
+            console.print(f"\n[bold]{escape(panel.title)}[/]  {panel.note}")
+            console.print(f"{panel.length} tokens, {keys:.1f} keys per query")
+            console.print("\n".join(pattern_views.as_text(view)), markup=False)
+        if output is not None:
+            plots.pattern_pictures(panels, output, title=what)
+            console.print(f"\nPicture: {escape(str(output))}")
+
+
+def _show_recipe(name: str, length: int | None) -> list:
+    """Print what the recipe's model is; return the panels of its patterns."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from .pattern_views import config_panels
+    from .recipes import load_recipe
+
+    recipe = load_recipe(name)
+    config = AutoConfig.for_model(**recipe.model)
+    with torch.device("meta"):
+        parameters = AutoModelForCausalLM.from_config(config).num_parameters()
+    console.print(f"[bold]{escape(recipe.name)}[/]  {escape(recipe.title)}")
+    if recipe.reference:
+        console.print(recipe.reference, markup=False)
+    console.print(
+        f"{parameters:,} parameters, {config.num_hidden_layers} layers of width {config.hidden_size} with "
+        f"{config.num_attention_heads} heads, {config.max_position_embeddings:,} positions"
+    )
+    return config_panels(config, length)
+
+
+@app.command()
+def info() -> None:
+    """Versions, devices, and which attention implementation runs where."""
+    with _one_line_errors():
+        from . import system_info
+
+        _quiet()
+        console.print(_table(["package", "version"], system_info.versions()))
+        console.print(_table(["device", "what it is"], system_info.devices()))
+        with console.status("Trying every attention implementation ..."):
+            rows = system_info.attention_implementations()
+        console.print(_table(["attention", "device", "forward", "backward"], rows))
+
+
+@app.command()
+def recipes() -> None:
+    """The recipes that come with the package."""
+    with _one_line_errors():
+        from .recipes import list_recipes, load_recipe
+
+        loaded = [load_recipe(name) for name in list_recipes()]
+        rows = [(recipe.name, f"{recipe.parameters or 0:,}", recipe.title) for recipe in loaded]
+        console.print(_table(["recipe", "parameters", "what it is"], rows))
+
+
+def _table(columns: list[str], rows: list[tuple[str, ...]]) -> Table:
+    table = Table(*columns, box=None, pad_edge=False, header_style="bold")
+    for row in rows:
+        table.add_row(*map(escape, row))
+    return table
+
+
+@contextmanager
+def _one_line_errors() -> Iterator[None]:
+    """A refused value, a missing package or file: one line and exit code 2."""
+    try:
+        yield
+    except (ValueError, ImportError, OSError) as error:
+        if show_traceback:
+            raise
+        errors.print(f"[bold red]Error:[/] {escape(str(error))}", soft_wrap=True)
+        raise typer.Exit(2) from None
+
+
+def _quiet() -> None:
+    """No progress bars for loading and saving; those for training, evaluating and sampling stay."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
+def main() -> None:
+    app()

@@ -1,0 +1,200 @@
+"""Attention patterns to look at: as arrays, as text, and in the short form in which a command line takes them.
+
+    full                              local:window=8                     fixed:block=8,summary=2
+    local:window=8+strided:stride=8   the union of patterns              (merged heads)
+    local:window=8/strided:stride=8   heads take turns with patterns     (per_head)
+
+Everything here is causal: a query sees no later key. Shapes: T queries, S = T keys, H height, W width, C channels.
+"""
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import yaml
+
+from .modeling.attention_patterns import (
+    PATTERN_TYPES,
+    Pattern,
+    PerHead,
+    Union,
+    pattern_from_dict,
+    patterns_for_layers,
+    walk,
+)
+
+LATER, QUERY, UNSEEN = -2, -1, 0  # codes of a view; k = 1 ... MAX_PARTS is the k-th part of the pattern
+MAX_PARTS = 4
+MAX_LENGTH = 2048
+
+GALLERY = (
+    "full",
+    "local:window=6",
+    "strided:stride=6",
+    "local:window=6+strided:stride=6",
+    "fixed_block:block=6",
+    "fixed_summary:block=6,summary=2",
+    "fixed:block=6,summary=1,sub_blocks=2",
+)
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One picture of a pattern: what a head of it sees, in a matrix and, where `shape` is given, in a grid."""
+
+    pattern: Pattern
+    length: int
+    head: int = 0
+    shape: Sequence[int] | None = None
+    note: str = ""
+
+    @property
+    def title(self) -> str:
+        return short_form(self.pattern).replace(",", ", ")
+
+
+def gallery() -> list[Panel]:
+    """Every pattern, on a 6 x 6 grid as in figure 3 of Child et al. 2019."""
+    return [panel for text in GALLERY for panel in _head_panels(parse_pattern(text), 36, (6, 6))]
+
+
+def pattern_panels(pattern: Pattern, length: int | None = None) -> list[Panel]:
+    """Panels of one pattern: four periods of it by default, as a grid of one period's width."""
+    width = period(pattern)
+    length = length or 4 * width
+    return _head_panels(pattern, length, (max(1, length // width), width))
+
+
+def config_panels(config: Any, length: int | None = None) -> list[Panel]:
+    """Panels of every distinct pattern among a model's layers, on the grid of its positions where it has one."""
+    patterns = patterns_for_layers(config.attention_patterns, config.num_hidden_layers)
+    shape = config.position_shape if len(config.position_shape) > 1 else None
+    found = []
+    for pattern in dict.fromkeys(patterns):
+        layers = [layer for layer, other in enumerate(patterns) if other == pattern]
+        tokens = min(length or 4 * period(pattern), config.max_position_embeddings)
+        found += _head_panels(pattern, tokens, shape, note=_layers_note(layers, len(patterns)))
+    return found
+
+
+def _head_panels(pattern: Pattern, length: int, shape: Sequence[int] | None, note: str = "") -> list[Panel]:
+    """A panel for each head that sees something of its own."""
+    heads = range(pattern.head_period)
+    notes = [f"head {head} of every {len(heads)}" if len(heads) > 1 else "" for head in heads]
+    return [
+        Panel(pattern, length, head, shape, ", ".join(filter(None, [note, head_note])))
+        for head, head_note in zip(heads, notes)
+    ]
+
+
+def _layers_note(layers: list[int], total: int) -> str:
+    """ "every layer", "layers 0, 2, 4", or "layers 0, 4, 8 ... (32 of 128)"."""
+    if len(layers) == total:
+        return "every layer"
+    if len(layers) <= 4:
+        return f"layers {', '.join(map(str, layers))}"
+    return f"layers {', '.join(map(str, layers[:3]))} ... ({len(layers)} of {total})"
+
+
+def parse_pattern(text: str) -> Pattern:
+    """The pattern that JSON or the short form describes. Raises ValueError, naming what is allowed."""
+    text = text.strip()
+    if text.startswith("{"):
+        try:
+            return pattern_from_dict(json.loads(text))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{text!r} is not JSON: {error}") from error
+    heads = [[_parse_simple(part) for part in head.split("+")] for head in text.split("/")]
+    merged = [Union(parts) if len(parts) > 1 else parts[0] for parts in heads]
+    return PerHead(merged) if len(merged) > 1 else merged[0]
+
+
+def _parse_simple(text: str) -> Pattern:
+    name, _, arguments = text.strip().partition(":")
+    values = {}
+    for argument in filter(None, arguments.split(",")):
+        key, equals, value = argument.partition("=")
+        if not equals:
+            raise ValueError(f"{argument!r} is not key=value; a pattern is written like fixed:block=8,summary=2.")
+        values[key.strip()] = yaml.safe_load(value)
+    return pattern_from_dict({"type": name, **values})
+
+
+def looks_like_pattern(text: str) -> bool:
+    """Is this a pattern rather than the name of a recipe?"""
+    return text.startswith("{") or ":" in text or text in PATTERN_TYPES
+
+
+def short_form(pattern: Pattern) -> str:
+    """The short form; nested patterns that it cannot say come out as JSON."""
+    if isinstance(pattern, PerHead) and not any(isinstance(inner, PerHead) for inner in pattern.patterns):
+        return " / ".join(map(short_form, pattern.patterns))
+    if isinstance(pattern, Union) and not any(hasattr(inner, "patterns") for inner in pattern.patterns):
+        return " + ".join(map(short_form, pattern.patterns))
+    values = pattern.to_dict()
+    if "patterns" in values:
+        return json.dumps(values)
+    arguments = ",".join(f"{key}={value}" for key, value in values.items() if key != "type")
+    return f"{pattern.type}:{arguments}" if arguments else pattern.type
+
+
+def period(pattern: Pattern) -> int:
+    """The largest window, stride or block in the pattern: the width at which its picture makes sense."""
+    sizes = [getattr(p, f.name) for p in walk(pattern) for f in fields(p) if f.name in ("window", "stride", "block")]
+    return max(sizes, default=8)
+
+
+def matrix_view(pattern: Pattern, length: int, head: int = 0) -> np.ndarray:
+    """Codes [T, S]: which part of the pattern shows each key to each query."""
+    if not 1 <= length <= MAX_LENGTH:
+        raise ValueError(f"length must be from 1 to {MAX_LENGTH}, got {length}.")
+    query, key = np.arange(length)[:, None], np.arange(length)[None, :]
+    view = _part_codes(pattern, head, query, key)
+    view[key > query] = LATER
+    return view
+
+
+def grid_view(pattern: Pattern, shape: Sequence[int], head: int = 0) -> np.ndarray:
+    """Codes [H, W]: which places of a grid (H, W) or (H, W, C) the query two thirds down and across can see.
+
+    Of several channels the query is the last, and a place is seen where any of its channels is.
+    """
+    height, width, channels = (*shape, 1)[:3]
+    query = ((2 * height // 3) * width + 2 * width // 3 + 1) * channels - 1
+    key = np.arange(height * width * channels)
+    codes = _part_codes(pattern, head, np.asarray(query), key)
+    codes[key > query] = LATER
+    codes = codes.reshape(height * width, channels)
+    seen = np.where(codes > 0, codes, 127).min(axis=1)
+    view = np.where(seen < 127, seen, codes.max(axis=1))
+    view[query // channels] = QUERY
+    return view.reshape(height, width)
+
+
+def _part_codes(pattern: Pattern, head: int, query: np.ndarray, key: np.ndarray) -> np.ndarray:
+    """1-based number of the first part that shows `key` to `query`; UNSEEN where none does."""
+    codes = np.full(np.broadcast_shapes(query.shape, key.shape), UNSEEN, np.int8)
+    for number, part in reversed(list(enumerate(pattern.for_head(head).parts, start=1))):
+        codes[np.broadcast_to(part.visible(head, query, key), codes.shape)] = min(number, MAX_PARTS)
+    return codes
+
+
+def as_text(view: np.ndarray, cells: int = 32) -> Iterator[str]:
+    """A matrix view as at most `cells` lines; each mark stands for a square of pairs, the darker the more are seen."""
+    size = math.ceil(len(view) / cells)
+    for top in range(0, len(view), size):
+        blocks = (view[top : top + size, left : left + size] for left in range(0, top + 1, size))
+        yield "".join(2 * _shade(block) for block in blocks)
+
+
+def _shade(block: np.ndarray) -> str:
+    share = (block > 0).sum() / max(1, (block != LATER).sum())
+    return "·" if share == 0 else "░▒▓█"[min(3, int(share * 4))]
+
+
+def keys_per_query(view: np.ndarray) -> float:
+    """How many keys a query of a matrix view sees, on average."""
+    return float((view > 0).sum() / len(view))
