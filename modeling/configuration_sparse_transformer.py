@@ -39,7 +39,7 @@ class SparseTransformerConfig(PreTrainedConfig):
     """
 
     model_type = "sparse_transformer"
-    keys_to_ignore_at_inference = ("past_key_values",)
+    keys_to_ignore_at_inference = ["past_key_values"]
 
     vocab_size: int = 257
     hidden_size: int = 256

@@ -47,6 +47,7 @@ class SparseTransformerAttention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, heads * config.qk_head_dim)
         self.v_proj = nn.Linear(config.hidden_size, heads * config.v_head_dim)
         self.o_proj = nn.Linear(heads * config.v_head_dim, config.hidden_size)
+        self.o_proj.init_divisor = 2 * config.num_hidden_layers  # W_p shrinks by 1 / sqrt(2 N), section 5.2
 
     def forward(
         self,
@@ -81,6 +82,7 @@ class SparseTransformerMLP(nn.Module):
         super().__init__()
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.down_proj.init_divisor = 2 * config.num_hidden_layers  # W_2 too
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -138,25 +140,14 @@ class SparseTransformerPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module):
-        """Variance 0.125 / inputs, logits 0 (section 6); W_p and W_2 shrunk by 1 / sqrt(2 N) (section 5.2).
+        """Variance 0.125 / inputs (section 6), less where a module says `init_divisor`.
 
         The paper writes N(0, 0.125 / sqrt(inputs)); its authors' code has this variance.
         """
         super()._init_weights(module)
-        scale = self.config.initializer_scale
-        if isinstance(module, nn.Linear):
-            init.normal_(module.weight, std=math.sqrt(scale / module.in_features))
-        elif isinstance(module, nn.Embedding):
-            init.normal_(module.weight, std=math.sqrt(scale / module.embedding_dim))
-        elif isinstance(module, AxialPositionEmbedding):
-            for axis in module.axes:
-                init.normal_(axis.weight, std=math.sqrt(scale / (axis.embedding_dim * len(module.axes))))
-        elif isinstance(module, SparseTransformerBlock):
-            branches = 2 * self.config.num_hidden_layers
-            for projection in (module.self_attn.o_proj, module.mlp.down_proj):
-                init.normal_(projection.weight, std=math.sqrt(scale / (projection.in_features * branches)))
-        elif isinstance(module, SparseTransformerForCausalLM):
-            init.zeros_(module.lm_head.weight)
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            divisor = module.weight.shape[-1] * getattr(module, "init_divisor", 1)
+            init.normal_(module.weight, std=math.sqrt(self.config.initializer_scale / divisor))
 
 
 class SparseTransformerModel(SparseTransformerPreTrainedModel):
@@ -167,6 +158,8 @@ class SparseTransformerModel(SparseTransformerPreTrainedModel):
         self.patterns = patterns_for_layers(config.attention_patterns, config.num_hidden_layers)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.embed_positions = AxialPositionEmbedding(config.position_shape, config.hidden_size)
+        for axis in self.embed_positions.axes:
+            axis.init_divisor = len(config.position_shape)  # n_emb, section 6
         self.layers = nn.ModuleList(SparseTransformerBlock(config, i) for i in range(config.num_hidden_layers))
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.gradient_checkpointing = False
@@ -232,6 +225,8 @@ class SparseTransformerForCausalLM(SparseTransformerPreTrainedModel, GenerationM
         super().__init__(config)
         self.model = SparseTransformerModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if not config.tie_word_embeddings:
+            self.lm_head.init_divisor = math.inf  # logits of 0, section 6
         self.post_init()
 
     @can_return_tuple
