@@ -123,6 +123,7 @@ class RoPEDecoderConfig(PreTrainedConfig):
 
     def validate_rotary(self):
         """The rotary positions are of a known kind and turn a whole number of pairs."""
+        self.validate_sizes()  # validators run in alphabetical order, and this one needs the sizes
         if self.rotary_layout not in LAYOUTS:
             raise ValueError(f"rotary_layout={self.rotary_layout!r} is unknown{nearest(self.rotary_layout, LAYOUTS)}")
         rope_type = self.rope_parameters.get("rope_type")

@@ -14,7 +14,7 @@ from torch import nn
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
-from transformers.masking_utils import create_causal_mask, create_masks_for_generate
+from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import (
     GenericForSequenceClassification,
     GenericForTokenClassification,
@@ -136,12 +136,12 @@ class RoPEDecoderPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": RoPEDecoderBlock, "attentions": RoPEDecoderAttention}
 
-    @staticmethod
-    def create_masks_for_generate(config, attention_mask: torch.Tensor | None = None, **kwargs):
-        """With patterns the 2-D padding mask stays as it is: `forward` builds each layer's own mask."""
-        if config.attention_patterns is not None:
-            return attention_mask
-        return create_masks_for_generate(config=config, attention_mask=attention_mask, **kwargs)
+    def create_masks_for_generate(
+        self, inputs_embeds, attention_mask=None, past_key_values=None, position_ids=None, **kwargs
+    ) -> dict:
+        """Each layer's mask, made outside the step that `generate` compiles for a static cache."""
+        masks = self.base_model.make_masks(inputs_embeds, attention_mask, position_ids, past_key_values)
+        return dict(enumerate(masks))
 
 
 class RoPEDecoderModel(RoPEDecoderPreTrainedModel):
@@ -163,7 +163,7 @@ class RoPEDecoderModel(RoPEDecoderPreTrainedModel):
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | dict | None = None,
         position_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
@@ -174,7 +174,7 @@ class RoPEDecoderModel(RoPEDecoderPreTrainedModel):
         Args:
             input_ids: [B, T] token ids, or give inputs_embeds [B, T, hidden].
             attention_mask: [B, past + T], 1 for tokens and 0 for padding, on either side; or [B or 1, H or 1, T, S],
-                which then says all, causality included (patterns still hold).
+                which then says all, causality included (patterns still hold); or what create_masks_for_generate made.
             position_ids: [B or 1, T] positions of the tokens; counted from the mask if None. Where they start anew in
                 a row without a mask, the row packs several documents.
             past_key_values: what earlier calls returned.
@@ -186,7 +186,7 @@ class RoPEDecoderModel(RoPEDecoderPreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
 
-        masks = self._masks(inputs_embeds, attention_mask, position_ids, past_key_values)
+        masks = self.make_masks(inputs_embeds, attention_mask, position_ids, past_key_values)
         if position_ids is None:
             position_ids = self._position_ids(inputs_embeds, attention_mask, past_key_values)
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
@@ -202,8 +202,10 @@ class RoPEDecoderModel(RoPEDecoderPreTrainedModel):
             )
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
-    def _masks(self, inputs_embeds, attention_mask, position_ids, past_key_values) -> list:
+    def make_masks(self, inputs_embeds, attention_mask, position_ids, past_key_values) -> list:
         """One mask for each layer. Without patterns any attention implementation of Transformers will do."""
+        if isinstance(attention_mask, dict):
+            return [attention_mask[layer] for layer in range(len(self.layers))]
         if self.config.attention_patterns is None and self.config._attn_implementation not in PATTERN_BACKENDS:
             mask = create_causal_mask(self.config, inputs_embeds, attention_mask, past_key_values, position_ids)
             return [mask] * len(self.layers)
@@ -217,7 +219,7 @@ class RoPEDecoderModel(RoPEDecoderPreTrainedModel):
         """[B or 1, T] positions of the new tokens."""
         past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
         end = past_length + inputs_embeds.shape[1]
-        if attention_mask is not None and attention_mask.ndim == 2:
+        if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
             return token_positions(attention_mask)[:, past_length:end]
         return torch.arange(past_length, end, device=inputs_embeds.device)[None]
 
@@ -241,7 +243,7 @@ class RoPEDecoderForCausalLM(RoPEDecoderPreTrainedModel, GenerationMixin):
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | dict | None = None,
         position_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
