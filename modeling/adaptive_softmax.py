@@ -75,6 +75,9 @@ class AdaptiveSoftmax(nn.Module):
 
         Only the clusters that targets fall into are computed, each for its own tokens.
         """
+        if targets.device.type == "cpu" and bool((targets >= self.out_features).any()):
+            largest, got = self.out_features - 1, targets.max().item()
+            raise ValueError(f"labels must lie in [0, {largest}], or below 0 to be ignored, got {got}.")
         frequent, rare = self._first_cluster(hidden_states)
         losses = frequent.new_zeros(targets.shape)
         for i, (start, end) in enumerate(self.bounds):

@@ -112,37 +112,33 @@ class TransformerXLMLP(nn.Module):
 
 
 class TransformerXLBlock(GradientCheckpointingLayer):
-    """Residual block with the norm after each sum."""
+    """Residual block; norms come after the sums as in the paper, or before the branches, the memory's included."""
 
     def __init__(self, config: TransformerXLConfig, layer_idx: int):
         super().__init__()
+        before, after = (nn.LayerNorm, nn.Identity) if config.norm_first else (nn.Identity, nn.LayerNorm)
+        self.attention_pre_norm = before(config.hidden_size, eps=config.layer_norm_eps)
         self.self_attn = TransformerXLAttention(config, layer_idx)
-        self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.attention_post_norm = after(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp_pre_norm = before(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = TransformerXLMLP(config)
-        self.mlp_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp_post_norm = after(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout)
 
     def forward(
         self, hidden_states: torch.Tensor, past_states: torch.Tensor, *context, **kwargs: Unpack[TransformersKwargs]
     ) -> torch.Tensor:
         """[B, T, hidden] -> [B, T, hidden]; the other arguments are those of the attention."""
-        attended, _ = self.self_attn(hidden_states, past_states, *context, **kwargs)
-        hidden_states = self.attention_norm(hidden_states + self.dropout(attended))
-        return self.mlp_norm(hidden_states + self.dropout(self.mlp(hidden_states)))
+        return self.transform(hidden_states, past_states, *context, **kwargs)[0]
 
-
-class TransformerXLPreNormBlock(TransformerXLBlock):
-    """Residual block with the norm at the start of each branch; the memory is normed like the segment."""
-
-    def forward(
-        self, hidden_states: torch.Tensor, past_states: torch.Tensor, *context, **kwargs: Unpack[TransformersKwargs]
-    ) -> torch.Tensor:
-        """[B, T, hidden] -> [B, T, hidden]; the other arguments are those of the attention."""
-        attended, _ = self.self_attn(
-            self.attention_norm(hidden_states), self.attention_norm(past_states), *context, **kwargs
+    def transform(self, hidden_states, past_states, *context, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What `forward` returns, and the attention weights [B, H, T, S] where the backend has them."""
+        attended, weights = self.self_attn(
+            self.attention_pre_norm(hidden_states), self.attention_pre_norm(past_states), *context, **kwargs
         )
-        hidden_states = hidden_states + self.dropout(attended)
-        return hidden_states + self.dropout(self.mlp(self.mlp_norm(hidden_states)))
+        hidden_states = self.attention_post_norm(hidden_states + self.dropout(attended))
+        transformed = self.mlp(self.mlp_pre_norm(hidden_states))
+        return self.mlp_post_norm(hidden_states + self.dropout(transformed)), weights
 
 
 class TransformerXLPreTrainedModel(PreTrainedModel):
@@ -151,7 +147,7 @@ class TransformerXLPreTrainedModel(PreTrainedModel):
     config: TransformerXLConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["TransformerXLBlock", "TransformerXLPreNormBlock"]
+    _no_split_modules = ["TransformerXLBlock"]
     _skip_keys_device_placement = ["past_key_values", "memory"]
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -190,6 +186,7 @@ class TransformerXLModel(TransformerXLPreTrainedModel):
     """The decoder without a head: ids or embeddings in, hidden states [B, T, hidden] out."""
 
     memory_class = SegmentMemory
+    block_class = TransformerXLBlock
 
     def __init__(self, config: TransformerXLConfig):
         super().__init__(config)
@@ -202,8 +199,7 @@ class TransformerXLModel(TransformerXLPreTrainedModel):
             RelativeBiases(config.num_attention_heads, config.head_dim)
             for _ in range(config.num_hidden_layers if config.untie_r else 1)
         )
-        block = TransformerXLPreNormBlock if config.norm_first else TransformerXLBlock
-        self.layers = nn.ModuleList(block(config, i) for i in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(self.block_class(config, i) for i in range(config.num_hidden_layers))
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -260,25 +256,31 @@ class TransformerXLModel(TransformerXLPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
         """One segment [B, T, hidden], of which new_tokens [B, T] says what is no padding; the memory takes it in."""
+        valid, mask, positions = self.survey(inputs_embeds, new_tokens, memory)
+        hidden_states = self.dropout(inputs_embeds)
+        for i, layer in enumerate(self.layers):
+            entering, past_states = hidden_states, memory.past_states(hidden_states, i)
+            hidden_states = layer(hidden_states, past_states, mask, positions, self.biases_of(i), memory, **kwargs)
+            memory.remember(entering, i)
+        memory.advance(inputs_embeds.shape[1], valid)
+        return BaseModelOutputWithPast(last_hidden_state=self.dropout(hidden_states))
+
+    def survey(self, inputs_embeds: torch.Tensor, new_tokens: torch.Tensor | None, memory: SegmentMemory) -> tuple:
+        """What all layers see: which keys are valid [B, S] (None if all), the backend's mask, and the distances."""
         batch_size, length = inputs_embeds.shape[:2]
         valid = memory.valid_keys(new_tokens, batch_size, length)
-        seen = visible_keys(
-            self.pattern, self.config.num_attention_heads, inputs_embeds, valid, past_length=memory.held
-        )
-        mask = lower_mask(seen, self.config._attn_implementation, inputs_embeds.device)
+        heads = self.config.num_attention_heads
+        seen = visible_keys(self.pattern, heads, inputs_embeds, valid, past_length=memory.held)
         positions = RelativePositions(
             states=self.dropout(self.positions(memory.distances_wanted(seen.key_length), inputs_embeds)),
             key_length=seen.key_length,
             distances=_distances(seen),
         )
-        hidden_states = self.dropout(inputs_embeds)
-        for i, layer in enumerate(self.layers):
-            entering, past_states = hidden_states, memory.past_states(hidden_states, i)
-            biases = self.biases[i % len(self.biases)]
-            hidden_states = layer(hidden_states, past_states, mask, positions, biases, memory, **kwargs)
-            memory.remember(entering, i)
-        memory.advance(length, valid)
-        return BaseModelOutputWithPast(last_hidden_state=self.dropout(hidden_states))
+        return valid, lower_mask(seen, self.config._attn_implementation, inputs_embeds.device), positions
+
+    def biases_of(self, layer_idx: int) -> RelativeBiases:
+        """u and v of a layer."""
+        return self.biases[layer_idx % len(self.biases)]
 
     def _memory(self, past_key_values: SegmentMemory | None, inputs_embeds: torch.Tensor) -> SegmentMemory:
         """The memory handed in, or an empty one; without gradients it need not keep what they would flow through."""

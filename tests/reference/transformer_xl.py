@@ -55,13 +55,11 @@ def feed_forward(mlp, states: torch.Tensor) -> torch.Tensor:
 def block(layer, u, v, segment, past, config) -> torch.Tensor:
     """[T, hidden] -> [T, hidden]."""
     if config.norm_first:
-        attended = attention(
-            layer.self_attn, u, v, normed(layer.attention_norm, segment), normed(layer.attention_norm, past), config
-        )
-        segment = segment + attended
-        return segment + feed_forward(layer.mlp, normed(layer.mlp_norm, segment))
-    segment = normed(layer.attention_norm, segment + attention(layer.self_attn, u, v, segment, past, config))
-    return normed(layer.mlp_norm, segment + feed_forward(layer.mlp, segment))
+        norm = layer.attention_pre_norm
+        segment = segment + attention(layer.self_attn, u, v, normed(norm, segment), normed(norm, past), config)
+        return segment + feed_forward(layer.mlp, normed(layer.mlp_pre_norm, segment))
+    segment = normed(layer.attention_post_norm, segment + attention(layer.self_attn, u, v, segment, past, config))
+    return normed(layer.mlp_post_norm, segment + feed_forward(layer.mlp, segment))
 
 
 def transformer_xl(model, segments: list[torch.Tensor]) -> torch.Tensor:

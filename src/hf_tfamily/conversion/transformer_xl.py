@@ -49,10 +49,10 @@ DEFAULTS = {"layer_norm_epsilon": 1e-5, "eos_token_id": 0, "same_length": False,
 LAYER_NAMES = {
     "dec_attn.o_net": "self_attn.o_proj",
     "dec_attn.r_net": "self_attn.r_proj",
-    "dec_attn.layer_norm": "attention_norm",
+    "dec_attn.layer_norm": "attention_{place}_norm",
     "pos_ff.CoreNet.0": "mlp.up_proj",
     "pos_ff.CoreNet.3": "mlp.down_proj",
-    "pos_ff.layer_norm": "mlp_norm",
+    "pos_ff.layer_norm": "mlp_{place}_norm",
 }
 BIAS_NAMES = {"r_w_bias": "content", "r_r_bias": "position"}  # u and v
 
@@ -131,7 +131,8 @@ class _Renaming:
             return {name: third.clone() for name, third in zip(names, tensor.chunk(3))}
         if kind == "dec_attn" and leaf in BIAS_NAMES:
             return {f"{self.body}biases.{number}.{BIAS_NAMES[leaf]}": tensor} if self.config.untie_r else {}
-        return {f"{prefix}.{LAYER_NAMES.get(kind, kind)}.{leaf}": tensor}
+        kind = LAYER_NAMES.get(kind, kind).format(place="pre" if self.config.norm_first else "post")
+        return {f"{prefix}.{kind}.{leaf}": tensor}
 
     def _table(self, module: str, number: int, leaf: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
         """A table of words; with div_val 1 theirs is one for all clusters."""
