@@ -63,29 +63,25 @@ def layer_masks(
     Transformers' own mask builders collapse heads, so patterns that differ between heads need this one. Layers of the
     same pattern share a mask. Arguments are those of `visible_keys`.
     """
-    built, masks = {}, []
-    past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
+    # A static cache counts in a tensor, which moves on before a lazy mask is read.
+    past_length = 0 if past_key_values is None else int(past_key_values.get_seq_length())
     attention_mask, position_ids = drop_trivial(hidden_states, attention_mask, position_ids, past_length)
-    for layer, pattern in enumerate(patterns):
-        key_length, key_offset = past_length + hidden_states.shape[1], 0
-        if past_key_values is not None:
-            key_length, key_offset = past_key_values.get_mask_sizes(hidden_states.shape[1], layer)
-        case = (pattern, key_length, key_offset)
-        if case not in built:
-            seen = visible_keys(
-                pattern,
-                config.num_attention_heads,
-                hidden_states,
-                attention_mask,
-                position_ids,
-                past_length=past_length,
-                key_length=key_length,
-                key_offset=key_offset,
-                causal=causal,
-            )
-            built[case] = lower_mask(seen, config._attn_implementation, hidden_states.device)
-        masks.append(built[case])
-    return masks
+    arguments = (config.num_attention_heads, hidden_states, attention_mask, position_ids, past_length)
+
+    seen = {}
+    if hasattr(past_key_values, "announce"):  # a PatternCache, perhaps of another copy of its file
+        seen = past_key_values.announce(hidden_states, attention_mask, position_ids)
+    cases = patterns
+    if not seen or past_length == 0:
+        cases = [(p, *_key_sizes(past_key_values, hidden_states, layer)) for layer, p in enumerate(patterns)]
+        seen = {case: visible_keys(case[0], *arguments, *case[1:], causal=causal) for case in set(cases)}
+    masks = {case: lower_mask(seen[case], config._attn_implementation, hidden_states.device) for case in set(cases)}
+    return [masks[case] for case in cases]
+
+
+def _key_sizes(past_key_values: Cache | None, hidden_states: torch.Tensor, layer_idx: int) -> tuple[int, ...]:
+    """How many keys the cache hands to a layer, and the place of the first; nothing where there is no cache."""
+    return () if past_key_values is None else past_key_values.get_mask_sizes(hidden_states.shape[1], layer_idx)
 
 
 def lower_mask(seen: VisibleKeys, implementation: str, device: torch.device):

@@ -66,8 +66,8 @@ def attend(
             kv_offset=seen.key_offset,
             key_valid=seen.key_valid,
         )
-    if seen.query_length == 1:
-        return _attend_one(seen, query, key, value, scaling)
+    if seen.query_length == 1 or seen.key_positions.ndim == 3:
+        return _attend_masked(seen, query, key, value, scaling)
     if seen.query_documents is None:
         return _attend_padded(seen, query, key, value, scaling)
     return _attend_packed(seen, query, key, value, scaling)
@@ -102,6 +102,15 @@ def block_sparse_mask(
     for name, values in _conditions(mask_function):
         seen = _with_condition(seen, name, values)
     return seen if attention_mask is None else with_padding(seen, attention_mask.bool())
+
+
+class BlockSparseByDefault:
+    """For models of ours, before PreTrainedModel: `block_sparse` where patterns are set and nothing else is asked."""
+
+    def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args, **kwargs) -> str:
+        if attn_implementation is None and self.config.attention_patterns is not None:
+            attn_implementation = NAME
+        return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
 
 
 def register(replace_older: bool = True) -> None:
@@ -213,8 +222,8 @@ def _with_condition(seen: VisibleKeys, name: str, values: dict[str, Any]) -> Vis
 # Alignment
 
 
-def _attend_one(seen: VisibleKeys, query, key, value, scaling: float) -> torch.Tensor:
-    """One query in each row, at different positions: its row of the mask is no larger than its row of keys."""
+def _attend_masked(seen: VisibleKeys, query, key, value, scaling: float) -> torch.Tensor:
+    """Queries of one token in each row, or keys that a cache kept for each head: there is nothing left to skip."""
     query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
     grouped = {"enable_gqa": True} if query.shape[1] != key.shape[1] else {}
     mask = seen.dense(query.device)
@@ -224,8 +233,10 @@ def _attend_one(seen: VisibleKeys, query, key, value, scaling: float) -> torch.T
 
 def _attend_padded(seen: VisibleKeys, query, key, value, scaling: float) -> torch.Tensor:
     """Each row is a document: a token at position p goes to slot p of its row."""
-    end = seen.key_offset + seen.key_length
-    length = end if seen.key_valid is not None else int(seen.key_positions.max()) + 1
+    if torch.compiler.is_compiling():  # a bound that holds for padded rows, without looking at values
+        length = seen.key_offset + seen.key_length
+    else:
+        length = int(seen.key_positions.max()) + 1
     rows = torch.arange(seen.batch_size, device=query.device)[:, None] * length
     key_slots, query_slots = rows + seen.key_positions, rows + seen.query_positions
     if seen.key_valid is not None:

@@ -22,18 +22,19 @@ FLEX_BLOCK = 128
 class VisibleKeys:
     """The keys each of T queries sees among S keys, as data.
 
-    Places count slots of the key tensor, positions count tokens: they differ where a row is padded on the left or
-    packs several documents. Patterns speak of positions, causality of places.
+    Places count slots of the key tensor, positions count tokens: they differ where a row is padded on the left, packs
+    several documents, or where a cache keeps some keys only.
 
     Attributes:
         pattern: which positions see which.
         num_heads: number of query heads H.
-        causal: a query sees no key at a later place.
+        causal: a query sees no key at a later position.
         batch_size, query_length, key_length: B, T, S.
         query_offset: place of the first query.
         key_offset: place of the first key (other than 0 in caches that dropped the oldest keys).
-        key_valid: [B, S] bool, False for padding; None if all keys are tokens.
-        query_positions, key_positions: [B, T] and [B, S] positions of tokens; None where places are positions.
+        key_valid: [B, S] or [B, H, S] bool, False for padding; None if all keys are tokens.
+        query_positions, key_positions: [B, T] and [B, S] or [B, H, S] (heads with keys of their own) positions of
+            tokens; None where places are positions.
         query_documents, key_documents: [B, T] and [B, S] document numbers of packed rows; None if a row is one.
         extra: [B or 1, H or 1, T, S] bool, the caller's own mask on top; None if there is none.
         awaits_pattern: made for a stock model; the attention function adds the layer's pattern to what is said here.
@@ -63,20 +64,20 @@ class VisibleKeys:
 
     def dense(self, device: torch.device, rows: slice = slice(None)) -> torch.Tensor:
         """Boolean mask [B or 1, H or 1, T, S], True where a key is seen; of the queries in `rows` only."""
-        query_places = torch.arange(self.query_length, device=device)[rows] + self.query_offset
-        key_places = torch.arange(self.key_length, device=device) + self.key_offset
-        query, key = query_places[None, None, :, None], key_places[None, None, None, :]
-        if self.query_positions is not None:
+        if self.query_positions is None:
+            query = (torch.arange(self.query_length, device=device)[rows] + self.query_offset)[None, None, :, None]
+            key = (torch.arange(self.key_length, device=device) + self.key_offset)[None, None, None, :]
+        else:
             query = self.query_positions[:, None, rows, None]
-            key = self.key_positions[:, None, None, :]
+            key = _by_head(self.key_positions)
         heads = self.num_heads if self.pattern.head_period > 1 else 1
         head = torch.arange(heads, device=device)[None, :, None, None]
 
         seen = self.pattern.visible(head, query, key)
         if self.causal:
-            seen = seen & (key_places <= query_places[:, None])
+            seen = seen & (key <= query)
         if self.key_valid is not None:
-            seen = seen & self.key_valid[:, None, None, :]
+            seen = seen & _by_head(self.key_valid)
         if self.query_documents is not None:
             seen = seen & (self.query_documents[:, None, rows, None] == self.key_documents[:, None, None, :])
         if self.extra is not None:
@@ -89,15 +90,17 @@ class VisibleKeys:
             raise ValueError("flex_attention takes no 4-D attention_mask beside a pattern; use 'eager' or 'sdpa'.")
 
         def visible(batch, head, query, key):
-            query_place, key_place = query + self.query_offset, key + self.key_offset
-            query_position, key_position = query_place, key_place
+            def of_key(tensor):
+                return tensor[batch, key] if tensor.ndim == 2 else tensor[batch, head, key]
+
+            query_position, key_position = query + self.query_offset, key + self.key_offset
             if self.query_positions is not None:
-                query_position, key_position = self.query_positions[batch, query], self.key_positions[batch, key]
+                query_position, key_position = self.query_positions[batch, query], of_key(self.key_positions)
             seen = self.pattern.visible(head, query_position, key_position)
             if self.causal:
-                seen = seen & (key_place <= query_place)
+                seen = seen & (key_position <= query_position)
             if self.key_valid is not None:
-                seen = seen & self.key_valid[batch, key]
+                seen = seen & of_key(self.key_valid)
             if self.query_documents is not None:
                 seen = seen & (self.query_documents[batch, query] == self.key_documents[batch, key])
             return seen
@@ -316,6 +319,11 @@ def _ordered(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     counts = blocks.sum(dim=-1).int()
     columns = blocks.int().argsort(dim=-1, descending=True, stable=True).int()
     return counts, columns
+
+
+def _by_head(tensor: torch.Tensor) -> torch.Tensor:
+    """[B, S] or [B, H, S], one for each key, as [B, 1 or H, 1, S]."""
+    return tensor[:, None, None, :] if tensor.ndim == 2 else tensor[:, :, None, :]
 
 
 def full_causal(seen: VisibleKeys) -> bool:

@@ -14,7 +14,6 @@ from torch import nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
@@ -24,10 +23,12 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .attention import eager_attention_forward, in_float32, layer_masks
+from .attention_block_sparse import BlockSparseByDefault
 from .attention_masks import token_positions
 from .attention_patterns import patterns_for_layers
 from .checks import check_embeddings, check_one_input, check_positions, check_token_ids
 from .configuration_sparse_transformer import SparseTransformerConfig
+from .memory import PatternCacheGenerationMixin
 from .positions import AxialPositionEmbedding
 
 
@@ -118,7 +119,7 @@ class SparseTransformerBlock(GradientCheckpointingLayer):
         return hidden_states + self.dropout(self.mlp(self.mlp_norm(hidden_states)))  # + b(H), equations 13 and 14
 
 
-class SparseTransformerPreTrainedModel(PreTrainedModel):
+class SparseTransformerPreTrainedModel(BlockSparseByDefault, PreTrainedModel):
     """Initial weights, and what Transformers wants to know about the family."""
 
     config: SparseTransformerConfig
@@ -216,7 +217,7 @@ class SparseTransformerModel(SparseTransformerPreTrainedModel):
         return position_ids
 
 
-class SparseTransformerForCausalLM(SparseTransformerPreTrainedModel, GenerationMixin):
+class SparseTransformerForCausalLM(SparseTransformerPreTrainedModel, PatternCacheGenerationMixin):
     """The decoder with a linear layer to the next token's logits (equation 11), which is 0 at first."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
