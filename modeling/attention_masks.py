@@ -7,7 +7,7 @@ Shapes: B batch, H heads, T queries, S keys.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 import torch
@@ -55,6 +55,7 @@ class VisibleKeys:
     key_documents: torch.Tensor | None = None
     extra: torch.Tensor | None = None
     awaits_pattern: bool = False
+    _dense: torch.Tensor | None = field(default=None, init=False, repr=False)
 
     @property
     def is_plain(self) -> bool:
@@ -62,8 +63,14 @@ class VisibleKeys:
         tensors = (self.key_valid, self.query_positions, self.key_positions, self.key_documents, self.extra)
         return all(tensor is None for tensor in tensors)
 
-    def dense(self, device: torch.device, rows: slice = slice(None)) -> torch.Tensor:
-        """Boolean mask [B or 1, H or 1, T, S], True where a key is seen; of the queries in `rows` only."""
+    def dense(self, device: torch.device) -> torch.Tensor:
+        """Boolean mask [B or 1, H or 1, T, S], True where a key is seen; worked out once for all layers."""
+        if self._dense is None:
+            object.__setattr__(self, "_dense", self.dense_rows(device, slice(None)))
+        return self._dense
+
+    def dense_rows(self, device: torch.device, rows: slice) -> torch.Tensor:
+        """The same for the queries in `rows` only."""
         if self.query_positions is None:
             query = (torch.arange(self.query_length, device=device)[rows] + self.query_offset)[None, None, :, None]
             key = (torch.arange(self.key_length, device=device) + self.key_offset)[None, None, None, :]
@@ -298,7 +305,7 @@ def _build_block_mask(seen: VisibleKeys, device: torch.device) -> BlockMask:
     block_columns = -(-seen.key_length // FLEX_BLOCK)
     some, every = [], []
     for row in range(block_rows):
-        mask = seen.dense(device, rows=slice(row * FLEX_BLOCK, (row + 1) * FLEX_BLOCK))
+        mask = seen.dense_rows(device, slice(row * FLEX_BLOCK, (row + 1) * FLEX_BLOCK))
         # Queries and keys past the end count as not seen, so that a block at the edge is never called full.
         edge = (0, block_columns * FLEX_BLOCK - mask.shape[-1], 0, FLEX_BLOCK - mask.shape[-2])
         tiles = torch.nn.functional.pad(mask, edge).unflatten(-1, (block_columns, FLEX_BLOCK))

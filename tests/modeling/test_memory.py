@@ -1,0 +1,296 @@
+"""The pattern-aware cache: same results as the full forward pass, from fewer keys kept and fewer read."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import DynamicCache
+
+from hf_tfamily.modeling.attention_patterns import (
+    Fixed,
+    FixedBlock,
+    FixedSummary,
+    Full,
+    Local,
+    PerHead,
+    Strided,
+    Union,
+    pattern_from_dict,
+)
+from hf_tfamily.modeling.configuration_sparse_transformer import SparseTransformerConfig
+from hf_tfamily.modeling.memory import PatternCache
+from hf_tfamily.modeling.modeling_sparse_transformer import SparseTransformerForCausalLM
+from tests.modeling.test_attention_patterns import PATTERNS
+
+LENGTH = 30
+LEFT_PADDED = torch.tensor([[0] * 5 + [1] * 25, [0] * 2 + [1] * 28])
+
+
+def causal_lm(*patterns, heads=8):
+    config = SparseTransformerConfig(
+        vocab_size=27,
+        hidden_size=32,
+        num_hidden_layers=len(patterns),
+        num_attention_heads=heads,
+        position_shape=[8, 8],
+        attention_patterns=[pattern.to_dict() for pattern in patterns],
+    )
+    model = SparseTransformerForCausalLM(config).eval()
+    torch.nn.init.normal_(model.lm_head.weight)  # the paper's is 0, which would make every comparison pass
+    return model
+
+
+@torch.no_grad()
+def logits_in_steps(model, ids, mask, sizes):
+    cache, logits, start = PatternCache.from_config(model.config), [], 0
+    for size in sizes:
+        end = start + size
+        step_mask = None if mask is None else mask[:, :end]
+        logits.append(model(ids[:, start:end], attention_mask=step_mask, past_key_values=cache).logits)
+        start = end
+        assert cache.get_seq_length() == end
+    return torch.cat(logits, dim=1)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@pytest.mark.parametrize("padded", [False, True])
+def test_any_steps_equal_the_full_forward_pass(pattern, padded):
+    """Token by token, a prompt first, and chunks after a past; eager, sdpa and block_sparse."""
+    model = causal_lm(pattern)
+    ids = torch.randint(0, 27, (2, LENGTH))
+    mask = LEFT_PADDED if padded else None
+    tokens = torch.ones(2, LENGTH, dtype=torch.bool) if mask is None else mask.bool()
+    for implementation in ("eager", "sdpa", "block_sparse"):
+        model.set_attn_implementation(implementation)
+        with torch.no_grad():
+            expected = model(ids, attention_mask=mask).logits
+        for sizes in ([7] + [1] * 23, [11, 9, 1, 1, 8]):
+            found = logits_in_steps(model, ids, mask, sizes)
+            torch.testing.assert_close(found[tokens], expected[tokens], atol=2e-5, rtol=2e-5)
+
+
+def test_a_prompt_of_one_token():
+    model = causal_lm(Fixed(4, 1), Strided(3))
+    ids = torch.randint(0, 27, (2, 12))
+    with torch.no_grad():
+        torch.testing.assert_close(logits_in_steps(model, ids, None, [1] * 12), model(ids).logits, atol=2e-5, rtol=2e-5)
+
+
+MIXED = (
+    Strided(8),
+    Fixed(8, 2, sub_blocks=2),
+    PerHead((Local(5), Strided(4))),
+    Union((Local(6), Strided(6))),
+)
+
+
+def test_generate_uses_it_and_equals_generation_without_a_cache():
+    model = causal_lm(*MIXED)
+    ids = torch.randint(0, 27, (2, 5))
+    for arguments in ({}, {"num_beams": 3}, {"do_sample": True, "num_return_sequences": 2}):
+        found = []
+        for cache in ({}, {"use_cache": False}, {"cache_implementation": "dynamic"}):
+            torch.manual_seed(0)
+            output = model.generate(ids, max_new_tokens=30, return_dict_in_generate=True, **arguments, **cache)
+            found.append(output.sequences)
+            if not cache:
+                assert isinstance(output.past_key_values, PatternCache)
+        assert torch.equal(found[0], found[1])
+        assert torch.equal(found[0], found[2])
+
+
+def test_left_padding_changes_no_token():
+    model = causal_lm(*MIXED)
+    ids = torch.randint(0, 27, (2, 5))
+    padded = torch.cat([torch.zeros(2, 3, dtype=torch.long), ids], dim=1)
+    mask = (torch.arange(8) >= 3).long().expand(2, 8)
+    expected = model.generate(ids, max_new_tokens=20, do_sample=False)
+    found = model.generate(padded, attention_mask=mask, max_new_tokens=20, do_sample=False)
+    assert torch.equal(found[:, 8:], expected[:, 5:])
+
+
+def decode_once(cache, length, heads=8, dim=2):
+    """Fill the cache to `length` tokens by one prompt, decode one more, and return the keys [1, heads, S, dim] read."""
+    cache.announce(torch.zeros(1, length, 1))
+    keys = torch.arange(float(length)).view(1, 1, length, 1).expand(1, heads, length, dim)
+    for layer in range(len(cache.layers)):
+        cache.update(keys, keys, layer)
+    seen = cache.announce(torch.zeros(1, 1, 1))
+    new = torch.full((1, heads, 1, dim), float(length))
+    read = [cache.update(new, new, layer)[0] for layer in range(len(cache.layers))]
+    return read, seen
+
+
+@pytest.mark.parametrize(
+    ("pattern", "kept", "read"),
+    [
+        # kernels.md's arithmetic for N = 12,288: what a head keeps, and what one step reads
+        (Local(128), 128, 128),
+        (Strided(128), 128 * 128, 96),
+        (FixedBlock(128), 128, 128),
+        (Fixed(128, 32), 128 + 128 * 32, 128 + 95 * 32),
+        (Fixed(128, 8, sub_blocks=4), 128 + 128 * 8, 128 + 95 * 8),
+        (FixedSummary(128, 32), 128 * 32, 96 * 32),
+        (Union((Local(128), Strided(128))), 128 * 128, 128 + 95),
+        (Full(), 16384, 12288),
+    ],
+    ids=str,
+)
+def test_keys_kept_and_read_at_12288(pattern, kept, read):
+    """Rooms that grow do so in powers of two, so 96 columns or blocks have room for 128."""
+    cache = PatternCache([pattern], num_heads=8)
+    (keys,), seen = decode_once(cache, 12_287)
+    assert keys.shape[2] == read
+    assert cache.nbytes == kept * 8 * 4 * 4  # heads, key and value widths of 2 each, bytes
+    mask = seen[pattern].dense(keys.device)
+    positions = keys[..., 0].long()
+    for head in range(8):
+        shown = positions[0, head][mask[0, head % mask.shape[1], 0]]
+        expected = [key for key in range(12_288) if pattern.visible(head, 12_287, key)]
+        assert sorted(shown.tolist()) == expected
+
+
+def test_heads_keep_only_what_they_need():
+    """Half of the heads keep a window, half everything; neither pays for the other's memory."""
+    cache = PatternCache([PerHead((Local(128), Strided(128)))], num_heads=8)
+    decode_once(cache, 12_287)
+    assert cache.nbytes == (4 * 128 + 4 * 128 * 128) * 4 * 4
+
+
+def test_a_mix_of_one_strided_and_three_local_layers_keeps_a_quarter():
+    layers = [Strided(96), Local(96), Local(96), Local(96)]
+    cache, dense = PatternCache(layers, num_heads=2), PatternCache([Full()] * 4, num_heads=2)
+    decode_once(cache, 3_071, heads=2)
+    decode_once(dense, 3_071, heads=2)
+    assert cache.nbytes / dense.nbytes < 0.28
+
+
+class Allocations(TorchDispatchMode):
+    """Elements of every tensor that an operator makes anew."""
+
+    def __init__(self):
+        super().__init__()
+        self.largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
+        if isinstance(output, torch.Tensor) and not func.is_view and not output.dtype.is_floating_point:
+            return output
+        if isinstance(output, torch.Tensor) and not func.is_view:
+            inputs = [a.untyped_storage().data_ptr() for a in args if isinstance(a, torch.Tensor)]
+            if output.untyped_storage().data_ptr() not in inputs:
+                self.largest = max(self.largest, output.numel())
+        return output
+
+
+@pytest.mark.parametrize("pattern", [Local(64), Strided(64), Fixed(64, 4)], ids=str)
+def test_a_step_copies_nothing_that_was_stored(pattern):
+    """No step makes a tensor anywhere near as large as the past (a `cat` per token would)."""
+    heads, dim, length = 2, 4, 4_000
+    cache = PatternCache([pattern], num_heads=heads)
+    decode_once(cache, length, heads=heads, dim=dim)
+    buffers = [buffer.data_ptr() for buffer in cache.layers[0].buffers]
+    with Allocations() as allocations:
+        for _ in range(3):
+            cache.announce(torch.zeros(1, 1, 1))
+            cache.update(torch.zeros(1, heads, 1, dim), torch.zeros(1, heads, 1, dim), 0)
+    assert [buffer.data_ptr() for buffer in cache.layers[0].buffers] == buffers
+    assert 0 < allocations.largest <= heads * 2 * dim * (64 + 4 * 63)  # what one step of `fixed` reads
+
+
+def test_reset_forgets_and_starts_anew():
+    model = causal_lm(*MIXED)
+    ids = torch.randint(0, 27, (2, 9))
+    cache = PatternCache.from_config(model.config)
+    with torch.no_grad():
+        first = model(ids, past_key_values=cache).logits
+        assert cache.nbytes > 0
+        cache.reset()
+        assert cache.get_seq_length() == cache.nbytes == 0
+        assert torch.equal(model(ids, past_key_values=cache).logits, first)
+
+
+def test_rows_can_be_reordered_repeated_and_chosen():
+    model = causal_lm(*MIXED)
+    ids, more = torch.randint(0, 27, (2, 9)), torch.randint(0, 27, (2, 1))
+
+    def next_logits(change, rows):
+        cache = PatternCache.from_config(model.config)
+        with torch.no_grad():
+            model(ids, past_key_values=cache)
+            change(cache)
+            return model(more[rows], past_key_values=cache).logits
+
+    plain = next_logits(lambda cache: None, [0, 1])
+    with torch.no_grad():
+        swapped = model(torch.cat([ids[[1, 0]], more], dim=1)).logits[:, -1:]
+    torch.testing.assert_close(
+        next_logits(lambda cache: cache.reorder_cache(torch.tensor([1, 0])), [0, 1]), swapped, atol=2e-5, rtol=2e-5
+    )
+    repeated = next_logits(lambda cache: cache.batch_repeat_interleave(2), [0, 0, 1, 1])
+    torch.testing.assert_close(repeated, plain.repeat_interleave(2, dim=0))
+    chosen = next_logits(lambda cache: cache.batch_select_indices(torch.tensor([1])), [1])
+    torch.testing.assert_close(chosen, plain[1:])
+
+
+def test_grouped_heads_share_what_any_of_them_needs():
+    """Four query heads read two key heads: the first pair windows, the second a window and a column."""
+    pattern = PerHead((Local(3), Local(5), Local(2), Strided(4)))
+    cache = PatternCache([pattern], num_heads=4, num_key_value_heads=2)
+    (keys,), seen = decode_once(cache, 11, heads=2)
+    mask = seen[pattern].dense(keys.device)
+    for head in range(4):
+        shown = keys[0, head // 2, :, 0][mask[0, head, 0]]
+        assert sorted(shown.tolist()) == [key for key in range(12) if pattern.visible(head, 11, key)]
+
+
+def test_half_precision_sampling_multiplies_in_float32():
+    """Products that overflow float16 (the largest is 65,504) do no harm."""
+    model = causal_lm(*MIXED).half()
+    model.set_attn_implementation("eager")
+    for layer in model.model.layers:
+        layer.self_attn.q_proj.weight.data.mul_(300)
+        layer.self_attn.k_proj.weight.data.mul_(300)
+    ids = torch.randint(0, 27, (2, 9))
+    cache = PatternCache.from_config(model.config)
+    with torch.no_grad():
+        for step in range(9):
+            assert torch.isfinite(model(ids[:, step : step + 1], past_key_values=cache).logits).all()
+        model.config.upcast_sampling = False
+        cache.reset()
+        overflowing = [model(ids[:, step : step + 1], past_key_values=cache).logits for step in range(9)]
+    assert not torch.isfinite(torch.cat(overflowing)).all()
+
+
+def test_what_it_cannot_do_is_refused():
+    model = causal_lm(*MIXED)
+    ids = torch.randint(0, 27, (2, 6))
+    packed = torch.tensor([[0, 1, 2, 0, 1, 2]])
+    cache = PatternCache.from_config(model.config)
+    with pytest.raises(ValueError, match=r"one document a row.*DynamicCache"):
+        model(ids, position_ids=packed, past_key_values=cache)
+    with pytest.raises(ValueError, match=r"attention_mask of shape .*\[2, 6\], got \[2, 1, 6, 6\]"):
+        model(ids, attention_mask=torch.ones(2, 1, 6, 6, dtype=torch.bool), past_key_values=cache)
+    model(ids, past_key_values=cache)
+    with pytest.raises(ValueError, match="DynamicCache"):
+        cache.crop(2)
+    with pytest.raises(ValueError, match="holds 2 rows, got keys of 1"):
+        model(ids[:1, :1], past_key_values=cache)
+    with pytest.raises(ValueError, match="come unannounced"):
+        cache.update(torch.zeros(2, 8, 1, 4), torch.zeros(2, 8, 1, 4), 0)
+
+
+def test_a_plain_cache_still_works():
+    model = causal_lm(*MIXED)
+    ids = torch.randint(0, 27, (2, 12))
+    cache = DynamicCache()
+    with torch.no_grad():
+        steps = [model(ids[:, i : i + 3], past_key_values=cache).logits for i in range(0, 12, 3)]
+        torch.testing.assert_close(torch.cat(steps, dim=1), model(ids).logits, atol=2e-5, rtol=2e-5)
+
+
+def test_every_pattern_of_a_config_gets_a_store():
+    config = SparseTransformerConfig(num_hidden_layers=4)
+    cache = PatternCache.from_config(config)
+    assert [layer.past.pattern for layer in cache.layers] == [
+        pattern_from_dict(p) for p in config.attention_patterns
+    ] * 2
