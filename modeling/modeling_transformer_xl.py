@@ -31,8 +31,6 @@ from .configuration_transformer_xl import TransformerXLConfig
 from .memory_segments import SegmentMemory, check_memory
 from .positions import RelativeBiases, RelativePositions, RelativeSinusoids
 
-BACKENDS = ("eager", "sdpa", "flex_attention")
-
 
 class TransformerXLAttention(nn.Module):
     """Attention to the memory and the segment, with scores that know the distance (section 3.3)."""
@@ -66,12 +64,12 @@ class TransformerXLAttention(nn.Module):
         past_states are remembered hidden states [B, M or 0, hidden]; what is projected already, the memory adds.
         """
         context = torch.cat([past_states, hidden_states], dim=1)  # h~ = [SG(h of the last segment), h], section 3.2
-        query = self._split_heads(self.q_proj(hidden_states))  # [B, H, T, D]
+        query = self.split_heads(self.q_proj(hidden_states))  # [B, H, T, D]
         key, value = memory.update(
-            self._split_heads(self.k_proj(context)), self._split_heads(self.v_proj(context)), self.layer_idx
+            self.split_heads(self.k_proj(context)), self.split_heads(self.v_proj(context)), self.layer_idx
         )  # [B, H, S, D]
         relative_key = memory.relative_keys(
-            self.layer_idx, positions.states, lambda states: self._split_heads(self.r_proj(states))
+            self.layer_idx, positions.states, lambda states: self.split_heads(self.r_proj(states))
         )  # [H, L, D]
         # (a) + (c) of section 3.3 are (q + u) k, (b) + (d) are (q + v) W R.
         position_bias = positions.scores(query + biases.position[:, None], relative_key) * self.scaling
@@ -92,7 +90,7 @@ class TransformerXLAttention(nn.Module):
         )  # [B, T, H, D]
         return self.o_proj(output.flatten(2)), weights
 
-    def _split_heads(self, states: torch.Tensor) -> torch.Tensor:
+    def split_heads(self, states: torch.Tensor) -> torch.Tensor:
         """[..., places, H * D] -> [..., H, places, D]."""
         return states.unflatten(-1, (-1, self.head_dim)).transpose(-3, -2)
 
@@ -185,6 +183,7 @@ class TransformerXLPreTrainedModel(PreTrainedModel):
 class TransformerXLModel(TransformerXLPreTrainedModel):
     """The decoder without a head: ids or embeddings in, hidden states [B, T, hidden] out."""
 
+    backends = ("eager", "sdpa", "flex_attention")
     memory_class = SegmentMemory
     block_class = TransformerXLBlock
 
@@ -224,7 +223,7 @@ class TransformerXLModel(TransformerXLPreTrainedModel):
             use_cache: return the memory for the next segment. A memory that is passed in is always brought up to date.
         """
         check_one_input(input_ids, inputs_embeds)
-        check_backend(self.config._attn_implementation)
+        self.check_backend()
         if kwargs.pop("position_ids", None) is not None:
             raise ValueError(
                 "Transformer-XL knows order by distance and takes no position_ids; say with attention_mask what is "
@@ -243,9 +242,7 @@ class TransformerXLModel(TransformerXLPreTrainedModel):
             self.read_segment(segment, mask, memory, return_dict=True, **kwargs)
             for segment, mask in zip(segments, masks)
         ]
-        joined = join_outputs(outputs)
-        joined.past_key_values = memory if use_cache or past_key_values is not None else None
-        return joined
+        return self.join(outputs, memory if use_cache or past_key_values is not None else None)
 
     @capture_outputs
     def read_segment(
@@ -278,9 +275,37 @@ class TransformerXLModel(TransformerXLPreTrainedModel):
         )
         return valid, lower_mask(seen, self.config._attn_implementation, inputs_embeds.device), positions
 
+    def check_backend(self) -> None:
+        """Raise ValueError for an attention implementation that would leave the distances out."""
+        implementation = self.config._attn_implementation
+        if implementation not in self.backends:
+            raise ValueError(
+                f"attn_implementation={implementation!r} takes no relative position bias; use one of "
+                f"{', '.join(self.backends)}."
+            )
+
     def biases_of(self, layer_idx: int) -> RelativeBiases:
         """u and v of a layer."""
         return self.biases[layer_idx % len(self.biases)]
+
+    @staticmethod
+    def join(outputs: list[BaseModelOutputWithPast], memory: SegmentMemory | None) -> BaseModelOutputWithPast:
+        """The outputs of consecutive segments as those of one input."""
+        attentions, hidden_states = outputs[0].attentions, outputs[0].hidden_states
+        if attentions is not None and len(outputs) > 1:
+            raise ValueError(
+                "output_attentions=True with an input longer than segment_length: segments see different numbers of "
+                "keys. Give them one at a time."
+            )
+        if hidden_states is not None:
+            by_layer = zip(*(output.hidden_states for output in outputs))
+            hidden_states = tuple(None if layer[0] is None else torch.cat(layer, dim=1) for layer in by_layer)
+        return BaseModelOutputWithPast(
+            last_hidden_state=torch.cat([output.last_hidden_state for output in outputs], dim=1),
+            past_key_values=memory,
+            hidden_states=hidden_states,
+            attentions=attentions,
+        )
 
     def _memory(self, past_key_values: SegmentMemory | None, inputs_embeds: torch.Tensor) -> SegmentMemory:
         """The memory handed in, or an empty one; without gradients it need not keep what they would flow through."""
@@ -347,13 +372,7 @@ class TransformerXLForCausalLM(TransformerXLPreTrainedModel, GenerationMixin):
             logits = self.lm_head(outputs.last_hidden_state[:, kept])
         if targets is not None:
             loss = self._loss(outputs, logits, targets, **kwargs)
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+        return self._output(loss, logits, outputs)
 
     def _loss(self, outputs, logits: torch.Tensor | None, targets: torch.Tensor, **kwargs) -> torch.Tensor:
         """Mean loss of the targets that count, or their sum over `num_items_in_batch`."""
@@ -362,6 +381,15 @@ class TransformerXLForCausalLM(TransformerXLPreTrainedModel, GenerationMixin):
             return self.loss_function(logits=logits, labels=None, shift_labels=targets, vocab_size=vocab_size, **kwargs)
         losses = self.lm_head.token_losses(outputs.last_hidden_state.flatten(0, 1), targets.flatten())
         return losses.sum() / num_targets(targets, kwargs.get("num_items_in_batch"))
+
+    def _output(self, loss, logits, outputs: BaseModelOutputWithPast) -> CausalLMOutputWithPast:
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
 
 
 # The generic head looks its base model up by Auto class, which a checkpoint's own code is not registered with.
@@ -385,33 +413,6 @@ def build_embeddings(config: TransformerXLConfig) -> nn.Module:
             config.vocab_size, config.embedding_size, config.hidden_size, config.cutoffs, config.div_val
         )
     return nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
-
-
-def check_backend(implementation: str) -> None:
-    """Raise ValueError for an attention implementation that would leave the distances out."""
-    if implementation not in BACKENDS:
-        raise ValueError(
-            f"attn_implementation={implementation!r} takes no relative position bias; use one of {', '.join(BACKENDS)}."
-        )
-
-
-def join_outputs(outputs: list[BaseModelOutputWithPast]) -> BaseModelOutputWithPast:
-    """The outputs of consecutive segments as those of one input."""
-    if len(outputs) == 1:
-        return outputs[0]
-    if outputs[0].attentions is not None:
-        raise ValueError(
-            "output_attentions=True with an input longer than segment_length: segments see different numbers of keys. "
-            "Give them one at a time."
-        )
-    hidden_states = None
-    if outputs[0].hidden_states is not None:
-        by_layer = zip(*(output.hidden_states for output in outputs))
-        hidden_states = tuple(None if layer[0] is None else torch.cat(layer, dim=1) for layer in by_layer)
-    return BaseModelOutputWithPast(
-        last_hidden_state=torch.cat([output.last_hidden_state for output in outputs], dim=1),
-        hidden_states=hidden_states,
-    )
 
 
 def next_tokens(labels: torch.Tensor | None, shift_labels: torch.Tensor | None) -> torch.Tensor | None:

@@ -26,6 +26,15 @@ class System(NamedTuple):
 
 SYSTEMS = [
     System(
+        "compressive_transformer",
+        "CompressiveTransformer",
+        {
+            AutoModel: "Model",
+            AutoModelForCausalLM: "ForCausalLM",
+            AutoModelForSequenceClassification: "ForSequenceClassification",
+        },
+    ),
+    System(
         "rope_decoder",
         "RoPEDecoder",
         {

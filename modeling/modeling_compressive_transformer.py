@@ -1,0 +1,349 @@
+"""Compressive Transformer: Rae, Potapenko, Jayakumar and Lillicrap 2019, "Compressive Transformers for Long-Range
+Sequence Modelling".
+
+A Transformer-XL whose oldest memories are not dropped but compressed, into a second memory that reaches further back.
+Section and algorithm numbers are those of arXiv:1911.05507.
+
+Shapes: B batch, T new tokens, C compressed places, M places in the short memory, S = C + M + T keys, H heads, D head
+dim, E tokens that leave the short memory, E / c the places they become.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
+from transformers.utils.output_capturing import capture_outputs
+
+from .attention import eager_attention_forward
+from .configuration_compressive_transformer import CompressiveTransformerConfig
+from .memory_segments import CompressiveMemory, Evicted
+from .modeling_transformer_xl import (
+    TransformerXLBlock,
+    TransformerXLForCausalLM,
+    TransformerXLForSequenceClassification,
+    TransformerXLModel,
+    TransformerXLPreTrainedModel,
+    num_targets,
+)
+from .positions import RelativeBiases, RelativePositions
+
+
+class Compression(nn.Module):
+    """f_c of section 3.1: E tokens become E / c places. Each group of c tokens is one place unless said otherwise."""
+
+    def __init__(self, config: CompressiveTransformerConfig):
+        super().__init__()
+        self.rate = config.compression_rate
+
+    def forward(self, evicted: Evicted, weights: torch.Tensor | None) -> torch.Tensor:
+        """[B, E / c, hidden] from what was evicted, and the attention weights [B, H, T, S] where there are any."""
+        return self.compress(evicted, weights) if evicted.states.shape[1] else evicted.states
+
+    def compress(self, evicted: Evicted, weights: torch.Tensor | None) -> torch.Tensor:
+        raise NotImplementedError
+
+    def valid(self, tokens: torch.Tensor) -> torch.Tensor:
+        """[B, E] -> [B, E / c] bool: a place that would mix in padding is not seen."""
+        return self.groups(tokens).all(dim=-1)
+
+    def groups(self, entries: torch.Tensor) -> torch.Tensor:
+        """[B, E, ...] -> [B, E / c, c, ...]."""
+        return entries.unflatten(1, (entries.shape[1] // self.rate, self.rate))
+
+
+class MaxPool(Compression):
+    def compress(self, evicted, weights):
+        return self.groups(evicted.states).amax(dim=2)
+
+
+class MeanPool(Compression):
+    def compress(self, evicted, weights):
+        return self.groups(evicted.states).mean(dim=2)
+
+
+class StridedConv(Compression):
+    """A convolution whose kernel is a group."""
+
+    dilation = 1
+
+    def __init__(self, config: CompressiveTransformerConfig):
+        super().__init__(config)
+        width, rate = config.hidden_size, config.compression_rate
+        self.conv = nn.Conv1d(width, width, kernel_size=rate, stride=rate, dilation=self.dilation)
+
+    @property
+    def reach(self) -> int:
+        """How far before its group a place sees; the last token it sees is the group's last."""
+        return (self.rate - 1) * (self.dilation - 1)
+
+    def compress(self, evicted, weights):
+        return self.conv(nn.functional.pad(evicted.states.transpose(1, 2), (self.reach, 0))).transpose(1, 2)
+
+    def valid(self, tokens):
+        if not tokens.shape[1]:
+            return tokens
+        seen = nn.functional.pad(tokens, (self.reach, 0), value=True).unfold(1, self.reach + self.rate, self.rate)
+        return seen[..., :: self.dilation].all(dim=-1)
+
+
+class DilatedConv(StridedConv):
+    """A convolution that sees as many tokens as a group has, some distance apart, so that groups overlap.
+
+    The paper gives no details of it.
+    """
+
+    def __init__(self, config: CompressiveTransformerConfig):
+        self.dilation = config.compression_dilation
+        super().__init__(config)
+
+
+class MostUsed(Compression):
+    """Of all tokens that leave together, keeps those that got most attention on average, in their order."""
+
+    def compress(self, evicted, weights):
+        paid = weights.mean(dim=1).sum(dim=1)  # [B, S], from this segment
+        mine = slice(evicted.start, evicted.start + len(evicted.age))
+        average = (evicted.usage + paid[:, mine]) / evicted.age
+        valid = torch.ones_like(average, dtype=torch.bool) if evicted.valid is None else evicted.valid
+        kept = average.masked_fill(~valid, -1.0).topk(average.shape[1] // self.rate, dim=1).indices
+        # In order, but padding first: then every layer has it in the same places.
+        kept = kept.gather(1, (kept - average.shape[1] * (~valid).gather(1, kept)).argsort(dim=1))
+        return evicted.states.gather(1, kept[..., None].expand(-1, -1, evicted.states.shape[-1]))
+
+    def valid(self, tokens):
+        places = tokens.shape[1] // self.rate
+        return torch.arange(places, device=tokens.device) >= places - tokens.sum(dim=1, keepdim=True)
+
+
+class NoLoss(nn.Module):
+    """For compressions that learn nothing."""
+
+    def __init__(self, config: CompressiveTransformerConfig):
+        super().__init__()
+
+    def forward(self, block, hidden_states: torch.Tensor, evicted: Evicted, compressed: torch.Tensor) -> torch.Tensor:
+        """A scalar."""
+        return hidden_states.new_zeros(())
+
+
+class AutoEncoding(NoLoss):
+    """How far the tokens are from what can be decoded from their compressed form (section 3.2)."""
+
+    def __init__(self, config: CompressiveTransformerConfig):
+        super().__init__(config)
+        width, rate = config.hidden_size, config.compression_rate
+        self.decoder = nn.ConvTranspose1d(width, width, kernel_size=rate, stride=rate)
+
+    def forward(self, block, hidden_states, evicted, compressed):
+        decoded = self.decoder(compressed.transpose(1, 2)).transpose(1, 2)
+        return _mean_square(decoded - evicted.states, evicted.valid)
+
+
+class AttentionReconstruction(NoLoss):
+    """How far attention by content to the tokens is from attention to their compressed form (algorithm 2).
+
+    The layer's own projections, and everything before them, take no gradient.
+    """
+
+    def forward(self, block, hidden_states, evicted, compressed):
+        attention = block.self_attn
+        normed = frozen(block.attention_pre_norm, hidden_states.detach())
+        query = attention.split_heads(frozen(attention.q_proj, normed))
+        compressed_valid = None if evicted.valid is None else block.compression.valid(evicted.valid)
+        error = self._attend(block, query, evicted.states, evicted.valid)
+        error = error - self._attend(block, query, compressed, compressed_valid)
+        return _mean_square(error)
+
+    @staticmethod
+    def _attend(block, query, memory, valid) -> torch.Tensor:
+        """[B, T, H, D]: softmax((h Q) (m K)) (m V)."""
+        attention = block.self_attn
+        normed = frozen(block.attention_pre_norm, memory)
+        key = attention.split_heads(frozen(attention.k_proj, normed))
+        value = attention.split_heads(frozen(attention.v_proj, normed))
+        mask = None if valid is None else valid[:, None, None]
+        return eager_attention_forward(attention, query, key, value, mask, scaling=attention.scaling)[0]
+
+
+COMPRESSIONS = {
+    "max_pool": MaxPool,
+    "mean_pool": MeanPool,
+    "conv": StridedConv,
+    "dilated_conv": DilatedConv,
+    "most_used": MostUsed,
+}
+LOSSES = {"attention_reconstruction": AttentionReconstruction, "auto_encoding": AutoEncoding, None: NoLoss}
+
+
+class CompressiveTransformerBlock(TransformerXLBlock):
+    """A layer that also compresses what its short memory has no room for (algorithm 1)."""
+
+    def __init__(self, config: CompressiveTransformerConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.layer_idx = layer_idx
+        self.compression = COMPRESSIONS[config.compression](config)
+        self.compression_loss = LOSSES[config.compression_loss](config)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        past_states: torch.Tensor,
+        attention_mask,
+        positions: RelativePositions,
+        biases: RelativeBiases,
+        memory: CompressiveMemory,
+        evicted: Evicted,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """Output [B, T, hidden]; compressed places [B, E / c, hidden]; attention that keys got [B, S], where there are
+        weights; the compression loss, in training."""
+        output, weights = self.transform(
+            hidden_states, past_states, attention_mask, positions, biases, memory, **kwargs
+        )
+        compressed = self.compression(evicted, weights)
+        memory.compress(self.layer_idx, compressed, self.project)
+        loss = self._loss(hidden_states, evicted, compressed) if self.training else None
+        usage = None if weights is None else weights.mean(dim=1).sum(dim=1)
+        return output, compressed, usage, loss
+
+    def project(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [B, H, places, D] of remembered states."""
+        normed = self.attention_pre_norm(states)
+        attention = self.self_attn
+        return attention.split_heads(attention.k_proj(normed)), attention.split_heads(attention.v_proj(normed))
+
+    def _loss(self, hidden_states, evicted: Evicted, compressed: torch.Tensor) -> torch.Tensor:
+        if evicted.states.shape[1]:
+            return self.compression_loss(self, hidden_states, evicted, compressed)
+        # Parameters without a gradient would stop distributed training before the memory is full.
+        learned = [*self.compression.parameters(), *self.compression_loss.parameters()]
+        return hidden_states.new_zeros(()) + sum(0.0 * parameter.sum() for parameter in learned)
+
+
+@dataclass
+class CompressiveTransformerOutput(BaseModelOutputWithPast):
+    """As every decoder's, and the compression loss, summed over layers and averaged over segments; in training only."""
+
+    compression_loss: torch.FloatTensor | None = None
+
+
+@dataclass
+class CompressiveTransformerCausalLMOutput(CausalLMOutputWithPast):
+    """As every decoder's, and the compression loss, of which `loss` contains config.compression_loss_weight times."""
+
+    compression_loss: torch.FloatTensor | None = None
+
+
+class CompressiveTransformerPreTrainedModel(TransformerXLPreTrainedModel):
+    """What Transformers wants to know about the family."""
+
+    config: CompressiveTransformerConfig
+    _no_split_modules = ["CompressiveTransformerBlock"]
+
+
+class CompressiveTransformerModel(CompressiveTransformerPreTrainedModel, TransformerXLModel):
+    """The decoder without a head: ids or embeddings in, hidden states [B, T, hidden] out."""
+
+    memory_class = CompressiveMemory
+    block_class = CompressiveTransformerBlock
+
+    @capture_outputs
+    def read_segment(
+        self,
+        inputs_embeds: torch.Tensor,
+        new_tokens: torch.Tensor | None,
+        memory: CompressiveMemory,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> CompressiveTransformerOutput:
+        """One segment [B, T, hidden], of which new_tokens [B, T] says what is no padding; the memory takes it in."""
+        valid, mask, positions = self.survey(inputs_embeds, new_tokens, memory)
+        length = inputs_embeds.shape[1]
+        valid_after = memory.valid_after(valid, length, self.layers[0].compression.valid)
+        hidden_states = self.dropout(inputs_embeds)
+        losses = []
+        for i, layer in enumerate(self.layers):
+            entering, evicted = hidden_states, memory.evict(hidden_states, i, valid)
+            past_states = memory.past_states(hidden_states, i)
+            hidden_states, compressed, usage, loss = layer(
+                hidden_states, past_states, mask, positions, self.biases_of(i), memory, evicted, **kwargs
+            )
+            memory.remember(entering, i, compressed, usage)
+            losses.append(loss)
+        memory.advance(length, valid_after)
+        return CompressiveTransformerOutput(
+            last_hidden_state=self.dropout(hidden_states),
+            compression_loss=sum(losses) if self.training else None,
+        )
+
+    @staticmethod
+    def join(outputs: list[CompressiveTransformerOutput], memory: CompressiveMemory | None):
+        """The outputs of consecutive segments as those of one input."""
+        joined = TransformerXLModel.join(outputs, memory)
+        losses = [output.compression_loss for output in outputs]
+        mean = None if losses[0] is None else sum(losses) / len(losses)
+        return CompressiveTransformerOutput(**joined, compression_loss=mean)
+
+    def check_backend(self) -> None:
+        """Raise ValueError for an attention implementation that the distances or the compression cannot do with."""
+        super().check_backend()
+        implementation = self.config._attn_implementation
+        if self.config.compression == "most_used" and implementation != "eager":
+            raise ValueError(
+                f"compression='most_used' needs attention weights, which attn_implementation={implementation!r} does "
+                "not have; load the model with attn_implementation='eager'."
+            )
+
+
+class CompressiveTransformerForCausalLM(CompressiveTransformerPreTrainedModel, TransformerXLForCausalLM):
+    """The decoder with a softmax over the next token; in training its loss contains the compression loss."""
+
+    model_class = CompressiveTransformerModel
+
+    def _loss(self, outputs: CompressiveTransformerOutput, logits, targets: torch.Tensor, **kwargs) -> torch.Tensor:
+        """The compression loss counts as much as the share that this batch has in `num_items_in_batch`."""
+        loss = super()._loss(outputs, logits, targets, **kwargs)
+        if outputs.compression_loss is None:
+            return loss
+        share = num_targets(targets, None) / num_targets(targets, kwargs.get("num_items_in_batch"))
+        return loss + self.config.compression_loss_weight * share * outputs.compression_loss
+
+    def _output(self, loss, logits, outputs: CompressiveTransformerOutput) -> CompressiveTransformerCausalLMOutput:
+        output = super()._output(loss, logits, outputs)
+        return CompressiveTransformerCausalLMOutput(**output, compression_loss=outputs.compression_loss)
+
+
+class CompressiveTransformerForSequenceClassification(
+    CompressiveTransformerPreTrainedModel, TransformerXLForSequenceClassification
+):
+    """The decoder with a linear layer on each row's last token, the rightmost that is not config.pad_token_id.
+
+    Its loss is that of the classes alone: the compression stays as language modelling trained it.
+    """
+
+    model_class = CompressiveTransformerModel
+
+
+def frozen(module: nn.Module, states: torch.Tensor) -> torch.Tensor:
+    """`module(states)` without a gradient for the module's parameters."""
+    parameters = {name: parameter.detach() for name, parameter in module.named_parameters()}
+    return torch.func.functional_call(module, parameters, states)
+
+
+def _mean_square(error: torch.Tensor, valid: torch.Tensor | None = None) -> torch.Tensor:
+    """Of the places [B, E] that are valid, of an error [B, E, ...]."""
+    error = error.square()
+    if valid is None:
+        return error.mean()
+    per_place = error.flatten(2).mean(dim=-1)
+    return (per_place * valid).sum() / valid.sum().clamp(min=1)
+
+
+__all__ = [
+    "CompressiveTransformerForCausalLM",
+    "CompressiveTransformerForSequenceClassification",
+    "CompressiveTransformerModel",
+    "CompressiveTransformerPreTrainedModel",
+]
