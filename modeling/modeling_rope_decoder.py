@@ -13,7 +13,6 @@ import torch
 from torch import nn
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import (
     GenericForSequenceClassification,
@@ -28,10 +27,12 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .attention import eager_attention_forward, layer_masks
+from .attention_block_sparse import BlockSparseByDefault
 from .attention_masks import token_positions
 from .attention_patterns import Full, patterns_for_layers
-from .checks import check_one_input, check_token_ids
+from .checks import check_embeddings, check_one_input, check_token_ids
 from .configuration_rope_decoder import RoPEDecoderConfig
+from .memory import PatternCacheGenerationMixin
 from .positions import ROTARY_LAYOUTS, RotaryEmbedding
 
 # Their masks come from `layer_masks`; all others (flash attention, Hub kernels, vLLM) get Transformers' own.
@@ -121,7 +122,7 @@ class RoPEDecoderBlock(GradientCheckpointingLayer):
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
 
-class RoPEDecoderPreTrainedModel(PreTrainedModel):
+class RoPEDecoderPreTrainedModel(BlockSparseByDefault, PreTrainedModel):
     """What Transformers wants to know about the family."""
 
     config: RoPEDecoderConfig
@@ -151,7 +152,7 @@ class RoPEDecoderModel(RoPEDecoderPreTrainedModel):
         super().__init__(config)
         patterns = Full() if config.attention_patterns is None else config.attention_patterns
         self.patterns = patterns_for_layers(patterns, config.num_hidden_layers)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(RoPEDecoderBlock(config, i) for i in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = RotaryEmbedding(config)
@@ -183,6 +184,8 @@ class RoPEDecoderModel(RoPEDecoderPreTrainedModel):
         if inputs_embeds is None:
             check_token_ids(input_ids, self.embed_tokens.num_embeddings)
             inputs_embeds = self.embed_tokens(input_ids)
+        else:
+            check_embeddings(inputs_embeds, self.config.hidden_size)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
 
@@ -224,7 +227,7 @@ class RoPEDecoderModel(RoPEDecoderPreTrainedModel):
         return torch.arange(past_length, end, device=inputs_embeds.device)[None]
 
 
-class RoPEDecoderForCausalLM(RoPEDecoderPreTrainedModel, GenerationMixin):
+class RoPEDecoderForCausalLM(RoPEDecoderPreTrainedModel, PatternCacheGenerationMixin):
     """The decoder with a linear layer to the next token's logits."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -234,7 +237,6 @@ class RoPEDecoderForCausalLM(RoPEDecoderPreTrainedModel, GenerationMixin):
 
     def __init__(self, config: RoPEDecoderConfig):
         super().__init__(config)
-        self.vocab_size = config.vocab_size
         self.model = RoPEDecoderModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()

@@ -142,7 +142,6 @@ def test_a_row_of_padding_alone_gives_no_nan(implementation):
     assert model(ids(2, 4), attention_mask=mask).logits.isfinite().all()
     hidden.remove()
     assert not seen[0][0].any()
-    assert not seen[0][1, 0].any()
 
 
 @patterns
@@ -159,10 +158,11 @@ def test_token_by_token_equals_at_once(pattern):
 
 
 @patterns
+@pytest.mark.parametrize("implementation", ["sdpa", "block_sparse"])
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"cache_implementation": "static"}, {"use_cache": False}])
 @torch.no_grad()
-def test_generation_with_left_padding(pattern, options):
-    model, prompt = causal_lm(pattern), ids(1, 5)
+def test_generation_with_left_padding(pattern, options, implementation):
+    model, prompt = causal_lm(pattern, implementation), ids(1, 5)
     padded = torch.cat((torch.nn.functional.pad(prompt, (4, 0)), ids(1, 9)))
     mask = (padded != 0).long()
     greedy = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
@@ -211,6 +211,14 @@ def test_heads_learn():
         assert all(parameter.grad is not None for parameter in model.parameters())
 
 
+def test_the_embedding_of_the_padding_token_learns():
+    """It may be the end token too; stock decoders freeze it."""
+    model = causal_lm(pad_token_id=5)
+    inputs = torch.tensor([[4, 5, 6, 7]])
+    model(inputs, labels=inputs).loss.backward()
+    assert model.model.embed_tokens.weight.grad[5].any()
+
+
 def test_labels_and_shifted_labels_agree_and_count_items():
     model, inputs = causal_lm(), ids(2, 7)
     loss = model(inputs, labels=inputs).loss
@@ -226,7 +234,8 @@ def test_saved_and_loaded_it_is_the_same(tmp_path):
         model.save_pretrained(tmp_path / str(tied))
         again = AutoModelForCausalLM.from_pretrained(tmp_path / str(tied))
         inputs = ids(1, 9)
-        assert torch.equal(again(inputs).logits, model(inputs).logits)
+        assert again.config._attn_implementation == "block_sparse"  # what a model with patterns runs by default
+        torch.testing.assert_close(again(inputs).logits, model(inputs).logits)
         assert (again.lm_head.weight is again.model.embed_tokens.weight) == tied
 
 
