@@ -36,6 +36,7 @@ MAY_IMPORT = {
 }
 # Systems that their own paper presents as an extension of another.
 EXTENDS = {
+    "configuration_compressive_transformer": "configuration_transformer_xl",
     "modeling_compressive_transformer": "modeling_transformer_xl",
     "modeling_xl_sparse": "modeling_transformer_xl",
 }
