@@ -70,8 +70,8 @@ def foreign_imports(name):
 def allowed(name):
     own = next((modules for rule, modules in MAY_IMPORT.items() if fnmatch(name, rule)), set())
     if name.startswith("modeling_"):
-        own = own | {name.replace("modeling_", "configuration_", 1)} | {EXTENDS.get(name)}
-    return own
+        own = own | {name.replace("modeling_", "configuration_", 1)}
+    return own | {EXTENDS.get(name)}
 
 
 @pytest.mark.parametrize("name", FILES)
