@@ -88,6 +88,8 @@ class TransformerXLAttention(nn.Module):
             dropout=self.config.attention_dropout if self.training else 0.0,
             **kwargs,
         )  # [B, T, H, D]
+        if positions.blind is not None:  # with a bias, sdpa averages over hidden keys where there are no others
+            output = output.masked_fill(positions.blind[:, :, None, None], 0.0)
         return self.o_proj(output.flatten(2)), weights
 
     def split_heads(self, states: torch.Tensor) -> torch.Tensor:
@@ -272,6 +274,7 @@ class TransformerXLModel(TransformerXLPreTrainedModel):
             states=self.dropout(self.positions(memory.distances_wanted(seen.key_length), inputs_embeds)),
             key_length=seen.key_length,
             distances=_distances(seen),
+            blind=None if valid is None else ~seen.dense(inputs_embeds.device).any(dim=-1)[:, 0],
         )
         return valid, lower_mask(seen, self.config._attn_implementation, inputs_embeds.device), positions
 

@@ -89,32 +89,23 @@ def rotate_interleaved(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tenso
 
     Args:
         states: queries or keys [B, H, T, D].
-        cos, sin: [B, T, R / 2]; dimensions from R on stay as they are.
+        cos, sin: [B, 1, T, R / 2]; dimensions from R on stay as they are.
     """
-    states, kept = _rotated_and_kept(states, cos)
-    even, odd = states.unflatten(-1, (-1, 2)).unbind(-1)
-    turned = torch.stack(_turn(even, odd, cos, sin), dim=-1).flatten(-2)
-    return torch.cat((turned, kept), dim=-1)
+    rotated = 2 * cos.shape[-1]
+    pairs, kept = states.split((rotated, states.shape[-1] - rotated), dim=-1)
+    even, odd = pairs.unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1)
+    return torch.cat((turned.flatten(-2), kept), dim=-1)
 
 
 def rotate_half(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Turn the pairs (x_0, x_{R/2}), (x_1, x_{R/2+1}), ... as GPT-NeoX and Llama do; arguments as above."""
-    states, kept = _rotated_and_kept(states, cos)
-    return torch.cat((*_turn(*states.chunk(2, dim=-1), cos, sin), kept), dim=-1)
+    half = cos.shape[-1]
+    first, second, kept = states.split((half, half, states.shape[-1] - 2 * half), dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin, kept), dim=-1)
 
 
 ROTARY_LAYOUTS: dict[str, Callable] = {"interleaved": rotate_interleaved, "half": rotate_half}
-
-
-def _rotated_and_kept(states, cos):
-    rotated = 2 * cos.shape[-1]
-    return states[..., :rotated], states[..., rotated:]
-
-
-def _turn(first, second, cos, sin):
-    """Each pair turned by its angle (equation 13)."""
-    cos, sin = cos[:, None], sin[:, None]  # [B, 1, T, R / 2]
-    return first * cos - second * sin, second * cos + first * sin
 
 
 # The dimension along which sines and cosines are stacked before the last two are flattened.
@@ -202,11 +193,13 @@ class RelativePositions:
         states: R [L, hidden] for the distances L - 1 down to 0.
         key_length: S, at most L.
         distances: [B, T, S], negative for later keys; None where the T queries are the last T of S unpadded keys.
+        blind: [B, T] bool, queries that see no key at all; None if there are none.
     """
 
     states: torch.Tensor
     key_length: int
     distances: torch.Tensor | None = None
+    blind: torch.Tensor | None = None
 
     def scores(self, query: torch.Tensor, relative_key: torch.Tensor) -> torch.Tensor:
         """What queries [B, H, T, D] and projected distances [H, L, D] have in common, as [B, H, T, S].

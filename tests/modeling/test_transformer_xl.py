@@ -5,9 +5,9 @@ import copy
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache, Trainer, TrainingArguments
 
-from hf_tfamily.auto import register_all
+import hf_tfamily  # noqa: F401
 from hf_tfamily.modeling.configuration_transformer_xl import TransformerXLConfig
 from hf_tfamily.modeling.memory_segments import SegmentMemory
 from hf_tfamily.modeling.modeling_transformer_xl import (
@@ -16,8 +16,6 @@ from hf_tfamily.modeling.modeling_transformer_xl import (
     TransformerXLModel,
 )
 from tests.reference.transformer_xl import transformer_xl
-
-register_all()
 
 VOCAB = 11
 ADAPTIVE = {"cutoffs": [4, 8], "div_val": 2}
@@ -187,6 +185,32 @@ def test_loss_honours_num_items_in_batch(fields):
     torch.testing.assert_close(plain, expected)
 
 
+def test_the_stock_trainer_accumulates_segments_exactly(tmp_path):
+    """Two batches of one row accumulated are one batch of two rows."""
+    data = [{"input_ids": row, "labels": row} for row in tokens(4, 12)]
+
+    def trained(**arguments):
+        torch.manual_seed(0)
+        model = build(segment_length=4)
+        arguments = TrainingArguments(
+            tmp_path,
+            max_steps=2,
+            learning_rate=0.1,
+            optim="sgd",
+            use_cpu=True,
+            report_to=[],
+            save_strategy="no",
+            **arguments,
+        )
+        Trainer(model, arguments, train_dataset=data, eval_dataset=data).train()
+        return model
+
+    whole = trained(per_device_train_batch_size=2)
+    parts = trained(per_device_train_batch_size=1, gradient_accumulation_steps=2)
+    for one, other in zip(whole.parameters(), parts.parameters()):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-3)
+
+
 # -- generation --------------------------------------------------------------------------------------------------------
 
 
@@ -232,6 +256,19 @@ def test_padding_inside_the_memory_is_never_seen(same_length, training):
         alone, _ = read(model, [ids[:1, :4], ids[:1, 8:], ids[:1, :2]])
     seen = torch.cat([first[0][0, :4], second[0][0, 2:], third[0][0]])
     torch.testing.assert_close(seen, alone[0], atol=1e-5, rtol=0)
+
+
+def test_queries_that_see_nothing_get_nothing_in_every_backend():
+    """Only padding does, and its output is what the layers make of a zero attention."""
+    model = build(TransformerXLModel, attention="eager").train()
+    ids, mask = tokens(2, 6), torch.ones(2, 6)
+    mask[0, :3] = 0
+    expected = model(ids, attention_mask=mask).last_hidden_state
+    model.set_attn_implementation("sdpa")
+    output = model(ids, attention_mask=mask).last_hidden_state
+    torch.testing.assert_close(output, expected, atol=1e-5, rtol=0)
+    output.sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
 def test_continues_a_text_from_its_memory():
