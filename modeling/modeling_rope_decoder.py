@@ -192,7 +192,8 @@ class RoPEDecoderModel(RoPEDecoderPreTrainedModel):
         masks = self.make_masks(inputs_embeds, attention_mask, position_ids, past_key_values)
         if position_ids is None:
             position_ids = self._position_ids(inputs_embeds, attention_mask, past_key_values)
-        position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
+        cos, sin = self.rotary_emb(inputs_embeds, position_ids)
+        position_embeddings = cos[:, None], sin[:, None]  # [B, 1, T, R / 2]
         hidden_states = inputs_embeds
         for layer, mask in zip(self.layers, masks):
             hidden_states = layer(

@@ -22,6 +22,11 @@ def angles(share=1.0, **fields):
     )
 
 
+def turn(layout, embedding, states, positions):
+    cos, sin = embedding(states, positions)
+    return ROTARY_LAYOUTS[layout](states, cos[:, None], sin[:, None])
+
+
 def test_the_config_knows_the_layouts():
     assert set(configuration_rope_decoder.LAYOUTS) == set(ROTARY_LAYOUTS)
 
@@ -31,8 +36,7 @@ def test_the_config_knows_the_layouts():
 def test_equals_the_loops_with_gradients(layout, share):
     states = torch.randn(2, 3, 5, DIM, dtype=torch.float64, requires_grad=True)
     positions = torch.tensor([[0, 1, 2, 3, 4], [7, 3, 0, 90, 1]])
-    cos, sin = angles(share)(states, positions)
-    output = ROTARY_LAYOUTS[layout](states, cos, sin)
+    output = turn(layout, angles(share), states, positions)
     expected = rotate_all(states.detach(), positions, BASE, layout, int(DIM * share))
     # The angles are float32: at position 90 that is an error of about 90 * 6e-8.
     torch.testing.assert_close(output, expected, atol=2e-5, rtol=0)
@@ -47,18 +51,19 @@ def test_equals_the_loops_with_gradients(layout, share):
 @layouts
 def test_gradients_are_those_of_finite_differences(layout):
     states = torch.randn(1, 2, 3, DIM, dtype=torch.float64, requires_grad=True)
-    cos, sin = angles()(states, torch.arange(3)[None])
-    assert torch.autograd.gradcheck(lambda x: ROTARY_LAYOUTS[layout](x, cos, sin), (states,))
+    embedding, positions = angles(), torch.arange(3)[None]
+    assert torch.autograd.gradcheck(lambda x: turn(layout, embedding, x, positions), (states,))
 
 
 @layouts
 def test_a_score_depends_on_the_distance_alone(layout):
     query, key = torch.randn(2, 1, 1, 1, DIM, dtype=torch.float64)
-    embedding, turn = angles(), ROTARY_LAYOUTS[layout]
+    embedding = angles()
 
     def score(m, n):
-        turned = [turn(x, *embedding(x, torch.tensor([[p]]))) for x, p in ((query, m), (key, n))]
-        return (turned[0] * turned[1]).sum()
+        return (
+            turn(layout, embedding, query, torch.tensor([[m]])) * turn(layout, embedding, key, torch.tensor([[n]]))
+        ).sum()
 
     by_loops = rotate(query.flatten(), 3, BASE, layout, DIM) @ key.flatten().double()
     for shift in (0, 1, 50, 100):
