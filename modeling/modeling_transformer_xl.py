@@ -415,7 +415,7 @@ def build_embeddings(config: TransformerXLConfig) -> nn.Module:
         return AdaptiveEmbedding(
             config.vocab_size, config.embedding_size, config.hidden_size, config.cutoffs, config.div_val
         )
-    return nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
+    return nn.Embedding(config.vocab_size, config.hidden_size)
 
 
 def next_tokens(labels: torch.Tensor | None, shift_labels: torch.Tensor | None) -> torch.Tensor | None:

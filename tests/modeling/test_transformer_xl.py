@@ -131,6 +131,50 @@ def test_no_gradient_reaches_the_earlier_segment_but_projections_learn_from_it()
         )
 
 
+# The authors' models: fields, exact number of parameters, and what the paper says it is.
+WORDS = {"vocab_size": 267735, "cutoffs": [20000, 40000, 200000]}
+PAPER = {
+    "enwik8, 12 layers": (
+        {"vocab_size": 204, "hidden_size": 512, "num_hidden_layers": 12, "intermediate_size": 2048},
+        41_055_436,
+        "41M",
+    ),
+    "enwik8, 24 layers": (
+        {"vocab_size": 204, "hidden_size": 1024, "num_hidden_layers": 24, "intermediate_size": 3072},
+        277_231_820,
+        "277M",
+    ),
+    "WikiText-103, base": (
+        {**WORDS, "hidden_size": 410, "num_hidden_layers": 16, "num_attention_heads": 10, "intermediate_size": 2100},
+        151_107_538,
+        "151M",
+    ),
+    # The paper says 257M.
+    "WikiText-103, large": (
+        {
+            **WORDS,
+            "div_val": 4,
+            "hidden_size": 1024,
+            "num_hidden_layers": 18,
+            "num_attention_heads": 16,
+            "intermediate_size": 4096,
+            "untie_r": True,
+        },
+        285_205_322,
+        "285M",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_the_papers_models_have_their_size(name):
+    fields, count, millions = PAPER[name]
+    with torch.device("meta"):
+        model = TransformerXLForCausalLM(TransformerXLConfig(**{"num_attention_heads": 8, **fields}))
+    assert sum(parameter.numel() for parameter in model.parameters()) == count
+    assert f"{count / 1e6:.0f}M" == millions
+
+
 # -- segments inside one call ------------------------------------------------------------------------------------------
 
 
