@@ -276,7 +276,7 @@ def test_generate_with_memory_equals_without(fields, beams):
 @pytest.mark.parametrize("same_length", [True, False])
 def test_left_padding_changes_nothing(same_length, attention):
     model = build(same_length=same_length, attention=attention, pad_token_id=0)
-    ids = tokens(2, 6)
+    ids = tokens(2, 6).clamp(min=1)
     alone = model.generate(ids[:1, 2:], max_new_tokens=8, do_sample=False)
     mask = torch.ones_like(ids)
     mask[0, :2] = 0
