@@ -25,6 +25,7 @@ class MemoryLayer(CacheLayerMixin):
         names: what the tensors are called.
         zero_start: begin with zero hidden states in every place, instead of with nothing.
         seen: number of tokens the model has read, kept or not.
+        segments: number of segments this layer has taken in.
     """
 
     is_sliding = False
@@ -35,7 +36,7 @@ class MemoryLayer(CacheLayerMixin):
         super().__init__()
         self.capacity = config.mem_len
         self.zero_start = config.zero_initial_memory
-        self.seen = 0
+        self.seen = self.segments = 0
 
     @property
     def first(self) -> torch.Tensor | None:
@@ -63,6 +64,7 @@ class MemoryLayer(CacheLayerMixin):
             check_same_kind(getattr(self, name), new)
             joined.append(torch.cat([getattr(self, name), new], dim=-2))
             setattr(self, name, joined[-1][..., -self.capacity :, :].detach())
+        self.segments += 1
         return tuple(joined)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -78,7 +80,7 @@ class MemoryLayer(CacheLayerMixin):
         for name in self.names:
             setattr(self, name, None)
         self.is_initialized = False
-        self.seen = 0
+        self.seen = self.segments = 0
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         self.change_batch(lambda held: held.index_select(0, beam_idx.to(held.device)))
@@ -137,9 +139,11 @@ class KeyValueLayer(MemoryLayer):
         return self.append(key_states, value_states)
 
     def relative_keys(self, position_states: torch.Tensor, project: Callable) -> torch.Tensor:
-        if len(position_states):
-            self.projected_distances = project(position_states)
-        return self.projected_distances
+        if not len(position_states):
+            return self.projected_distances
+        projected = project(position_states)
+        self.projected_distances = projected.detach()
+        return projected
 
     def distances_wanted(self, key_length: int) -> int:
         """0 if those at hand reach; else so many that growing memories seldom ask again."""
@@ -171,6 +175,7 @@ class SegmentMemory(Cache):
         super().__init__(layers=[layer_class(config) for _ in range(config.num_hidden_layers)])
         self.projected = projected
         self.valid: torch.Tensor | None = None
+        self.segments = 0
         self._model = None
 
     @property
@@ -210,6 +215,7 @@ class SegmentMemory(Cache):
         """Every layer has taken in `length` tokens; `valid` is what `valid_keys` said."""
         for layer in self.layers:
             layer.seen += length
+        self.segments += 1
         self.valid = None if valid is None or bool(valid[:, -self.held :].all()) else valid[:, -self.held :]
 
     def check(self, model: nn.Module, inputs_embeds: torch.Tensor) -> None:
@@ -220,6 +226,10 @@ class SegmentMemory(Cache):
                 "past_key_values is the memory of another model; give each model the one it returned, or None to start."
             )
         self._model = weakref.ref(model)
+        if any(layer.segments != self.segments for layer in self.layers):
+            raise ValueError(
+                "past_key_values is half updated, by a call that failed; start with None, or with an earlier copy."
+            )
         if self.projected and model.training:
             raise ValueError(
                 "past_key_values holds projected keys and values, through which nothing can be learnt; it was made "
@@ -250,6 +260,7 @@ class SegmentMemory(Cache):
     def reset(self) -> None:
         super().reset()
         self.valid = None
+        self.segments = 0
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         self._change_batch(lambda held: held.index_select(0, beam_idx.to(held.device)))
@@ -367,6 +378,7 @@ class CompressiveStateLayer(CompressiveLayer, HiddenStateLayer):
     def remember(self, hidden_states: torch.Tensor, compressed: torch.Tensor, usage: torch.Tensor | None) -> None:
         super().remember(hidden_states, compressed, usage)
         self.compressed = torch.cat([self.compressed, compressed], dim=1)[:, -self.compressed_capacity :].detach()
+        self.segments += 1
 
     def compress(self, compressed: torch.Tensor, project: Callable) -> None:
         """`remember` will."""
@@ -399,6 +411,7 @@ class CompressiveKeyValueLayer(CompressiveLayer, KeyValueLayer):
             key_states = torch.cat([self.keys, key_states], dim=-2)
             value_states = torch.cat([self.values, value_states], dim=-2)
         self.keys, self.values = key_states.detach(), value_states.detach()
+        self.segments += 1
         return key_states, value_states
 
     def compress(self, compressed: torch.Tensor, project: Callable) -> None:

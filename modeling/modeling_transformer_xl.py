@@ -217,7 +217,8 @@ class TransformerXLModel(TransformerXLPreTrainedModel):
     ) -> BaseModelOutputWithPast:
         """
         Args:
-            input_ids: [B, T] token ids, or give inputs_embeds [B, T, hidden].
+            input_ids: [B, T] token ids, or give inputs_embeds [B, T, hidden] as embed_tokens returns them. Both are
+                scaled by the square root of hidden_size.
             attention_mask: [B, past + T], 1 for tokens and 0 for padding, where past counts all tokens seen so far
                 (past_key_values.get_seq_length()); None if there is no padding among the new tokens. Padding is never
                 seen and adds no distance, but takes up places in the memory.
@@ -233,7 +234,8 @@ class TransformerXLModel(TransformerXLPreTrainedModel):
             )
         if inputs_embeds is None:
             check_token_ids(input_ids, self.config.vocab_size)
-            inputs_embeds = self.embed_tokens(input_ids) * self.embed_scale
+            inputs_embeds = self.embed_tokens(input_ids)
+        inputs_embeds = inputs_embeds * self.embed_scale
         memory = self._memory(past_key_values, inputs_embeds)
         new_tokens = _new_tokens(attention_mask, memory, inputs_embeds)
 

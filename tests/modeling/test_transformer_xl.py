@@ -396,6 +396,30 @@ def test_refuses_to_train_through_projected_keys():
         model.train()(tokens(2, 4), past_key_values=memory)
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_refuses_a_memory_that_a_failed_call_left_half_updated(training):
+    model = build()
+    memory = memory_of(model, training=training)
+
+    def fail(*args):
+        raise MemoryError
+
+    hook = model.model.layers[1].register_forward_pre_hook(fail)
+    with pytest.raises(MemoryError), torch.set_grad_enabled(training):
+        model(tokens(2, 4), past_key_values=memory)
+    hook.remove()
+    with pytest.raises(ValueError, match="half updated, by a call that failed"):
+        model(tokens(2, 4), past_key_values=memory)
+    memory.reset()
+    model(tokens(2, 4), past_key_values=memory)
+
+
+def test_embeddings_may_be_given():
+    model = build()
+    ids = tokens(2, 5)
+    torch.testing.assert_close(model(inputs_embeds=model.get_input_embeddings()(ids)).logits, model(ids).logits)
+
+
 def test_evaluates_with_a_training_memory():
     model = build()
     ids = tokens(2, 8).split(4, dim=1)
