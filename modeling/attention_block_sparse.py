@@ -7,13 +7,15 @@ of a document, so padded and packed rows are first moved to where their position
 Shapes: B batch, H heads, T queries, S keys, D head dim of queries and keys, Dv of values.
 """
 
-import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import cache
+from inspect import getclosurevars, signature
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import masking_utils
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
@@ -85,9 +87,14 @@ def block_sparse_mask(
 ) -> VisibleKeys:
     """What a stock model's own mask shows, as data; the layer's pattern is added by the attention function.
 
+    Args:
+        attention_mask: [B, past + T] bool, True for tokens; or a mask made here before, which is returned.
+
     Raises:
         ValueError: if the model's mask function is none that can be stated as causality, window and documents.
     """
+    if getattr(attention_mask, "awaits_pattern", False):  # `generate` makes the masks of static caches beforehand
+        return attention_mask
     seen = VisibleKeys(
         Full(),
         num_heads=1,
@@ -101,7 +108,7 @@ def block_sparse_mask(
     )
     for name, values in _conditions(mask_function):
         seen = _with_condition(seen, name, values)
-    return seen if attention_mask is None else with_padding(seen, attention_mask.bool())
+    return seen if _hides_nothing(attention_mask, seen) else with_padding(seen, attention_mask.bool())
 
 
 class BlockSparseByDefault:
@@ -113,10 +120,10 @@ class BlockSparseByDefault:
         return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
 
 
-def register(replace_older: bool = True) -> None:
+def register() -> None:
     """Make Transformers know the backend, unless a copy of at least this version has done so."""
     registered = ALL_ATTENTION_FUNCTIONS.get(NAME)
-    if registered is not None and not (replace_older and getattr(registered, "version", 0) < VERSION):
+    if registered is not None and getattr(registered, "version", 0) >= VERSION:
         return
     block_sparse_attention_forward.version = VERSION
     AttentionInterface.register(NAME, block_sparse_attention_forward)
@@ -131,11 +138,10 @@ def _refuse_unsupported(attention_mask: Any, dropout: float, kwargs: dict[str, A
     reasons = {
         "dropout of attention weights; set it to 0 in the config, or use 'eager' or 'sdpa'": dropout > 0,
         "output_attentions; use 'eager'": kwargs.get("output_attentions"),
-        "softcap (of attention logits); set it to None in the config, or use 'eager'": kwargs.get("softcap")
-        is not None,
+        "softcap; set attn_logit_softcapping to None in the config, or use 'eager'": kwargs.get("softcap") is not None,
         "attention sinks (s_aux); use 'eager'": kwargs.get("s_aux") is not None,
         "position_bias; use 'eager' or 'sdpa'": kwargs.get("position_bias") is not None,
-        "masks that are tensors: this model builds its own, which cannot be combined with a pattern; "
+        "masks that are tensors, whether given as a 4-D attention_mask or built by the model itself; "
         "use 'eager' or 'sdpa'": isinstance(attention_mask, torch.Tensor),
         "a 4-D attention_mask; use 'eager' or 'sdpa'": getattr(attention_mask, "extra", None) is not None,
     }
@@ -144,52 +150,87 @@ def _refuse_unsupported(attention_mask: Any, dropout: float, kwargs: dict[str, A
             raise ValueError(f"attn_implementation='{NAME}' does not support {reason}.")
 
 
+def _hides_nothing(attention_mask: torch.Tensor | None, seen: VisibleKeys) -> bool:
+    """Are all keys tokens, but for those after the queries where causality hides them?"""
+    if attention_mask is None:
+        return True
+    if torch.compiler.is_compiling():  # which may not look at values
+        return False
+    covers_keys = seen.causal or attention_mask.shape[1] >= seen.key_offset + seen.key_length
+    return covers_keys and bool(attention_mask.all())
+
+
 def _bind(seen: VisibleKeys | None, module: nn.Module, query, key, is_causal: bool) -> VisibleKeys:
     """Add the layer's pattern, which a mask made for a stock model still lacks."""
+    batch_size, num_heads, query_length, key_length = *query.shape[:3], key.shape[2]
+    if seen is not None and not seen.awaits_pattern:
+        return seen
+    pattern = layer_pattern(module, getattr(module.config, "attention_patterns", None), num_heads)
     if seen is None:
-        batch_size, num_heads, query_length, key_length = *query.shape[:3], key.shape[2]
-        pattern = _pattern_of(module)
         past = key_length - query_length if is_causal else 0
         return VisibleKeys(pattern, num_heads, is_causal, batch_size, query_length, key_length, query_offset=past)
-    if seen.awaits_pattern:
-        pattern = intersect(_pattern_of(module), seen.pattern)
-        return replace(seen, pattern=pattern, num_heads=query.shape[1], awaits_pattern=False)
-    return seen
+    seen = replace(seen, num_heads=num_heads, awaits_pattern=False)
+    if _is_cross_attention(module):  # queries and keys belong to two sequences
+        return replace(seen, query_offset=0, key_offset=0, query_positions=None, key_positions=None)
+    own = pattern_from_dict(seen.pattern.to_dict())  # another copy of this file may have made the mask
+    return replace(seen, pattern=intersect(pattern, own))
 
 
-def _pattern_of(module: nn.Module) -> Pattern:
-    """The pattern that the config gives to this layer of a stock model; cross-attention sees everything."""
-    patterns = getattr(module.config, "attention_patterns", None)
-    if patterns is None:
+def layer_pattern(module: nn.Module, patterns: dict | list[dict] | None, num_heads: int) -> Pattern:
+    """The one of config.attention_patterns that holds for this layer of a stock model; cross-attention sees everything.
+
+    Raises:
+        ValueError: if there is none, or it does not fit the layer.
+    """
+    if not patterns:
         raise ValueError(
             f"attn_implementation='{NAME}' needs config.attention_patterns, such as "
-            "{'type': 'local', 'window': 64}; {'type': 'full'} is dense attention."
+            f"{{'type': 'local', 'window': 64}}, got {patterns!r}; {{'type': 'full'}} is dense attention."
         )
     if _is_cross_attention(module):
         return Full()
     if isinstance(patterns, dict):
-        return pattern_from_dict(patterns)
-    layer_idx = getattr(module, "layer_idx", None)
+        patterns = [patterns]
+    layer_idx = getattr(module, "layer_idx", None) if len(patterns) > 1 else 0
     if layer_idx is None:
         raise ValueError(
-            f"{type(module).__name__} does not know its layer, so config.attention_patterns must be one dict "
-            "for all layers, not a list."
+            f"{type(module).__name__} does not know its layer, so config.attention_patterns must be one pattern "
+            f"for all layers, not {len(patterns)}."
         )
-    return pattern_from_dict(patterns[layer_idx % len(patterns)])
+    pattern = pattern_from_dict(patterns[layer_idx % len(patterns)])
+    pattern.check_heads(num_heads)
+    return pattern
 
 
 def _is_cross_attention(module: nn.Module) -> bool:
+    """Transformers has no one way to tell: models declare it, name it, or have decoders that are not causal."""
     declared = getattr(module, "is_cross_attention", None)
     if declared is not None:
         return declared
-    decoder_without_causality = getattr(module, "is_decoder", False) and not getattr(module, "is_causal", True)
-    return decoder_without_causality or "CrossAttention" in type(module).__name__
+    if "CrossAttention" in type(module).__name__:
+        return True
+    if hasattr(module, "is_decoder"):
+        return module.is_decoder and not getattr(module, "is_causal", True)
+    if _takes_other_states(type(module)):
+        raise ValueError(
+            f"attn_implementation='{NAME}' cannot tell whether {type(module).__name__} is self- or cross-attention; "
+            "use 'sdpa'."
+        )
+    return False
+
+
+@cache
+def _takes_other_states(module_class: type) -> bool:
+    return not {"key_value_states", "encoder_hidden_states"}.isdisjoint(signature(module_class.forward).parameters)
 
 
 def _conditions(mask_function: Callable) -> Iterator[tuple[str, dict[str, Any]]]:
     """The single conditions whose intersection one of Transformers' mask functions is: their names and values."""
+    if getattr(mask_function, "__module__", None) != masking_utils.__name__:
+        yield repr(mask_function), {}
+        return
     name = mask_function.__qualname__.split(".")[0]
-    values = inspect.getclosurevars(mask_function).nonlocals
+    values = getclosurevars(mask_function).nonlocals
     if name == "and_masks":
         for inner in values["mask_functions"]:
             yield from _conditions(inner)
@@ -233,9 +274,8 @@ def _attend_masked(seen: VisibleKeys, query, key, value, scaling: float) -> torc
 
 def _attend_padded(seen: VisibleKeys, query, key, value, scaling: float) -> torch.Tensor:
     """Each row is a document: a token at position p goes to slot p of its row."""
-    if torch.compiler.is_compiling():  # a bound that holds for padded rows, without looking at values
-        length = seen.key_offset + seen.key_length
-    else:
+    length = seen.key_offset + seen.key_length  # a bound that holds for padded rows
+    if not torch.compiler.is_compiling():
         length = int(seen.key_positions.max()) + 1
     rows = torch.arange(seen.batch_size, device=query.device)[:, None] * length
     key_slots, query_slots = rows + seen.key_positions, rows + seen.query_positions

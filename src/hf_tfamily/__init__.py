@@ -7,5 +7,8 @@ implementation. Nothing heavy is imported until it is used: no triton, datasets,
 __version__ = "0.1.0"
 
 from .auto import register_all
+from .stock_models import set_attention_patterns
+
+__all__ = ["set_attention_patterns"]
 
 register_all()

@@ -1,0 +1,98 @@
+"""Put a model of Transformers' own under an attention pattern."""
+
+import inspect
+from collections.abc import Iterable, Mapping
+from functools import cache
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from .modeling.attention_block_sparse import NAME, layer_pattern
+from .modeling.attention_patterns import Pattern, patterns_for_layers
+
+_INTERFACE = "ALL_ATTENTION_FUNCTIONS.get_interface("
+# Parts of the names of parameters that enter the scores.
+_OWN_TERMS = ("position_bias", "attention_bias", "bias_table", "sinks")
+
+
+def set_attention_patterns(model: PreTrainedModel, patterns: Mapping | Pattern | Iterable[Mapping | Pattern]) -> None:
+    """Let `model` attend by `patterns` with the block_sparse backend, from its next forward pass on.
+
+    What a query sees is the pattern AND the model's own rule: causality, sliding windows, padding, packing.
+    Cross-attention stays as it is. The patterns are stored as `config.attention_patterns` and saved with the model;
+    a saved model follows them again when it is loaded with `attn_implementation="block_sparse"`, other backends
+    ignore them.
+
+    Args:
+        model: any model whose attention goes through Transformers' AttentionInterface.
+        patterns: one for all layers, or a list that is cycled over them; patterns or their dicts.
+
+    Raises:
+        ValueError: if a pattern is wrong or does not fit the model, or the model cannot be put under one; the model
+            is then left as it was.
+    """
+    patterns = [pattern.to_dict() for pattern in _as_list(patterns)]
+    value = patterns[0] if len(patterns) == 1 else patterns
+    attentions = [module for module in model.modules() if _uses_interface(type(module))]
+    _refuse_unfit(model, attentions)
+    for attention in attentions:
+        layer_pattern(attention, value, _num_heads(attention))
+    model.config.attention_patterns = value
+    model.set_attn_implementation(NAME)
+
+
+def _as_list(patterns: Mapping | Pattern | Iterable) -> list[Pattern]:
+    """One pattern, or one for each in a list."""
+    patterns = [patterns] if isinstance(patterns, (Mapping, Pattern)) else list(patterns)
+    return patterns_for_layers(patterns, max(len(patterns), 1))
+
+
+def _refuse_unfit(model: PreTrainedModel, attentions: list[nn.Module]) -> None:
+    reasons = {
+        "{} attends by its own code and would ignore the pattern": _ignoring(model) or ([] if attentions else [model]),
+        "{} adds terms of its own to the scores (position biases, sinks), which block_sparse cannot": [
+            attention for attention in attentions if _has_own_terms(attention)
+        ],
+        "{} caps its scores, which block_sparse cannot; set attn_logit_softcapping to None in the config": [
+            attention for attention in attentions if getattr(attention.config, "attn_logit_softcapping", None)
+        ],
+        "{} has a config of its own; call this on the model inside that it belongs to": [
+            attention for attention in attentions if attention.config is not model.config
+        ],
+    }
+    for reason, modules in reasons.items():
+        if modules:
+            names = ", ".join(sorted({type(module).__name__ for module in modules}))
+            raise ValueError(f"{type(model).__name__} cannot be put under attention patterns: {reason.format(names)}.")
+
+
+def _ignoring(model: PreTrainedModel) -> list[nn.Module]:
+    """Attention modules that no backend reaches."""
+    return [
+        module
+        for module in model.modules()
+        if "Attention" in type(module).__name__ and not any(_uses_interface(type(inner)) for inner in module.modules())
+    ]
+
+
+@cache
+def _uses_interface(module_class: type) -> bool:
+    """Transformers, too, reads the source to know which attention follows `attn_implementation`."""
+    if issubclass(module_class, PreTrainedModel):
+        return False
+    own = [base for base in module_class.__mro__ if not base.__module__.startswith(("torch.", "builtins"))]
+    try:
+        return any(_INTERFACE in inspect.getsource(base) for base in own)
+    except OSError:  # a class without a file
+        return False
+
+
+def _has_own_terms(attention: nn.Module) -> bool:
+    return any(term in name for name, _ in attention.named_parameters() for term in _OWN_TERMS)
+
+
+def _num_heads(attention: nn.Module) -> int:
+    """Of this module: encoders and decoders may differ."""
+    names = ("num_heads", "num_attention_heads")
+    own = (getattr(attention, name) for name in names if hasattr(attention, name))
+    return next(own, None) or attention.config.num_attention_heads
