@@ -172,7 +172,9 @@ def _bind(seen: VisibleKeys | None, module: nn.Module, query, key, is_causal: bo
     seen = replace(seen, num_heads=num_heads, awaits_pattern=False)
     if _is_cross_attention(module):  # queries and keys belong to two sequences
         return replace(seen, query_offset=0, key_offset=0, query_positions=None, key_positions=None)
-    own = pattern_from_dict(seen.pattern.to_dict())  # another copy of this file may have made the mask
+    own = seen.pattern
+    if not isinstance(own, Pattern):  # another copy of these files made the mask
+        own = pattern_from_dict(own.to_dict())
     return replace(seen, pattern=intersect(pattern, own))
 
 

@@ -48,7 +48,9 @@ def _as_list(patterns: Mapping | Pattern | Iterable) -> list[Pattern]:
 
 
 def _refuse_unfit(model: PreTrainedModel, attentions: list[nn.Module]) -> None:
+    has_field = hasattr(type(model.config), "attention_patterns")
     reasons = {
+        "{} knows patterns itself; set attention_patterns in the config that it is built from": [model] * has_field,
         "{} attends by its own code and would ignore the pattern": _ignoring(model) or ([] if attentions else [model]),
         "{} adds terms of its own to the scores (position biases, sinks), which block_sparse cannot": [
             attention for attention in attentions if _has_own_terms(attention)

@@ -54,6 +54,8 @@ from hf_tfamily.modeling.attention_patterns import (
     Strided,
     Union,
 )
+from hf_tfamily.modeling.configuration_sparse_transformer import SparseTransformerConfig
+from hf_tfamily.modeling.modeling_sparse_transformer import SparseTransformerForCausalLM
 from tests.reference.masked_attention import visible_table
 
 HEADS, LENGTH, WINDOW = 4, 21, 6
@@ -510,11 +512,17 @@ def capped_gemma2():
     return Gemma2ForCausalLM(Gemma2Config(**TEXT, head_dim=8))
 
 
+def sparse_transformer():
+    sizes = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": HEADS}
+    return SparseTransformerForCausalLM(SparseTransformerConfig(**sizes))
+
+
 def moonshine():
     return MoonshineModel(MoonshineConfig(**TEXT))
 
 
 REFUSED = {
+    "own patterns": (sparse_transformer, Local(4), "SparseTransformerForCausalLM knows patterns itself"),
     "own code": (imagegpt, Local(4), "ImageGPTAttention attends by its own code and would ignore the pattern"),
     "position bias": (swin, Local(4), "SwinAttention adds terms of its own to the scores"),
     "relative bias": (t5, Local(4), "T5Attention adds terms of its own to the scores"),
@@ -686,10 +694,8 @@ def test_masks_of_one_copy_serve_the_attention_of_the_other(copy, part):
 
 
 def test_a_model_of_the_copy_runs_on_the_backend_that_is_there(copy):
-    first = import_module("hf_tfamily.modeling.modeling_sparse_transformer").SparseTransformerForCausalLM
     second = copy("modeling_sparse_transformer").SparseTransformerForCausalLM
-    sizes = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": HEADS}
-    model = first(first.config_class(**sizes, attention_patterns=[p.to_dict() for p in PATTERNS["by layer"]])).eval()
+    model = sparse_transformer().eval()
     twin = second(second.config_class(**model.config.to_diff_dict())).eval()
     twin.load_state_dict(model.state_dict())
     assert twin.config._attn_implementation == "block_sparse"
