@@ -18,6 +18,8 @@ from transformers import (
     BertForMaskedLM,
     CLIPConfig,
     CLIPModel,
+    CLIPVisionConfig,
+    CLIPVisionModel,
     Gemma2Config,
     Gemma2ForCausalLM,
     GPT2Config,
@@ -100,6 +102,10 @@ def bert():
 
 def vit():
     return ViTModel(ViTConfig(**IMAGE, initializer_range=0.3))
+
+
+def clip_vision():
+    return CLIPVisionModel(CLIPVisionConfig(**IMAGE, initializer_factor=10.0))
 
 
 def bart():
@@ -311,9 +317,10 @@ def test_bert_sees_both_ways(side):
 
 
 @pytest.mark.parametrize("name", ["local", "merged", "per head"])
-def test_vit_without_a_mask_is_not_causal(name):
-    """It hands over no mask at all; 25 patches and the class token."""
-    ours, twin = pair(vit, PATTERNS[name])
+@pytest.mark.parametrize("build", [vit, clip_vision])
+def test_models_of_images_are_not_causal(build, name):
+    """25 patches and the class token. CLIP's hands over no mask at all, so only the module can say so."""
+    ours, twin = pair(build, PATTERNS[name])
     TABLES.by_layer = {"all": tables(PATTERNS[name], length=26, causal=False)}
     assert_equal(ours, twin, pixel_values=torch.randn(2, 3, 20, 20))
 
