@@ -129,7 +129,7 @@ def _forward(
     empty = lse < _EMPTY_ROW
     output.masked_fill_(empty[..., None], 0)
     lse.masked_fill_(empty, float("inf"))
-    return output[..., : value.shape[3]].to(query.dtype).contiguous(), lse
+    return output[..., : value.shape[3]].contiguous(), lse
 
 
 def _backward(
@@ -150,7 +150,7 @@ def _backward(
     plan = _plan(query, key, pattern, causal, q_offset, kv_offset)
     kernel = _kernel(query)
     q, k, v = _prepare(plan, query, key, value)
-    output, grad_output = (_widen(x.to(q.dtype), v.shape[3]) for x in (output, grad_output))
+    output, grad_output = (_widen(x, v.shape[3]) for x in (output, grad_output))
     grad_q = torch.empty_like(q) if plan.complete else torch.zeros_like(q)
     grad_k, grad_v = torch.zeros_like(k), torch.zeros_like(v)
     for group in plan.groups:
@@ -169,9 +169,7 @@ def _backward(
         keys.put_back(grad_k, group_grad_k)
         keys.put_back(grad_v, group_grad_v)
     grads = (grad_q, _sum_heads(grad_k, key.shape[2]), _sum_heads(grad_v, key.shape[2]))
-    return tuple(
-        grad[..., : x.shape[3]].to(x.dtype).contiguous() for grad, x in zip(grads, (query, key, value), strict=True)
-    )
+    return tuple(grad[..., : x.shape[3]].contiguous() for grad, x in zip(grads, (query, key, value), strict=True))
 
 
 def _plan(query: Tensor, key: Tensor, pattern: str, causal: bool, q_offset: int, kv_offset: int) -> Plan:
@@ -187,14 +185,12 @@ def _plan(query: Tensor, key: Tensor, pattern: str, causal: bool, q_offset: int,
 
 
 def _prepare(plan: Plan, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The tensors as the kernels want them. A copy only for float16 on the CPU, Dv != D, or heads planned apart."""
+    """The tensors as the kernels want them; copied only where Dv != D, or where grouped heads are planned apart."""
     dim = max(query.shape[3], value.shape[3])
-    half_on_cpu = query.dtype == torch.float16 and query.device.type == "cpu"
-    dtype = torch.float32 if half_on_cpu else query.dtype
     repeats = query.shape[2] // key.shape[2] if any(len(g.heads) < query.shape[2] for g in plan.groups) else 1
     if repeats > 1:
         key, value = key.repeat_interleave(repeats, 2), value.repeat_interleave(repeats, 2)
-    return tuple(_widen(x.to(dtype), dim) for x in (query, key, value))
+    return tuple(_widen(x, dim) for x in (query, key, value))
 
 
 def _merge(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor) -> None:
@@ -257,7 +253,7 @@ class _Keys:
         if self.group.absent is not None:
             absent = self.group.absent.view(len(self.group.absent), -1).to(key.device)
             hidden = absent.expand(key.shape[0], -1, -1) if hidden is None else hidden | absent
-        return None if hidden is None else _bias(~hidden, key.dtype)
+        return None if hidden is None else _bias(~hidden, _wide(key.dtype))
 
     def pick(self, x: Tensor) -> Tensor:
         """From [B, S, Hk, D] the keys of the group, [B, J, heads, D]; a view where they are the sequence itself."""
@@ -281,7 +277,7 @@ def _tiles(
     for part in keys.group.parts:
         views = [_view(x[:, :, keys.heads], part.queries, part.tiles) for x in of_queries]
         views += [_view(x, part.keys, part.tiles) for x in of_keys]
-        mask = None if part.mask is None else _bias(part.mask.to(views[0].device), views[0].dtype)
+        mask = None if part.mask is None else _bias(part.mask.to(views[0].device), _wide(views[0].dtype))
         hidden = None if keys.hidden is None else _view(keys.hidden, part.keys, part.tiles)
         for piece in _pieces(batch, part.tiles, views[0][0, 0].numel()):
             yield part, _bias_of(mask, hidden, piece), *(view[piece].transpose(1, 2) for view in views)
@@ -336,12 +332,16 @@ def _kernel(query: Tensor) -> _Kernel:
 
 
 def _flash_forward(q, k, v, bias, causal, scale):
+    if q.dtype == torch.float16:  # its range does not hold the bias
+        q, k, v = q.float(), k.float(), v.float()
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q, k, v, is_causal=causal, attn_mask=bias, scale=scale
+        q, k, v, is_causal=causal, attn_mask=None if bias is None else bias.to(q.dtype), scale=scale
     )
 
 
 def _flash_backward(grad_out, q, k, v, out, lse, bias, causal, scale):
+    # In bfloat16 the kernel's backward is several times slower than in float32 where the processor has no such products.
+    grad_out, q, k, v, out = (x.to(lse.dtype) for x in (grad_out, q, k, v, out))
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
         grad_out, q, k, v, out, lse, 0.0, causal, attn_mask=bias, scale=scale
     )

@@ -233,6 +233,7 @@ def _finish(trainer: Trainer, recipe: Recipe, data: LoadedData, folder: Path) ->
         "steps": trainer.state.global_step,
         "seconds": history[-1]["seconds"],
         "parameters": model.num_parameters(),
+        "processes": trainer.args.world_size,
     }
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     plots.loss_curve(history, metrics["uniform_bits_per_dim"], folder / "loss.png", title=recipe.name)
