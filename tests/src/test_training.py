@@ -133,7 +133,7 @@ def test_torn_checkpoints_are_passed_over(tmp_path):
         ("model.num_attention_heads=3", "hidden_size=16 is not a multiple of num_attention_heads=3"),
         ("training.max_steps=many", "max_steps must be a number"),
         ("training.output_dir=here", "output_dir cannot be set"),
-        ("training.lr_scheduler_type=wavy", "'wavy' is not a valid"),
+        ("training.lr_scheduler_type=wavy", "wavy'? is not a valid"),
     ],
 )
 def test_unfit_recipes_leave_nothing_behind(micro_file, tmp_path, override, message):
