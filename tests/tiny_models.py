@@ -1,0 +1,54 @@
+"""A small model of every system: what the tests that hold for all of them run on. A new system is one row in TINY."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from transformers import AutoConfig, PreTrainedModel
+
+from hf_tfamily.auto import SYSTEMS
+
+VOCABULARY = 96
+SMALL = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+def token_inputs(batch_size: int = 2, length: int = 13) -> dict[str, torch.Tensor]:
+    """Ids of a batch of unpadded rows; the last ids of the vocabulary never occur."""
+    return {"input_ids": torch.randint(1, VOCABULARY - 4, (batch_size, length))}
+
+
+class Tiny(NamedTuple):
+    """How to make one system small.
+
+    Attributes:
+        config: fields of its config; SMALL for every model of sequences.
+        inputs: makes a batch (batch size, length) of what the model's forward takes.
+    """
+
+    config: dict[str, Any] = SMALL
+    inputs: Callable[..., dict[str, torch.Tensor]] = token_inputs
+
+
+TINY = {
+    "compressive_transformer": Tiny({**SMALL, "mem_len": 8, "compressed_mem_len": 4}),
+    "rope_decoder": Tiny(),
+    "sparse_transformer": Tiny(),
+    "transformer_xl": Tiny({**SMALL, "mem_len": 16}),
+}
+
+
+def tiny_config(model_type: str, **changes: Any):
+    """The small config of a system."""
+    return AutoConfig.for_model(model_type, **{**TINY[model_type].config, **changes})
+
+
+def tiny_model(model_type: str, auto_class: type, **changes: Any) -> PreTrainedModel:
+    """A small model of a system, in evaluation mode, with new weights."""
+    return auto_class.from_config(tiny_config(model_type, **changes)).eval()
+
+
+def all_heads() -> Iterator[tuple[str, type]]:
+    """(model type, Auto class) of every class that is registered."""
+    for system in SYSTEMS:
+        for auto_class in system.heads:
+            yield system.name, auto_class
