@@ -9,7 +9,13 @@ from transformers import AutoConfig, PreTrainedModel
 from hf_tfamily.auto import SYSTEMS
 
 VOCABULARY = 96
-SMALL = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+SMALL = {
+    "vocab_size": VOCABULARY,
+    "pad_token_id": 0,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
 
 
 def token_inputs(batch_size: int = 2, length: int = 13) -> dict[str, torch.Tensor]:

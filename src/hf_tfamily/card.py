@@ -1,11 +1,13 @@
 """The model card of a finished run."""
 
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
 from .data import LoadedData
 from .recipes import Recipe
+from .tasks import Task
 
 TEMPLATE = """---
 {{ card_data }}
@@ -22,12 +24,10 @@ TEMPLATE = """---
 {% endfor %}
 ## Figures
 
-| held-out bits per dimension | uniform guess | steps | seconds of training |
-|---|---|---|---|
-| {{ bits }} | {{ uniform_bits }} | {{ metrics.steps }} | {{ metrics.seconds }} |
+{{ task.summary(metrics) }}, after {{ metrics.steps }} steps in {{ metrics.seconds }} seconds of training.
 
 The recipe is beside this page. `hf-tfamily train recipe.yaml` makes these figures and this folder,
-`hf-tfamily evaluate .` computes the first figure again.
+`hf-tfamily evaluate .` computes the held-out figure again.
 
 ![loss](loss.png)
 {% if pictures %}
@@ -39,34 +39,30 @@ With the package `hf-tfamily` installed:
 
 ```python
 import hf_tfamily
-from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
+from transformers import {{ auto_class }}
+model = {{ auto_class }}.from_pretrained("path/to/this/folder")
 ```
 
 Without it; the model's code is in this folder:
 
 ```python
-from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained("path/to/this/folder", trust_remote_code=True)
+from transformers import {{ auto_class }}
+model = {{ auto_class }}.from_pretrained("path/to/this/folder", trust_remote_code=True)
 ```
 
-Inputs are `[start, x0 ... x(N-2)]`, N = {{ "{:,}".format(data.dims) }} values behind a start token
-({{ start_tokens }}); outputs are the logits of `[x0 ... x(N-1)]`.
-`model.generate(start_ids)` samples.
+{{ task.usage(data) }}
 """
 
 
-def model_card(recipe: Recipe, data: LoadedData, metrics: dict[str, Any]) -> ModelCard:
+def model_card(recipe: Recipe, task: Task, data: LoadedData, metrics: dict[str, Any], folder: str | Path) -> ModelCard:
     """What the model is, what it was trained on, its figures, and how to load it."""
-    first, last = data.start_ids[0], data.start_ids[-1]
     return ModelCard.from_template(
         ModelCardData(library_name="transformers", tags=["hf-tfamily", recipe.model["model_type"]]),
         template_str=TEMPLATE,
         recipe=recipe,
+        task=task,
         data=data,
         metrics=metrics,
-        bits=f"{metrics['bits_per_dim']:.4f}",
-        uniform_bits=f"{metrics['uniform_bits_per_dim']:.4f}",
-        pictures=hasattr(data.processor, "start_tokens"),
-        start_tokens=f"id {first}" if first == last else f"ids {first} to {last}, one for each class",
+        auto_class=task.auto_class.__name__,
+        pictures=(Path(folder) / "samples.png").exists(),
     )

@@ -72,20 +72,25 @@ def train(
 
 def _report(folder: Path) -> None:
     """What a finished run has to say."""
+    from .finished import RECIPE_FILE
+    from .recipes import load_recipe
+    from .tasks import task_of
+
     metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    task = task_of(load_recipe(folder / RECIPE_FILE))
     console.print(
-        f"\nHeld-out bits per dimension: [bold]{metrics['bits_per_dim']:.4f}[/]"
-        f" (a uniform guess: {metrics['uniform_bits_per_dim']:.4f})\n"
+        f"\n[bold]{escape(task.summary(metrics))}[/]\n"
         f"{metrics['parameters']:,} parameters, {metrics['steps']:,} steps in {metrics['seconds']:.0f} s"
     )
     for name in ("samples.png", "samples.txt", "loss.png"):
         if (folder / name).exists():
             console.print(f"{name.partition('.')[0].capitalize() + ':':9}{escape(str(folder / name))}")
+    auto_class = task.auto_class.__name__
     console.print(
         "\nLoad it:\n"
         "  import hf_tfamily\n"
-        "  from transformers import AutoModelForCausalLM\n"
-        f'  model = AutoModelForCausalLM.from_pretrained("{escape(str(folder))}")'
+        f"  from transformers import {auto_class}\n"
+        f'  model = {auto_class}.from_pretrained("{escape(str(folder))}")'
     )
 
 
@@ -95,44 +100,44 @@ def evaluate(
     overrides: Overrides = [],  # noqa: B006
     batch_size: Annotated[int, typer.Option(min=1, help="Examples at once.")] = 32,
 ) -> None:
-    """Held-out bits per dimension of a finished model, on its own data or on what --set data.… says."""
+    """Figures of a finished model on held-out data, its own or what --set data.… says."""
     with _one_line_errors():
-        from .evaluation import evaluate
+        from . import finished
+        from .recipes import load_recipe
+        from .tasks import task_of
 
         _quiet()
-        console.print(f"Held-out bits per dimension: [bold]{evaluate(folder, overrides, batch_size):.4f}[/]")
+        metrics = finished.evaluate(folder, overrides, batch_size)
+        task = task_of(load_recipe(folder / finished.RECIPE_FILE))
+        console.print(f"[bold]{escape(task.summary(metrics))}[/]")
 
 
 @app.command()
 def sample(
     folder: Folder,
     classes: Annotated[str | None, typer.Option(help="Classes to draw, such as 0,1,2 [default: all]")] = None,
-    count: Annotated[int, typer.Option(min=1, help="Samples, of each class where there are classes.")] = 8,
+    count: Annotated[int | None, typer.Option(min=1, help="Samples, of each class where there are classes.")] = None,
     output: Annotated[Path, typer.Option(help="Where the pictures go.")] = Path("samples.png"),
     seed: Seed = 0,
-    temperature: Annotated[float, typer.Option(min=1e-3, help="Below 1: more likely, less varied.")] = 1.0,
+    temperature: Annotated[float | None, typer.Option(min=1e-3, help="Below 1: likelier, less varied.")] = None,
 ) -> None:
     """Sample a finished model: pictures as a PNG, text to the terminal."""
     with _one_line_errors():
-        from transformers import AutoModelForCausalLM, set_seed
+        from transformers import set_seed
 
-        from . import plots, sampling
-        from .evaluation import best_device
+        from .finished import check_options, load_finished
 
         _quiet()
         chosen = _integers(classes) if classes is not None else None
-        processor = sampling.load_processor(folder)
-        start_ids = sampling.start_ids(processor, count, chosen)
-        model = AutoModelForCausalLM.from_pretrained(folder).to(best_device())
+        options = {"classes": chosen, "count": count, "temperature": temperature}
+        options = {name: value for name, value in options.items() if value is not None}
+        finished = load_finished(folder)
+        check_options(options, finished.task.sampling_options, "sampled")
         set_seed(seed)
-        ids = sampling.sample(model, start_ids, temperature, progress=True)
-        if sampling.makes_pictures(processor):
-            plots.sample_grid(processor.decode(ids), output, columns=min(count, 16))
-            console.print(f"Samples: {escape(str(output))}")
-        else:
-            for text in sampling.texts(processor, ids):
+        for text in finished.task.sample(finished.model, finished.processor, output, **options):
+            if "\n" in text:
                 console.rule()
-                console.print(text, markup=False)
+            console.print(text, markup=False, soft_wrap=True)
 
 
 def _integers(text: str) -> list[int]:
@@ -183,21 +188,22 @@ def show(
 def _show_recipe(name: str, length: int | None) -> list:
     """Print what the recipe's model is; return the panels of its patterns."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     from .pattern_views import config_panels
     from .recipes import load_recipe
+    from .tasks import task_of
 
     recipe = load_recipe(name)
     config = AutoConfig.for_model(**recipe.model)
     with torch.device("meta"):
-        parameters = AutoModelForCausalLM.from_config(config).num_parameters()
+        parameters = task_of(recipe).auto_class.from_config(config).num_parameters()
     console.print(f"[bold]{escape(recipe.name)}[/]  {escape(recipe.title)}")
     if recipe.reference:
         console.print(recipe.reference, markup=False)
     console.print(
         f"{parameters:,} parameters, {config.num_hidden_layers} layers of width {config.hidden_size} with "
-        f"{config.num_attention_heads} heads, {config.max_position_embeddings:,} positions"
+        f"{config.num_attention_heads} heads"
     )
     return config_panels(config, length)
 

@@ -4,17 +4,14 @@ Shapes: B examples in a batch, N values in an example, V token ids.
 """
 
 import math
-from collections.abc import Iterable
-from pathlib import Path
 
 import torch
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
-from .data import NextTokenCollator, load_data
-from .recipes import load_recipe
+from .data import NextTokenCollator
 
 
 @torch.inference_mode()
@@ -36,22 +33,3 @@ def bits_per_dim(model: PreTrainedModel, dataset, batch_size: int = 32, progress
         nats += losses.double().sum().item()
         values += targets.numel()
     return nats / values / math.log(2)
-
-
-def evaluate(folder: str | Path, overrides: Iterable[str] = (), batch_size: int = 32, progress: bool = True) -> float:
-    """Held-out bits per dimension of the finished model in `folder`, on the data it was trained for.
-
-    Args:
-        overrides: changes to its recipe, such as "data.path=/data/fashion".
-
-    Raises:
-        RecipeError: where the folder holds no recipe, or an override does not fit.
-    """
-    recipe = load_recipe(Path(folder) / "recipe.yaml", overrides)
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    return bits_per_dim(model.to(best_device()), load_data(recipe.data).eval, batch_size, progress)
-
-
-def best_device() -> torch.device:
-    """The accelerator if there is one, else the CPU."""
-    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")

@@ -82,22 +82,29 @@ def sample_grid(pictures: Sequence, path: str | Path, columns: int, row_names: S
 
 
 @styled
-def loss_curve(log_history: Sequence[dict], uniform: float, path: str | Path, title: str = "") -> None:
-    """Write the bits per dimension of a Trainer's `log_history` over its steps, and the `uniform` bound."""
+def loss_curve(
+    log_history: Sequence[dict], unit: str, nats: float, uniform: float | None, path: str | Path, title: str = ""
+) -> None:
+    """Write the losses of a Trainer's `log_history` over its steps, and what a `uniform` guess costs if not None.
+
+    Args:
+        unit: what losses are shown in, such as "bits per dimension", of which one has so many `nats`.
+    """
     figure = new_figure(6.4, 3.6)
     axes = figure.subplots()
     axes.set_title(title)
-    lowest = uniform
+    shown = [] if uniform is None else [uniform]
     for key, name, line in (("loss", "training", TRAINING_LINE), ("eval_loss", "held out", HELD_OUT_LINE)):
-        points = [(entry["step"], entry[key] / math.log(2)) for entry in log_history if key in entry]
+        points = [(entry["step"], entry[key] / nats) for entry in log_history if key in entry]
         if points:
-            steps, bits = zip(*points)
-            lowest = min(lowest, *bits)
-            axes.plot(steps, bits, label=f"{name}: {bits[-1]:.3f} at the end", **line)
-    axes.axhline(uniform, color=GREY, linestyle="--", linewidth=1, label=f"uniform guess: {uniform:.3f}")
-    axes.set_ylim(lowest * 0.95, uniform * 1.05)
+            steps, losses = zip(*points)
+            shown += losses
+            axes.plot(steps, losses, label=f"{name}: {losses[-1]:.3f} at the end", **line)
+    if uniform is not None:
+        axes.axhline(uniform, color=GREY, linestyle="--", linewidth=1, label=f"uniform guess: {uniform:.3f}")
+    axes.set_ylim(min(shown) * 0.95, (uniform or max(shown)) * 1.05)
     axes.set_xlabel("step")
-    axes.set_ylabel("bits per dimension")
+    axes.set_ylabel(unit)
     axes.grid(axis="y", color=GREY, alpha=0.2)
     axes.legend()
     save(figure, path)

@@ -4,12 +4,11 @@ Shapes: n samples, N values in a sample.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm.auto import tqdm
-from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 
@@ -68,15 +67,6 @@ def start_ids(processor: Any, count: int, classes: Sequence[int] | None = None) 
 def makes_pictures(processor: Any) -> bool:
     """Does the processor decode ids to pictures (and not to text)?"""
     return hasattr(processor, "start_tokens")
-
-
-def load_processor(folder: str | Path) -> Any:
-    """The image processor or tokenizer saved beside a model; None if there is neither."""
-    if (Path(folder) / "preprocessor_config.json").exists():
-        return AutoImageProcessor.from_pretrained(folder)
-    if (Path(folder) / "tokenizer_config.json").exists():
-        return AutoTokenizer.from_pretrained(folder)
-    return None
 
 
 def texts(tokenizer: Any, ids: torch.Tensor) -> list[str]:

@@ -5,7 +5,6 @@ model is put together in there too and appears as `OUTPUT` by one rename, so wha
 """
 
 import json
-import math
 import shutil
 import time
 from collections.abc import Iterator
@@ -16,30 +15,17 @@ from pathlib import Path
 import torch
 import yaml
 from huggingface_hub.errors import StrictDataclassError
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    GenerationConfig,
-    PreTrainedModel,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import AutoConfig, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import ProgressCallback
 
 from . import plots
 from .card import model_card
-from .data import LoadedData, NextTokenCollator, load_data
+from .data import LoadedData, load_data
 from .data.sequences import require
-from .evaluation import bits_per_dim
+from .finished import RECIPE_FILE
 from .hub import export
 from .recipes import Recipe, RecipeError, load_recipe
-from .sampling import makes_pictures, sample, start_ids, texts
-
-SAMPLES_PER_CLASS = 8
-SAMPLES_WITHOUT_CLASSES = 16
-RECIPE_FILE = "recipe.yaml"
+from .tasks import Task, task_of
 
 
 class RunError(ValueError):
@@ -60,9 +46,9 @@ def train(recipe: Recipe, output: str | Path | None = None, resume: bool = False
         MissingPackageError: if the data or the pictures need a package that is not installed.
     """
     require("matplotlib")
-    run = RunFolder(output or default_output(recipe))
+    run, task = RunFolder(output or default_output(recipe)), task_of(recipe)
     with _blaming(recipe, "training"):
-        arguments = _training_arguments(recipe, run.partial)
+        arguments = _training_arguments(recipe, task, run.partial)
     is_main = arguments.process_index == 0
     if is_main:
         run.check(recipe, resume, overwrite)
@@ -70,15 +56,16 @@ def train(recipe: Recipe, output: str | Path | None = None, resume: bool = False
         data = load_data(recipe.data)
     set_seed(arguments.seed)
     with _blaming(recipe, "model"):
-        model = _build_model(recipe, data)
+        model = task.build_model(AutoConfig.for_model(**recipe.model), data)
     with _blaming(recipe, "training"):
-        trainer = _build_trainer(model, arguments, data)
+        trainer = task.build_trainer(model, arguments, data)
+        _watch(trainer, task)
     with arguments.main_process_first(local=False):
         if is_main:
             run.open(recipe, resume)
     trainer.train(run.last_whole_checkpoint(), ignore_keys_for_eval=["past_key_values"])
     if is_main:
-        run.publish(lambda folder: _finish(trainer, recipe, data, folder))
+        run.publish(lambda folder: _finish(trainer, task, recipe, data, folder))
     return run.output
 
 
@@ -161,18 +148,23 @@ class Stopwatch(TrainerCallback):
         state.log_history[-1]["seconds"] = round(time.monotonic() - self.start, 1)
 
 
-class BitsProgress(ProgressCallback):
-    """The Trainer's progress bar; losses are shown in bits per dimension."""
+class LossProgress(ProgressCallback):
+    """The Trainer's progress bar, with losses in the task's own unit."""
+
+    def __init__(self, task: Task):
+        super().__init__()
+        self.task = task
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         losses = {"loss": "training", "eval_loss": "held out"}
-        shown = [f"{name} {logs[key] / math.log(2):.3f} bits/dim" for key, name in losses.items() if key in logs]
+        unit = self.task.loss_unit
+        shown = [f"{name} {logs[key] / self.task.nats:.3f} {unit}" for key, name in losses.items() if key in logs]
         if shown and self.training_bar is not None:
             self.training_bar.write(f"step {state.global_step:>6}  {'  '.join(shown)}")
 
 
-def _training_arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
-    ours = {"output_dir": str(folder), "label_names": ["shift_labels"]}
+def _training_arguments(recipe: Recipe, task: Task, folder: Path) -> TrainingArguments:
+    ours = {"output_dir": str(folder), "label_names": list(task.label_names)}
     for key in ours:
         if key in recipe.training:
             raise ValueError(f"{key} cannot be set; it is what `train` decides (see --output).")
@@ -185,42 +177,14 @@ def _training_arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
     return TrainingArguments(**{**defaults, **recipe.training, **ours})
 
 
-def _build_model(recipe: Recipe, data: LoadedData) -> PreTrainedModel:
-    """A model with new weights that fits the data and knows how to sample it."""
-    config = AutoConfig.for_model(**recipe.model)
-    if config.vocab_size < data.vocab_size:
-        raise ValueError(f"vocab_size={config.vocab_size} is too small: the data has {data.vocab_size} ids.")
-    if config.max_position_embeddings < data.dims:
-        raise ValueError(
-            f"max_position_embeddings={config.max_position_embeddings} is too small: an example has {data.dims} values."
-        )
-    model = AutoModelForCausalLM.from_config(config)
-    model.generation_config = GenerationConfig(
-        do_sample=True,
-        temperature=1.0,
-        top_k=0,
-        max_length=1 + data.dims,
-        suppress_tokens=list(range(data.num_values, config.vocab_size)),
-        bos_token_id=None if data.class_names else data.num_values,
-    )
-    return model
-
-
-def _build_trainer(model: PreTrainedModel, arguments: TrainingArguments, data: LoadedData) -> Trainer:
-    trainer = Trainer(
-        model=model,
-        args=arguments,
-        data_collator=NextTokenCollator(),
-        train_dataset=data.train,
-        eval_dataset=data.eval,
-        callbacks=[Stopwatch()],
-    )
+def _watch(trainer: Trainer, task: Task) -> None:
+    """Let the trainer keep the time, and show losses as the task does."""
+    trainer.add_callback(Stopwatch())
     trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(BitsProgress())
-    return trainer
+    trainer.add_callback(LossProgress(task))
 
 
-def _finish(trainer: Trainer, recipe: Recipe, data: LoadedData, folder: Path) -> None:
+def _finish(trainer: Trainer, task: Task, recipe: Recipe, data: LoadedData, folder: Path) -> None:
     """Fill the finished folder: the model, what it reaches, samples, and a card."""
     model, history = trainer.accelerator.unwrap_model(trainer.model), trainer.state.log_history
     model.config.use_cache = True  # the Trainer turned it off
@@ -228,30 +192,16 @@ def _finish(trainer: Trainer, recipe: Recipe, data: LoadedData, folder: Path) ->
     (folder / RECIPE_FILE).write_text(recipe_yaml(recipe), encoding="utf-8")
     metrics = {
         "recipe": recipe.name,
-        "bits_per_dim": bits_per_dim(model, data.eval, trainer.args.per_device_eval_batch_size, progress=True),
-        "uniform_bits_per_dim": math.log2(data.num_values),
+        **task.evaluate(model, data, batch_size=trainer.args.per_device_eval_batch_size, progress=True),
         "steps": trainer.state.global_step,
         "seconds": history[-1]["seconds"],
         "parameters": model.num_parameters(),
         "processes": trainer.args.world_size,
     }
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-    plots.loss_curve(history, metrics["uniform_bits_per_dim"], folder / "loss.png", title=recipe.name)
-    _write_samples(model, data, folder)
-    model_card(recipe, data, metrics).save(folder / "README.md")
-
-
-def _write_samples(model: PreTrainedModel, data: LoadedData, folder: Path) -> None:
-    """samples.png of pictures, samples.txt of text; nothing where no processor can decode."""
-    if data.processor is None:
-        return
-    count = SAMPLES_PER_CLASS if data.class_names else SAMPLES_WITHOUT_CLASSES
-    ids = sample(model, start_ids(data.processor, count), progress=True)
-    if makes_pictures(data.processor):
-        pictures = data.processor.decode(ids)
-        plots.sample_grid(pictures, folder / "samples.png", columns=SAMPLES_PER_CLASS, row_names=data.class_names or ())
-    else:
-        (folder / "samples.txt").write_text("\n\n".join(texts(data.processor, ids)), encoding="utf-8")
+    plots.loss_curve(history, task.loss_unit, task.nats, task.uniform_loss(data), folder / "loss.png", recipe.name)
+    task.write_samples(model, data, folder)
+    model_card(recipe, task, data, metrics, folder).save(folder / "README.md")
 
 
 def recipe_yaml(recipe: Recipe) -> str:

@@ -16,19 +16,23 @@ from transformers import AutoModelForCausalLM
 
 from hf_tfamily import training
 from hf_tfamily.data import load_data
-from hf_tfamily.evaluation import bits_per_dim, evaluate
+from hf_tfamily.evaluation import bits_per_dim
+from hf_tfamily.finished import evaluate
 from hf_tfamily.recipes import RecipeError, load_recipe
 from hf_tfamily.training import RunError, RunFolder, train
 
 
-def stop_at(monkeypatch, step):
-    """The next runs of this test are interrupted at the end of `step`."""
+def train_until(monkeypatch, step, recipe, output):
+    """A run that is interrupted at the end of `step`."""
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == step:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(training.Stopwatch, "on_step_end", on_step_end, raising=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(training.Stopwatch, "on_step_end", on_step_end, raising=False)
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe, output)
 
 
 def test_finished_folder_is_complete(finished_once):
@@ -43,7 +47,7 @@ def test_metrics_and_card_tell_the_same_figures(finished_once):
     assert metrics["steps"] == 4
     assert metrics["uniform_bits_per_dim"] == pytest.approx(math.log2(17))
     assert metrics["parameters"] == AutoModelForCausalLM.from_pretrained(finished_once).num_parameters()
-    assert metrics["bits_per_dim"] == pytest.approx(evaluate(finished_once, progress=False), abs=1e-5)
+    assert metrics["bits_per_dim"] == pytest.approx(evaluate(finished_once, progress=False)["bits_per_dim"], abs=1e-5)
     card = (finished_once / "README.md").read_text()
     assert f"{metrics['bits_per_dim']:.4f}" in card
     assert "trust_remote_code=True" in card
@@ -71,9 +75,7 @@ def test_bits_per_dim_is_the_mean_over_all_values(finished_once):
 
 
 def test_resumed_run_ends_with_the_same_weights(micro, finished_once, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        stop_at(patch, 3)
-        train(micro, tmp_path / "run")
+    train_until(monkeypatch, 3, micro, tmp_path / "run")
     assert not (tmp_path / "run").exists()
     train(micro, tmp_path / "run", resume=True)
     resumed, straight = (load_file(folder / "model.safetensors") for folder in (tmp_path / "run", finished_once))
@@ -83,9 +85,7 @@ def test_resumed_run_ends_with_the_same_weights(micro, finished_once, tmp_path, 
 
 
 def test_interrupted_run_is_neither_overrun_nor_mixed_up(micro, micro_file, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        stop_at(patch, 1)
-        train(micro, tmp_path / "run")
+    train_until(monkeypatch, 1, micro, tmp_path / "run")
     with pytest.raises(RunError, match=r"--resume.*--overwrite"):
         train(micro, tmp_path / "run")
     other = load_recipe(micro_file, ["training.learning_rate=0.5"])

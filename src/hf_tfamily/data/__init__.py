@@ -14,7 +14,7 @@ from typing import Any
 from ..modeling.attention_patterns import nearest
 from .audio import audio_files, mu_law_decode, mu_law_encode, write_wav
 from .images import digits, fashion_mnist, hub_images, photo_crops
-from .sequences import LoadedData, MissingPackageError, NextTokenCollator
+from .sequences import LoadedData, MissingPackageError, NextTokenCollator, TokenSequences
 from .text import bible, byte_tokenizer, hub_text, text_file
 
 SOURCES: dict[str, Callable[..., LoadedData]] = {
@@ -54,6 +54,7 @@ __all__ = [
     "LoadedData",
     "MissingPackageError",
     "NextTokenCollator",
+    "TokenSequences",
     "byte_tokenizer",
     "check_data",
     "load_data",

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .sequences import LoadedData, token_dataset, with_start
+from .sequences import TokenSequences, token_dataset, with_start
 
 MU = 255
 SOUND_START = 256
@@ -35,7 +35,7 @@ def mu_law_decode(levels: np.ndarray) -> np.ndarray:
 
 def audio_files(
     path: str, length: int = 65536, sample_rate: int | None = None, eval_files: int = 1, pattern: str = "**/*.wav"
-) -> LoadedData:
+) -> TokenSequences:
     """The wav files of a folder as mu-law bytes, split by file; several channels are averaged to one.
 
     Everything is held in memory, two bytes a sample.
@@ -59,7 +59,7 @@ def audio_files(
         if own_rate != rate:
             raise ValueError(f"{file} has {own_rate} samples a second, not {rate}; resample it first.")
     windows = [_windows(samples, length) for samples, _ in sounds]
-    return LoadedData(
+    return TokenSequences(
         train=_sound_dataset(windows[:-eval_files], length, "training"),
         eval=_sound_dataset(windows[-eval_files:], length, "held-out"),
         num_values=256,

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from ..modeling.image_processing_tokens import PIL_MODES, ImageTokenProcessor
-from .sequences import LoadedData, require, token_dataset
+from .sequences import TokenSequences, require, token_dataset
 
 FASHION_MNIST_PATH = "/usr/share/datasets/fashion-mnist"
 FASHION_MNIST_HUB = "zalando-datasets/fashion_mnist"
@@ -20,7 +20,7 @@ PHOTOS = (
 )
 
 
-def digits(class_conditional: bool = True) -> LoadedData:
+def digits(class_conditional: bool = True) -> TokenSequences:
     """scikit-learn's 1,797 handwritten digits: 8x8, 17 levels, 10 classes; inside its wheel.
 
     The first 1,500 images train and the last 297 are held out, in the order in which scikit-learn hands them out, so
@@ -44,7 +44,7 @@ def photo_crops(
     stride: int | None = None,
     photos: tuple[str, ...] = PHOTOS,
     eval_photos: tuple[str, ...] = ("coffee", "flower.jpg"),
-) -> LoadedData:
+) -> TokenSequences:
     """RGB crops of the colour photos inside scikit-image's and scikit-learn's wheels, split by photo.
 
     Args:
@@ -73,7 +73,7 @@ def photo_crops(
 
 def fashion_mnist(
     path: str = FASHION_MNIST_PATH, size: int = 28, levels: int = 256, class_conditional: bool = True
-) -> LoadedData:
+) -> TokenSequences:
     """Zalando's Fashion-MNIST, 60,000 and 10,000 grey pictures of clothes in 10 classes, split as published.
 
     Read from the files of the Debian package dataset-fashion-mnist in `path`; if that folder is missing, from the Hub.
@@ -113,7 +113,7 @@ def hub_images(
     fit: bool = False,
     name: str | None = None,
     revision: str | None = None,
-) -> LoadedData:
+) -> TokenSequences:
     """Any image data set that `datasets.load_dataset` reads: a Hub name such as uoft-cs/cifar10, or a local folder.
 
     Args:
@@ -142,7 +142,7 @@ def hub_images(
         part.map(tokens, batched=True, batch_size=100, remove_columns=part.column_names, features=features)
         for part in parts
     )
-    return LoadedData(
+    return TokenSequences(
         train=train.with_format("numpy"),
         eval=held_out.with_format("numpy"),
         processor=processor,
@@ -154,15 +154,17 @@ def hub_images(
     )
 
 
-def _image_data(train, held_out, levels, description, licence, class_names=(), class_conditional=True) -> LoadedData:
-    """LoadedData of two pairs (levels [n, H, W, C], labels [n] or None)."""
+def _image_data(
+    train, held_out, levels, description, licence, class_names=(), class_conditional=True
+) -> TokenSequences:
+    """TokenSequences of two pairs (levels [n, H, W, C], labels [n] or None)."""
     classes = class_names if class_conditional else ()
     processor = ImageTokenProcessor(*train[0].shape[1:], levels, num_classes=len(classes))
     train_set, eval_set = (
         token_dataset(processor(values, classes=labels if classes else None)["input_ids"], labels, class_names)
         for values, labels in (train, held_out)
     )
-    return LoadedData(
+    return TokenSequences(
         train=train_set,
         eval=eval_set,
         processor=processor,

