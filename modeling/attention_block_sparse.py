@@ -27,6 +27,15 @@ NAME = "block_sparse"
 # A copy of this file beside a checkpoint and the installed package may meet in one process: the newer one serves both.
 VERSION = 1
 
+# What runs a plan, by the type of the device; `block_sparse_attention` of attention_torch.py on all others. Each takes
+# the same arguments, and wraps itself as an operator of its own.
+EXECUTORS: dict[str, Callable[..., torch.Tensor]] = {}
+
+
+def executor(device: torch.device) -> Callable[..., torch.Tensor]:
+    """What runs a plan on `device`: a function with the arguments of attention_torch.block_sparse_attention."""
+    return EXECUTORS.get(device.type, block_sparse_attention)
+
 
 def block_sparse_attention_forward(
     module: nn.Module,
@@ -57,7 +66,7 @@ def attend(
 ) -> torch.Tensor:
     """Attention of [B, T, H, D] to the keys [B, S, Hk, D] that `seen` shows -> [B, T, H, Dv]."""
     if seen.query_positions is None:
-        return block_sparse_attention(
+        return executor(query.device)(
             query,
             key,
             value,
@@ -323,7 +332,7 @@ def _attend_slots(
         return moved[:nowhere].unflatten(0, (num_rows, length))
 
     valid = torch.zeros(nowhere + 1, dtype=torch.bool, device=query.device).index_fill(0, key_slots, True)
-    output = block_sparse_attention(
+    output = executor(query.device)(
         to_slots(query, query_slots),
         to_slots(key, key_slots),
         to_slots(value, key_slots),

@@ -647,6 +647,25 @@ def test_a_mask_function_is_known_by_its_origin_not_its_name():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Executors
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_executor_is_chosen_by_device(monkeypatch, padded):
+    calls = []
+
+    def executor(*args, **kwargs):
+        calls.append(kwargs)
+        return attention_block_sparse.block_sparse_attention(*args, **kwargs)
+
+    model, mask = under_pattern(), padding("left") if padded else None
+    expected = model(ids := tokens(), attention_mask=mask).logits
+    monkeypatch.setitem(attention_block_sparse.EXECUTORS, "cpu", executor)
+    assert torch.equal(model(ids, attention_mask=mask).logits, expected)
+    assert len(calls) == SIZES["num_hidden_layers"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Two copies of the code in one process
 
 
