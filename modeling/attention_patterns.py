@@ -10,7 +10,8 @@ padding AND the packing (see attention_masks.py).
     >>> pattern_from_dict(pattern.to_dict()) == pattern
     True
 
-Local, Strided and Fixed are the factorised attention of Child et al. 2019 (arXiv:1904.10509), section 4.3.
+Local, Strided and Fixed are the factorised attention of Child et al. 2019 (arXiv:1904.10509), section 4.3. Patterns of
+pictures are bound to a grid of tokens at run time (`bind`); their dicts hold none.
 """
 
 import difflib
@@ -53,9 +54,14 @@ class Pattern:
     def check_heads(self, num_heads: int) -> None:
         """Raise ValueError if the pattern cannot be dealt out to `num_heads` heads."""
 
+    def bind(self, grid: tuple[int, int]) -> "Pattern":
+        """The pattern over tokens that are a `grid` of (rows, columns) in raster order; only patterns in 2-D change."""
+        return self
+
     def to_dict(self) -> dict[str, Any]:
-        """`{"type": ..., field: value, ...}`, ready for JSON; fields at their default are left out."""
-        values = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        """`{"type": ..., field: value, ...}`, ready for JSON; fields at their default and the grid are left out."""
+        names = [f.name for f in fields(self) if f.name != "grid" and getattr(self, f.name) != f.default]
+        values = {name: getattr(self, name) for name in names}
         return {"type": self.type, **values}
 
 
@@ -182,6 +188,44 @@ class Fixed(Pattern):
         return replace(self, sub_blocks=1, shift=self.shift + head % self.sub_blocks)
 
 
+@dataclass(frozen=True)
+class Window2D(Pattern):
+    """Windows of a picture (Liu et al. 2021, section 3.2): keys of the query's own square of `size` x `size` tokens.
+
+    The squares begin at row and column `shift`; what lies before it, or is cut off at the far side, makes smaller
+    windows of its own. That is what the paper's cyclic shift computes under its masks.
+
+    Attributes:
+        size: side of a window.
+        shift: rows and columns that the windows are moved by, less than `size`.
+        grid: rows and columns of tokens, known at run time; see `bind`.
+    """
+
+    type: ClassVar[str] = "window_2d"
+    size: int
+    shift: int = 0
+    grid: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        _check_count(self, "size")
+        if isinstance(self.shift, bool) or not isinstance(self.shift, int) or not 0 <= self.shift < self.size:
+            raise ValueError(f"Window2D.shift must be an integer from 0 to size - 1, got {self.shift!r}.")
+
+    def bind(self, grid: tuple[int, int]) -> "Window2D":
+        return replace(self, grid=tuple(grid))
+
+    def visible(self, head, query, key):
+        if self.grid is None:
+            raise ValueError("Window2D needs to know the grid of tokens; use pattern.bind((rows, columns)).")
+        columns = self.grid[1]
+        same_rows = self._window(query // columns) == self._window(key // columns)
+        return same_rows & (self._window(query % columns) == self._window(key % columns))
+
+    def _window(self, coordinate):
+        """Number of the window along one axis."""
+        return (coordinate - self.shift) // self.size
+
+
 class _Composite(Pattern):
     """A pattern made of patterns; its dict holds their dicts."""
 
@@ -206,6 +250,9 @@ class _Composite(Pattern):
     def check_heads(self, num_heads: int) -> None:
         for pattern in self.patterns:
             pattern.check_heads(num_heads)
+
+    def bind(self, grid: tuple[int, int]) -> Pattern:
+        return replace(self, patterns=tuple(p.bind(grid) for p in self.patterns))
 
     def to_dict(self) -> dict[str, Any]:
         return {"type": self.type, "patterns": [p.to_dict() for p in self.patterns]}

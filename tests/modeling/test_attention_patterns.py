@@ -16,6 +16,7 @@ from hf_tfamily.modeling.attention_patterns import (
     PerHead,
     Strided,
     Union,
+    Window2D,
     pattern_from_dict,
     patterns_for_layers,
     walk,
@@ -36,12 +37,19 @@ PATTERNS = [
     Intersection((Local(6), Strided(2))),
     Union((Intersection((Fixed(6, 1, sub_blocks=4), Local(9))), Local(2))),
     PerHead((Union((Local(2), Strided(5))), FixedSummary(5, 2, sub_blocks=2))),
+    Window2D(2, 1).bind((5, 3)),
+    Union((Local(2), Window2D(3))).bind((4, 4)),
 ]
 
 
 def seen_keys(pattern, query, length=12, head=0):
     """Causally visible keys, as a reader of the paper would list them."""
     return {key for key in range(length) if key <= query and pattern.visible(head, query, key)}
+
+
+def grid_of(pattern):
+    """The grid that a pattern of pictures is bound to, which its dict leaves out."""
+    return next((p.grid for p in walk(pattern) if getattr(p, "grid", None)), None)
 
 
 def test_every_pattern_type_is_tested():
@@ -66,6 +74,22 @@ def test_distinct_sub_blocks_for_distinct_heads_count_from_the_blocks_end():
     assert [seen_keys(pattern, 5, head=h) for h in range(4)] == [{4, 5}, {2, 3}, {0, 1}, {4, 5}]
 
 
+def test_windows_are_the_papers():
+    """Figure 2: 2 x 2 windows of an 8 x 8 grid, and moved by 2, which makes 3 x 3 of them."""
+    window, moved = Window2D(4).bind((8, 8)), Window2D(4, shift=2).bind((8, 8))
+
+    def seen(pattern, row, column):
+        return sum(pattern.visible(0, 8 * row + column, key) for key in range(64))
+
+    assert [seen(window, row, column) for row, column in ((0, 0), (3, 4), (7, 7))] == [16, 16, 16]
+    assert [seen(moved, row, column) for row, column in ((0, 0), (0, 2), (3, 3), (7, 7))] == [4, 8, 16, 4]
+
+
+def test_windows_need_a_grid():
+    with pytest.raises(ValueError, match=r"bind\(\(rows, columns\)\)"):
+        Window2D(4).visible(0, 1, 2)
+
+
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 def test_tensors_and_integers_agree_and_heads_repeat(pattern):
     heads, length = 2 * pattern.head_period, 13
@@ -85,6 +109,7 @@ def test_tensors_and_integers_agree_and_heads_repeat(pattern):
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 def test_dict_round_trip_and_hash(pattern):
     again = pattern_from_dict(json.loads(json.dumps(pattern.to_dict())))
+    again = again.bind(grid_of(pattern))
     assert again == pattern
     assert hash(again) == hash(pattern)
     with pytest.raises(AttributeError):
@@ -106,6 +131,7 @@ def test_dict_form_is_plain():
         (lambda: Fixed(4, 5), r"\(shift \+ sub_blocks\) \* summary <= block, got .* 5 > 4"),
         (lambda: FixedSummary(8, 2, sub_blocks=4, shift=1), r"10 > 8"),
         (lambda: FixedSummary(8, 2, shift=-1), r"shift must be an integer of at least 0, got -1"),
+        (lambda: Window2D(4, 4), r"Window2D.shift must be an integer from 0 to size - 1, got 4"),
         (lambda: Union(()), r"Union.patterns is empty"),
         (lambda: Union(Local(2)), r"Union.patterns must be a list of patterns"),
         (lambda: PerHead((Local(2), 3)), r"holds 3, which is no pattern"),
