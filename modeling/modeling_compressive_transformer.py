@@ -281,10 +281,10 @@ class CompressiveTransformerModel(CompressiveTransformerPreTrainedModel, Transfo
     @staticmethod
     def join(outputs: list[CompressiveTransformerOutput], memory: CompressiveMemory | None):
         """The outputs of consecutive segments as those of one input."""
-        joined = TransformerXLModel.join(outputs, memory)
         losses = [output.compression_loss for output in outputs]
         mean = None if losses[0] is None else sum(losses) / len(losses)
-        return CompressiveTransformerOutput(**joined, compression_loss=mean)
+        joined = TransformerXLModel.join(outputs, memory)
+        return CompressiveTransformerOutput(**{**joined, "compression_loss": mean})
 
     def check_backend(self) -> None:
         """Raise ValueError for an attention implementation that the distances or the compression cannot do with."""

@@ -296,8 +296,11 @@ class TransformerXLModel(TransformerXLPreTrainedModel):
     @staticmethod
     def join(outputs: list[BaseModelOutputWithPast], memory: SegmentMemory | None) -> BaseModelOutputWithPast:
         """The outputs of consecutive segments as those of one input."""
+        if len(outputs) == 1:
+            outputs[0].past_key_values = memory
+            return outputs[0]
         attentions, hidden_states = outputs[0].attentions, outputs[0].hidden_states
-        if attentions is not None and len(outputs) > 1:
+        if attentions is not None:
             raise ValueError(
                 "output_attentions=True with an input longer than segment_length: segments see different numbers of "
                 "keys. Give them one at a time."
@@ -309,7 +312,6 @@ class TransformerXLModel(TransformerXLPreTrainedModel):
             last_hidden_state=torch.cat([output.last_hidden_state for output in outputs], dim=1),
             past_key_values=memory,
             hidden_states=hidden_states,
-            attentions=attentions,
         )
 
     def _memory(self, past_key_values: SegmentMemory | None, inputs_embeds: torch.Tensor) -> SegmentMemory:

@@ -29,17 +29,25 @@ class Tiny(NamedTuple):
     Attributes:
         config: fields of its config; SMALL for every model of sequences.
         inputs: makes a batch (batch size, length) of what the model's forward takes.
+        recurrent: it reads text segment by segment and returns a memory.
+        hierarchical: it has fewer hidden states or more than layers and one.
     """
 
     config: dict[str, Any] = SMALL
     inputs: Callable[..., dict[str, torch.Tensor]] = token_inputs
+    recurrent: bool = False
+    hierarchical: bool = False
+
+    @property
+    def takes_ids(self) -> bool:
+        return "input_ids" in self.inputs()
 
 
 TINY = {
-    "compressive_transformer": Tiny({**SMALL, "mem_len": 8, "compressed_mem_len": 4}),
+    "compressive_transformer": Tiny({**SMALL, "mem_len": 16, "compressed_mem_len": 8}, recurrent=True),
     "rope_decoder": Tiny(),
     "sparse_transformer": Tiny(),
-    "transformer_xl": Tiny({**SMALL, "mem_len": 16}),
+    "transformer_xl": Tiny({**SMALL, "mem_len": 16}, recurrent=True),
 }
 
 
@@ -58,3 +66,16 @@ def all_heads() -> Iterator[tuple[str, type]]:
     for system in SYSTEMS:
         for auto_class in system.heads:
             yield system.name, auto_class
+
+
+def batch_for(model_type: str, auto_class: type, labels: bool = True) -> dict[str, torch.Tensor]:
+    """A batch of two rows for one class, with the targets it learns from."""
+    inputs = TINY[model_type].inputs()
+    head = auto_class.__name__
+    if not labels or head in ("AutoModel", "AutoBackbone", "AutoModelForMaskedImageModeling"):
+        return inputs
+    if head.endswith(("SequenceClassification", "ImageClassification")):
+        return {**inputs, "labels": torch.tensor([0, 1])}
+    if head.endswith("TokenClassification"):
+        return {**inputs, "labels": inputs["input_ids"] % 2}
+    return {**inputs, "labels": inputs.get("decoder_input_ids", inputs["input_ids"]).clone()}
