@@ -10,8 +10,9 @@ padding AND the packing (see attention_masks.py).
     >>> pattern_from_dict(pattern.to_dict()) == pattern
     True
 
-Local, Strided and Fixed are the factorised attention of Child et al. 2019 (arXiv:1904.10509), section 4.3. Patterns of
-pictures are bound to a grid of tokens at run time (`bind`); their dicts hold none.
+Local, Strided and Fixed are the factorised attention of Child et al. 2019 (arXiv:1904.10509), section 4.3; Block1D and
+Block2D the local attention of Parmar et al. 2018 (arXiv:1802.05751), section 3.3. Patterns of pictures are bound to a
+grid of tokens at run time (`bind`); their dicts hold none.
 """
 
 import difflib
@@ -54,8 +55,8 @@ class Pattern:
     def check_heads(self, num_heads: int) -> None:
         """Raise ValueError if the pattern cannot be dealt out to `num_heads` heads."""
 
-    def bind(self, grid: tuple[int, int]) -> "Pattern":
-        """The pattern over tokens that are a `grid` of (rows, columns) in raster order; only patterns in 2-D change."""
+    def bind(self, grid: tuple[int, ...]) -> "Pattern":
+        """The pattern over the tokens of a picture of this `grid`, (rows, columns, ...); only those in 2-D change."""
         return self
 
     def to_dict(self) -> dict[str, Any]:
@@ -226,6 +227,118 @@ class Window2D(Pattern):
         return (coordinate - self.shift) // self.size
 
 
+@dataclass(frozen=True)
+class Block1D(Pattern):
+    """Local attention in one dimension: all queries of a block see the block and `flange` positions before it."""
+
+    type: ClassVar[str] = "block_1d"
+    block: int
+    flange: int
+
+    def __post_init__(self) -> None:
+        _check_count(self, "block")
+        _check_count(self, "flange", lowest=0)
+
+    def visible(self, head, query, key):
+        start = query // self.block * self.block
+        return (key >= start - self.flange) & (key < start + self.block)
+
+    def block_span(self, position: int) -> tuple[int, int]:
+        """First position of the block that `position` lies in, and one past its last."""
+        start = position // self.block * self.block
+        return start, start + self.block
+
+    def first_key(self, query: int) -> int:
+        """No query of this block or a later one sees a key before this position."""
+        return max(0, query // self.block * self.block - self.flange)
+
+    def last_query(self, key):
+        """The last position from which `key` is seen; integers and tensors alike."""
+        return ((key + self.flange) // self.block + 1) * self.block - 1
+
+
+@dataclass(frozen=True)
+class Block2D(Pattern):
+    """Local attention in two dimensions: all queries of a rectangle of pixels see it and a flange around it.
+
+    The flange lies above the rectangle (`flange_height` rows) and on its left and right (`flange_width` columns).
+    Positions count in the order of generation: block after block in raster order, inside a block pixel after pixel in
+    raster order, inside a pixel channel after channel.
+
+    Attributes:
+        height, width: rows and columns of the rectangle; smaller at the far edges of an image that they do not divide.
+        flange_height, flange_width: rows and columns of the flange.
+        grid: rows, columns and channels of the image, known at run time; see `bind`.
+    """
+
+    type: ClassVar[str] = "block_2d"
+    height: int
+    width: int
+    flange_height: int
+    flange_width: int
+    grid: tuple[int, int, int] | None = None
+
+    def __post_init__(self) -> None:
+        for field in ("height", "width"):
+            _check_count(self, field)
+        for field in ("flange_height", "flange_width"):
+            _check_count(self, field, lowest=0)
+        if self.grid is not None:
+            object.__setattr__(self, "grid", _checked_grid(self.grid))
+
+    def bind(self, grid: tuple[int, ...]) -> "Block2D":
+        return replace(self, grid=tuple(grid))
+
+    def place(self, position):
+        """(row, column) of the pixel that is generated at `position`; integers and tensors alike."""
+        rows, columns, channels = self._bound_grid()
+        of_block_row = self.height * columns * channels
+        top = position // of_block_row * self.height
+        height = _at_most(self.height, rows - top % rows)  # modulo, so that no position past the image divides by 0
+        rest = position % of_block_row
+        left = rest // (height * self.width * channels) * self.width
+        width = _at_most(self.width, columns - left % columns)
+        rest = rest % (height * self.width * channels)
+        return top + rest // (width * channels), left + rest % (width * channels) // channels
+
+    def visible(self, head, query, key):
+        (row, column), (key_row, key_column) = self.place(query), self.place(key)
+        top, left = row // self.height * self.height, column // self.width * self.width
+        near_row = (key_row >= top - self.flange_height) & (key_row < top + self.height)
+        near_column = (key_column >= left - self.flange_width) & (key_column < left + self.width + self.flange_width)
+        return near_row & near_column
+
+    def block_span(self, position: int) -> tuple[int, int]:
+        """First position of the block that `position` lies in, and one past its last."""
+        row, column = self.place(position)
+        return self._span(row // self.height * self.height, column // self.width * self.width)
+
+    def first_key(self, query: int) -> int:
+        """No query of this block or a later one sees a key before this position."""
+        _, columns, channels = self._bound_grid()
+        top = self.place(query)[0] // self.height * self.height
+        return max(0, top - self.flange_height) // self.height * self.height * columns * channels
+
+    def last_query(self, key):
+        """The last position from which `key` is seen; integers and tensors alike."""
+        rows, columns, _ = self._bound_grid()
+        row, column = self.place(key)
+        top = _at_most(rows - 1, row + self.flange_height) // self.height * self.height
+        left = _at_most(columns - 1, column + self.flange_width) // self.width * self.width
+        return self._span(top, left)[1] - 1
+
+    def _span(self, top, left):
+        rows, columns, channels = self._bound_grid()
+        height, width = _at_most(self.height, rows - top), _at_most(self.width, columns - left)
+        start = (top * columns + left * height) * channels
+        return start, start + height * width * channels
+
+    def _bound_grid(self) -> tuple[int, int, int]:
+        if self.grid is None:
+            raise ValueError("Block2D needs to know the image; use pattern.bind((rows, columns, channels)).")
+        return self.grid
+
+
 class _Composite(Pattern):
     """A pattern made of patterns; its dict holds their dicts."""
 
@@ -392,10 +505,22 @@ def nearest(name: str, allowed: Iterable[str]) -> str:
     return f"{guess} Allowed: {', '.join(allowed)}."
 
 
-def _check_count(pattern: Pattern, field: str) -> None:
+def _check_count(pattern: Pattern, field: str, lowest: int = 1) -> None:
     value = getattr(pattern, field)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{type(pattern).__name__}.{field} must be an integer of at least 1, got {value!r}.")
+    if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
+        raise ValueError(f"{type(pattern).__name__}.{field} must be an integer of at least {lowest}, got {value!r}.")
+
+
+def _checked_grid(grid: Iterable[int]) -> tuple[int, int, int]:
+    values = tuple(grid)
+    if len(values) != 3 or any(isinstance(v, bool) or not isinstance(v, int) or v < 1 for v in values):
+        raise ValueError(f"Block2D.grid must be (rows, columns, channels), each at least 1, got {list(values)}.")
+    return values
+
+
+def _at_most(limit, value):
+    """min(limit, value); integers, arrays and tensors alike."""
+    return limit - (limit - value) * (value < limit)
 
 
 def _check_fixed(pattern: "Fixed | FixedSummary") -> None:

@@ -7,6 +7,8 @@ import torch
 
 from hf_tfamily.modeling.attention_patterns import (
     PATTERN_TYPES,
+    Block1D,
+    Block2D,
     Fixed,
     FixedBlock,
     FixedSummary,
@@ -21,6 +23,7 @@ from hf_tfamily.modeling.attention_patterns import (
     patterns_for_layers,
     walk,
 )
+from tests.reference.image_transformer import block_order
 
 PATTERNS = [
     Full(),
@@ -37,11 +40,14 @@ PATTERNS = [
     Intersection((Local(6), Strided(2))),
     Union((Intersection((Fixed(6, 1, sub_blocks=4), Local(9))), Local(2))),
     PerHead((Union((Local(2), Strided(5))), FixedSummary(5, 2, sub_blocks=2))),
+    Block1D(4, 3),
 ]
 # Patterns of pictures need a grid, which no config says.
 GRID_PATTERNS = [
     Window2D(2, 1).bind((5, 3)),
     Union((Local(2), Window2D(3))).bind((4, 4)),
+    Block2D(2, 2, 1, 1).bind((5, 3, 1)),
+    Union((Local(2), Block2D(1, 2, 2, 0))).bind((2, 5, 3)),
 ]
 
 
@@ -93,6 +99,47 @@ def test_windows_need_a_grid():
         Window2D(4).visible(0, 1, 2)
 
 
+def test_local_attention_in_one_dimension_is_the_papers():
+    """Figure 1, left: the query's block and the positions before it."""
+    assert seen_keys(Block1D(4, 4), 6) == {0, 1, 2, 3, 4, 5, 6}
+    assert seen_keys(Block1D(4, 2), 9) == {6, 7, 8, 9}
+    assert {key for key in range(12) if Block1D(4, 2).visible(0, 5, key)} == {2, 3, 4, 5, 6, 7}
+
+
+@pytest.mark.parametrize("grid", [(4, 6, 1), (5, 7, 3), (3, 2, 2)], ids=str)
+def test_local_attention_in_two_dimensions_is_the_papers(grid):
+    """Figure 1, right: blocks in raster order, pixels in raster order inside; the block and a flange on three sides."""
+    pattern = Block2D(2, 3, 1, 2).bind(grid)
+    order = block_order(*grid, 2, 3)
+    for query, (row, column, _) in enumerate(order):
+        assert pattern.place(query) == (row, column)
+        block_row, block_column = row // 2, column // 3
+        span = [i for i, (r, c, _) in enumerate(order) if (r // 2, c // 3) == (block_row, block_column)]
+        assert pattern.block_span(query) == (span[0], span[-1] + 1)
+        expected = set()
+        for key, (key_row, key_column, _) in enumerate(order):
+            above = 2 * block_row - 1 <= key_row < 2 * block_row + 2
+            beside = 3 * block_column - 2 <= key_column < 3 * block_column + 3 + 2
+            if above and beside:
+                expected.add(key)
+        assert {key for key in range(len(order)) if pattern.visible(0, query, key)} == expected
+        assert min(expected) >= pattern.first_key(query)
+
+
+@pytest.mark.parametrize("pattern", [Block1D(4, 3), Block1D(3, 0), Block2D(2, 3, 1, 2).bind((5, 7, 2))], ids=str)
+def test_what_is_said_of_keys_fits_what_queries_see(pattern):
+    keys = range(70)
+    for key in keys:
+        readers = [query for query in keys if query >= key and pattern.visible(0, query, key)]
+        assert min(pattern.last_query(key), 69) == readers[-1]
+    assert pattern.last_query(torch.arange(70)).tolist() == [pattern.last_query(key) for key in keys]
+
+
+def test_blocks_need_a_grid():
+    with pytest.raises(ValueError, match=r"bind\(\(rows, columns, channels\)\)"):
+        Block2D(2, 2, 1, 1).visible(0, 1, 2)
+
+
 @pytest.mark.parametrize("pattern", PATTERNS + GRID_PATTERNS, ids=str)
 def test_tensors_and_integers_agree_and_heads_repeat(pattern):
     heads, length = 2 * pattern.head_period, 13
@@ -135,13 +182,17 @@ def test_dict_form_is_plain():
         (lambda: FixedSummary(8, 2, sub_blocks=4, shift=1), r"10 > 8"),
         (lambda: FixedSummary(8, 2, shift=-1), r"shift must be an integer of at least 0, got -1"),
         (lambda: Window2D(4, 4), r"Window2D.shift must be an integer from 0 to size - 1, got 4"),
+        (lambda: Block1D(0, 3), r"Block1D.block must be an integer of at least 1, got 0"),
+        (lambda: Block1D(4, -1), r"Block1D.flange must be an integer of at least 0, got -1"),
+        (lambda: Block2D(2, 0, 1, 1), r"Block2D.width must be .* got 0"),
+        (lambda: Block2D(2, 2, 1, 1).bind((4, 4)), r"Block2D.grid must be \(rows, columns, channels\).* got \[4, 4\]"),
         (lambda: Union(()), r"Union.patterns is empty"),
         (lambda: Union(Local(2)), r"Union.patterns must be a list of patterns"),
         (lambda: PerHead((Local(2), 3)), r"holds 3, which is no pattern"),
         (lambda: PerHead((Local(2), Full())).check_heads(3), r"2 patterns.* num_attention_heads=3"),
         (
             lambda: pattern_from_dict({"type": "stride", "stride": 4}),
-            r"'stride'; did you mean 'strided'.*Allowed: fixed",
+            r"'stride'; did you mean 'strided'.*Allowed: block_1d",
         ),
         (lambda: pattern_from_dict({"type": "local", "windw": 4}), r"no key 'windw'; did you mean 'window'"),
         (lambda: pattern_from_dict({"type": "local"}), r"'local' needs 'window'"),
