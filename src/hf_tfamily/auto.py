@@ -1,6 +1,7 @@
 """Registers every system with Transformers' Auto classes. A new system is one line in SYSTEMS."""
 
 from importlib import import_module
+from types import ModuleType
 from typing import NamedTuple
 
 from transformers import (
@@ -62,10 +63,21 @@ SYSTEMS = [
 ]
 
 
+def modules_of(system: System) -> tuple[ModuleType, ModuleType]:
+    """The system's configuration and modeling modules."""
+    names = (f".modeling.configuration_{system.name}", f".modeling.modeling_{system.name}")
+    return tuple(import_module(name, __package__) for name in names)
+
+
+def public_classes() -> dict[str, type]:
+    """Every system's configuration and model classes by name."""
+    modules = (module for system in SYSTEMS for module in modules_of(system))
+    return {name: getattr(module, name) for module in modules for name in module.__all__}
+
+
 def register(system: System) -> None:
     """Make AutoConfig, AutoModel and the others load `system` by its model type."""
-    configuration = import_module(f".modeling.configuration_{system.name}", __package__)
-    modeling = import_module(f".modeling.modeling_{system.name}", __package__)
+    configuration, modeling = modules_of(system)
     config_class = getattr(configuration, f"{system.prefix}Config")
     AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
     for auto_class, suffix in system.heads.items():
