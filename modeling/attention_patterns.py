@@ -216,15 +216,15 @@ class Window2D(Pattern):
         return replace(self, grid=tuple(grid))
 
     def visible(self, head, query, key):
+        return self.window(query) == self.window(key)
+
+    def window(self, token):
+        """Number of the window that a token lies in."""
         if self.grid is None:
             raise ValueError("Window2D needs to know the grid of tokens; use pattern.bind((rows, columns)).")
         columns = self.grid[1]
-        same_rows = self._window(query // columns) == self._window(key // columns)
-        return same_rows & (self._window(query % columns) == self._window(key % columns))
-
-    def _window(self, coordinate):
-        """Number of the window along one axis."""
-        return (coordinate - self.shift) // self.size
+        row, column = ((coordinate - self.shift) // self.size for coordinate in (token // columns, token % columns))
+        return row * (columns + 1) + column  # windows of a row of windows are numbered from -1
 
 
 @dataclass(frozen=True)
@@ -495,6 +495,11 @@ def walk(pattern: Pattern) -> Iterator[Pattern]:
     yield pattern
     for inner in getattr(pattern, "patterns", ()):
         yield from walk(inner)
+
+
+def grid_of(pattern: Pattern) -> tuple[int, ...] | None:
+    """The grid that a pattern of pictures, or one inside it, is bound to."""
+    return next((inner.grid for inner in walk(pattern) if getattr(inner, "grid", None) is not None), None)
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str:
