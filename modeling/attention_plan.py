@@ -8,6 +8,7 @@ executor runs (attention_torch.py); `decode_keys` and `kept_keys` say what decod
     blocks      FixedBlock with nothing taken out                one block             the same block
     band        Local, FixedBlock, summaries of the own block    a chunk               a window around the chunk
     summaries   FixedSummary in blocks other than the own        some blocks           compact: summary positions only
+    flanges     Block1D, Block2D: keys around the own block      one block             before it; in 2-D compact
     table       any other union                                  64 queries            compact: the keys they see
 
 A *tile* is a rectangle of queries and keys under one rule: everything, causal, or a small mask. Alike tiles at even
@@ -25,7 +26,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from .attention_patterns import FixedBlock, FixedSummary, Full, Local, Pattern, Strided
+from .attention_patterns import Block1D, Block2D, FixedBlock, FixedSummary, Full, Local, Pattern, Strided
 
 _CHUNK = 32  # queries of a tile in a band: a window of w keys costs w + 31
 _SUMMARY_QUERIES, _SUMMARY_KEYS = 1024, 128  # of a group of blocks
@@ -125,9 +126,12 @@ def kept_keys(pattern: Pattern, head: int, position: int) -> torch.Tensor:
     keys = torch.arange(position)
     kept = torch.zeros(position, dtype=torch.bool)
     for part in pattern.for_head(head).parts:
-        # As the query moves on, what these three show of the past never grows. Other patterns may come back to any key.
-        never_grows = isinstance(part, (Local, FixedBlock, FixedSummary))
-        kept |= part.visible(head, position, keys) if never_grows else True
+        if isinstance(part, (Block1D, Block2D)):
+            kept |= part.last_query(keys) >= position
+        elif isinstance(part, (Local, FixedBlock, FixedSummary)):  # what these show of the past never grows again
+            kept |= part.visible(head, position, keys)
+        else:  # may come back to any key
+            kept |= True
     return keys[kept]
 
 
@@ -211,6 +215,8 @@ def _heads_alike(pattern: Pattern, heads: range) -> Iterator[tuple[Pattern, rang
 
 def _view_groups(pattern: Pattern, heads: range, extent: _Extent) -> list[Group] | None:
     """The groups of a pattern made of views, or None if some leaf has none."""
+    if isinstance(pattern, (Block1D, Block2D)):
+        return _local_blocks(pattern, heads, extent)
     layout = _layout(pattern, extent)
     if layout is None:
         return None
@@ -369,6 +375,41 @@ def _dense(queries: range, keys: range, earlier: int, causal: bool) -> Iterator[
         return
     yield _Tile(queries, keys[:earlier])
     yield _Tile(queries, keys[earlier : earlier + len(queries)], causal=True)
+
+
+def _local_blocks(pattern: Block1D | Block2D, heads: range, extent: _Extent) -> list[Group]:
+    """Each block and its own tokens, and each block and the keys around it, which all its queries see alike.
+
+    Around a block in 1-D lies one run of keys before it. In 2-D, in the order of generation, it is many runs: those
+    keys are picked into one list, block after block.
+    """
+    own, around, picked = [], [], []
+    position = extent.first_query
+    while position < extent.end_query:
+        start, end = pattern.block_span(position)
+        queries, keys = extent.queries(start, end), extent.keys(start, end)
+        earlier = queries.start + extent.first_query - keys.start - extent.first_key
+        own += _dense(queries, keys, earlier, extent.causal)
+        if isinstance(pattern, Block1D):
+            around.append(_Tile(queries, extent.keys(start - pattern.flange, start)))
+        else:
+            flange = _flange(pattern, start, end, extent)
+            around.append(_Tile(queries, range(len(picked), len(picked) + len(flange))))
+            picked += flange
+        position = end
+    if isinstance(pattern, Block1D):
+        return [Group(heads, _parts(own + around))]
+    flanges = _parts(around)
+    return [Group(heads, _parts(own)), Group(heads, flanges, torch.tensor(picked, dtype=torch.long))]
+
+
+def _flange(pattern: Block2D, start: int, end: int, extent: _Extent) -> list[int]:
+    """The keys that the block's queries see outside it, if causal only those of earlier blocks."""
+    last = start if extent.causal else extent.end_key
+    keys = extent.keys(pattern.first_key(start), last)
+    positions = torch.tensor(keys, dtype=torch.long) + extent.first_key
+    seen = pattern.visible(0, start, positions) & ((positions < start) | (positions >= end))
+    return (positions[seen] - extent.first_key).tolist()
 
 
 def _window(layout: _Layout, causal: bool) -> tuple[int, int, int]:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .attention_patterns import Pattern, pattern_from_dict
+from .attention_patterns import Pattern, grid_of, pattern_from_dict
 from .attention_plan import Group, Part, Plan, Tokens, plan_attention
 
 _MASKED = -1e30  # not -inf: a row without keys then keeps a finite LSE, far below any real one
@@ -84,12 +84,14 @@ def _to_json(pattern: Pattern) -> str:
 
 @lru_cache(maxsize=256)
 def _cached_json(pattern: Pattern) -> str:
-    return json.dumps(pattern.to_dict(), sort_keys=True)
+    return json.dumps([pattern.to_dict(), grid_of(pattern)], sort_keys=True)
 
 
 @lru_cache(maxsize=256)
 def _from_json(pattern: str) -> Pattern:
-    return pattern_from_dict(json.loads(pattern))
+    values, grid = json.loads(pattern)
+    bare = pattern_from_dict(values)
+    return bare if grid is None else bare.bind(grid)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

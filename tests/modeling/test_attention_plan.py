@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from hf_tfamily.modeling.attention_patterns import (
+    Block1D,
+    Block2D,
     Fixed,
     FixedBlock,
     FixedSummary,
@@ -41,6 +43,12 @@ PATTERNS = [
     PerHead([Local(3), Fixed(8, 2, sub_blocks=4), Local(3), Strided(4)]),
     PerHead([Local(3), Local(3), Strided(4), Full()]),
     Union([PerHead([Local(5), Strided(5)]), FixedSummary(8, 1)]),
+    Block1D(8, 8),
+    Block1D(7, 3),
+    Block1D(8, 0),
+    Block2D(2, 3, 1, 2).bind((7, 8, 2)),
+    Block2D(4, 4, 4, 4).bind((8, 8, 2)),
+    Union([Local(5), Block2D(2, 3, 1, 2).bind((7, 8, 2))]),
 ]
 # (queries, keys, first query, first key)
 EXTENTS = [
