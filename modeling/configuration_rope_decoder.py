@@ -44,7 +44,7 @@ class RoPEDecoderConfig(PreTrainedConfig):
     """
 
     model_type = "rope_decoder"
-    keys_to_ignore_at_inference = ("past_key_values",)
+    keys_to_ignore_at_inference = ["past_key_values"]
     base_model_tp_plan = {
         "layers.*.self_attn.q_proj": "colwise",
         "layers.*.self_attn.k_proj": "colwise",

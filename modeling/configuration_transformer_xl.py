@@ -39,7 +39,7 @@ class TransformerXLConfig(PreTrainedConfig):
     """
 
     model_type = "transformer_xl"
-    keys_to_ignore_at_inference = ("past_key_values",)
+    keys_to_ignore_at_inference = ["past_key_values"]  # the Trainer adds a list to it
 
     vocab_size: int = 256
     hidden_size: int = 256

@@ -29,7 +29,7 @@ from .attention_patterns import Full, Local
 from .checks import check_one_input, check_token_ids
 from .configuration_transformer_xl import TransformerXLConfig
 from .memory_segments import SegmentMemory, check_memory
-from .positions import RelativeBiases, RelativePositions, RelativeSinusoids
+from .positions import RelativeBiases, RelativePositions, RelativeSinusoids, hidden_columns
 
 
 class TransformerXLAttention(nn.Module):
@@ -72,7 +72,7 @@ class TransformerXLAttention(nn.Module):
             self.layer_idx, positions.states, lambda states: self.split_heads(self.r_proj(states))
         )  # [H, L, D]
         # (a) + (c) of section 3.3 are (q + u) k, (b) + (d) are (q + v) W R.
-        position_bias = positions.scores(query + biases.position[:, None], relative_key) * self.scaling
+        position_bias = positions.scores((query + biases.position[:, None]) * self.scaling, relative_key)
 
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
@@ -84,6 +84,7 @@ class TransformerXLAttention(nn.Module):
             value,
             attention_mask,
             position_bias=position_bias,
+            is_causal=False,  # the mask or the bias says all
             scaling=self.scaling,
             dropout=self.config.attention_dropout if self.training else 0.0,
             **kwargs,
@@ -272,13 +273,21 @@ class TransformerXLModel(TransformerXLPreTrainedModel):
         valid = memory.valid_keys(new_tokens, batch_size, length)
         heads = self.config.num_attention_heads
         seen = visible_keys(self.pattern, heads, inputs_embeds, valid, past_length=memory.held)
+        implementation, device = self.config._attn_implementation, inputs_embeds.device
+        mask, hidden = None, None
+        if implementation == "sdpa" and valid is None:  # a bias that hides keys itself saves it reading another mask
+            reach = self.config.mem_len if self.config.same_length else None
+            hidden = hidden_columns(length, seen.key_length, reach, device)
+        else:
+            mask = lower_mask(seen, implementation, device)
         positions = RelativePositions(
-            states=self.dropout(self.positions(memory.distances_wanted(seen.key_length), inputs_embeds)),
+            states=self.dropout(self.positions(memory.distances_wanted(seen.key_length + 1), inputs_embeds)),
             key_length=seen.key_length,
             distances=_distances(seen),
-            blind=None if valid is None else ~seen.dense(inputs_embeds.device).any(dim=-1)[:, 0],
+            blind=None if valid is None else ~seen.dense(device).any(dim=-1)[:, 0],
+            hidden=hidden,
         )
-        return valid, lower_mask(seen, self.config._attn_implementation, inputs_embeds.device), positions
+        return valid, mask, positions
 
     def check_backend(self) -> None:
         """Raise ValueError for an attention implementation that would leave the distances out."""

@@ -191,35 +191,50 @@ class RelativePositions:
 
     Attributes:
         states: R [L, hidden] for the distances L - 1 down to 0.
-        key_length: S, at most L.
+        key_length: S, less than L.
         distances: [B, T, S], negative for later keys; None where the T queries are the last T of S unpadded keys.
         blind: [B, T] bool, queries that see no key at all; None if there are none.
+        hidden: [T, columns] bool from `hidden_columns`: what `scores` itself makes hopeless; None to leave it to a mask.
     """
 
     states: torch.Tensor
     key_length: int
     distances: torch.Tensor | None = None
     blind: torch.Tensor | None = None
+    hidden: torch.Tensor | None = None
 
     def scores(self, query: torch.Tensor, relative_key: torch.Tensor) -> torch.Tensor:
         """What queries [B, H, T, D] and projected distances [H, L, D] have in common, as [B, H, T, S].
 
         The terms (b) and (d) of Dai et al. 2019, section 3.3, if v has been added to the query. Entries for later
-        keys mean nothing; the causal mask hides them.
+        keys mean nothing; the causal mask hides them, or `hidden` does.
         """
-        by_distance = query @ relative_key[:, -self.key_length :].transpose(-1, -2)  # column c: distance S - 1 - c
+        by_distance = query @ relative_key[:, -self.key_length - 1 :].transpose(-1, -2)  # column c: distance S - c
+        if self.hidden is not None:
+            by_distance[..., : self.hidden.shape[1]].masked_fill_(self.hidden, torch.finfo(by_distance.dtype).min)
         if self.distances is None:
             return shift_rows(by_distance)
-        columns = (self.key_length - 1 - self.distances).clamp(0, self.key_length - 1)
-        return by_distance.gather(-1, columns[:, None].expand_as(by_distance))
+        columns = (self.key_length - self.distances).clamp(0, self.key_length)
+        return by_distance.gather(-1, columns[:, None].expand(-1, by_distance.shape[1], -1, -1))
 
 
 def shift_rows(scores: torch.Tensor) -> torch.Tensor:
-    """[..., T, S] by distance -> [..., T, S] by key (Dai et al. 2019, appendix B).
+    """[..., T, S + 1] by distance, S down to 0 -> [..., T, S] by key (Dai et al. 2019, appendix B).
 
-    Row i moves T - 1 - i places to the left: of S keys the last T are the queries' own. What enters from the right
-    belongs to later keys. Done by viewing rows of S + 1 entries as rows of T.
+    Row i moves T - i places to the left: of S keys the last T are the queries' own. What enters from the right belongs
+    to later keys. Nothing moves in memory: rows of S + 1 entries are viewed as rows of S, the first T entries left out.
     """
-    *batch, rows, columns = scores.shape
-    padded = nn.functional.pad(scores, (1, 0)).view(*batch, columns + 1, rows)
-    return padded[..., 1:, :].reshape(*batch, rows, columns)
+    rows, columns = scores.shape[-2:]
+    return scores.flatten(-2)[..., rows:].unflatten(-1, (rows, columns - 1))
+
+
+def hidden_columns(length: int, key_length: int, reach: int | None, device: torch.device) -> torch.Tensor:
+    """[T, columns] bool: which scores by distance `shift_rows` would bring to keys that a query does not see.
+
+    Of columns for the distances S, S - 1, ..., these are the first: distances of `reach` or more (None: no limit), and
+    those that no key of the row's query has, which become the scores of the row before for later keys.
+    """
+    out_of_reach = 0 if reach is None else max(0, key_length - reach + 1)
+    columns = torch.arange(max(length, out_of_reach), device=device)
+    unmet = columns < length - torch.arange(length, device=device)[:, None]
+    return unmet | (columns < out_of_reach)

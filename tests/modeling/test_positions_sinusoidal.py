@@ -10,6 +10,7 @@ from hf_tfamily.modeling.positions import (
     RelativePositions,
     RelativeSinusoids,
     SinusoidalPositionEmbedding,
+    hidden_columns,
     shift_rows,
     sinusoids,
 )
@@ -39,7 +40,7 @@ def test_clamped_distances_count_as_the_largest():
 
 def test_shift_and_gather_bring_each_key_its_distance():
     queries, keys = 3, 7
-    columns = torch.arange(keys - 1, -1, -1.0).expand(1, 1, queries, keys)  # the distance of each column
+    columns = torch.arange(keys, -1, -1.0).repeat(1, 1, queries, 1)  # the distance of each column
     places = torch.arange(keys)
     distances = (places[-queries:, None] - places)[None]
     causal = distances[0] >= 0
@@ -49,6 +50,18 @@ def test_shift_and_gather_bring_each_key_its_distance():
     shifted = RelativePositions(torch.zeros(keys + 2, 4), keys).scores(query, relative_key)
     gathered = RelativePositions(torch.zeros(keys + 2, 4), keys, distances).scores(query, relative_key)
     torch.testing.assert_close(shifted[..., causal], gathered[..., causal])
+
+
+@pytest.mark.parametrize("reach", [None, 1, 4, 9])
+@pytest.mark.parametrize("queries", [1, 3, 7])
+def test_hidden_columns_are_the_keys_that_are_not_seen(queries, reach):
+    keys = 7
+    distances = torch.arange(keys)[-queries:, None] - torch.arange(keys)
+    visible = (distances >= 0) & (distances < (reach or keys))
+    hidden = hidden_columns(queries, keys, reach, torch.device("cpu"))
+    positions = RelativePositions(torch.zeros(keys + 1, 4), keys, hidden=hidden)
+    scores = positions.scores(torch.randn(2, 3, queries, 4), torch.randn(3, keys + 1, 4))
+    assert torch.equal(scores > torch.finfo(scores.dtype).min, visible.expand_as(scores))
 
 
 def test_says_what_is_wrong():
