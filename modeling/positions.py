@@ -194,7 +194,7 @@ class RelativePositions:
         key_length: S, less than L.
         distances: [B, T, S], negative for later keys; None where the T queries are the last T of S unpadded keys.
         blind: [B, T] bool, queries that see no key at all; None if there are none.
-        hidden: [T, columns] bool from `hidden_columns`: what `scores` itself makes hopeless; None to leave it to a mask.
+        hidden: [T, columns] bool from `hidden_columns`: what `scores` makes hopeless; None leaves it to a mask.
     """
 
     states: torch.Tensor

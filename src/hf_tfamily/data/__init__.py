@@ -15,11 +15,16 @@ from ..modeling.attention_patterns import nearest
 from .audio import audio_files, mu_law_decode, mu_law_encode, write_wav
 from .images import digits, fashion_mnist, hub_images, photo_crops
 from .sequences import LoadedData, MissingPackageError, NextTokenCollator, TokenSequences
+from .streams import SegmentCollator, StreamDataset, TextStreams, bible_stream, hub_word_stream, text_file_stream
 from .text import bible, byte_tokenizer, hub_text, text_file
 
 SOURCES: dict[str, Callable[..., LoadedData]] = {
     source.__name__: source
-    for source in (digits, photo_crops, fashion_mnist, hub_images, bible, text_file, hub_text, audio_files)
+    for source in (
+        *(digits, photo_crops, fashion_mnist, hub_images),
+        *(bible, text_file, hub_text, audio_files),
+        *(bible_stream, text_file_stream, hub_word_stream),
+    )
 }
 
 
@@ -54,6 +59,9 @@ __all__ = [
     "LoadedData",
     "MissingPackageError",
     "NextTokenCollator",
+    "SegmentCollator",
+    "StreamDataset",
+    "TextStreams",
     "TokenSequences",
     "byte_tokenizer",
     "check_data",

@@ -1,6 +1,6 @@
 """Text as bytes: windows of one length, each behind the start token 256, and a tokenizer whose ids are the bytes."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,25 +10,31 @@ from .sequences import TokenSequences, require, token_dataset, with_start
 BYTE_START = 256
 PARTS = ("train", "validation", "test")
 BIBLE_EVAL_BOOKS = ("Ruth", "Ecclesiastes", "Acts", "Hebrews")
+BIBLE_LICENCE = "text out of copyright (in the United Kingdom under Crown patent); the package is MIT"
 
 
-def byte_tokenizer():
+def byte_tokenizer(alphabet: Sequence[int] | None = None):
     """A PreTrainedTokenizerFast of the 256 bytes and a start token: ids are the text's UTF-8 bytes, in any language.
 
     `tokenizer(text)` adds nothing; `bos_token` (id 256, also used for padding) begins a sequence. Any text comes back
     from its ids, even text that spells the start token. AutoTokenizer loads it without this package.
+
+    Args:
+        alphabet: the only bytes to know, numbered in this order, and no start token; other bytes are dropped.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    vocab = {character: byte for byte, character in enumerate(_byte_characters())}
+    characters = _byte_characters()
+    known = range(256) if alphabet is None else alphabet
+    vocab = {characters[byte]: i for i, byte in enumerate(known)}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
+    start = {"bos_token": "<start>", "pad_token": "<start>"} if alphabet is None else {}
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        bos_token="<start>",
-        pad_token="<start>",
+        **start,
         padding_side="left",
         split_special_tokens=True,
         clean_up_tokenization_spaces=False,
@@ -43,18 +49,10 @@ def bible(length: int = 1024, eval_books: Iterable[str] = BIBLE_EVAL_BOOKS) -> T
         length: bytes in an example.
         eval_books: titles of the books that are held out, such as "Ruth" or "1 Kings".
     """
-    books = _bible_books()
     eval_books = tuple(eval_books)
-    unknown = [title for title in eval_books if title not in books]
-    if unknown or not eval_books:
-        raise ValueError(f"eval_books must hold titles of books, got {list(eval_books)}; there are {', '.join(books)}.")
-    return _text_data(
-        train="".join(text for title, text in books.items() if title not in eval_books).encode(),
-        held_out="".join(books[title] for title in eval_books).encode(),
-        length=length,
-        description=f"the King James Bible in windows of {length} bytes; held out: {', '.join(eval_books)}",
-        licence="text out of copyright (in the United Kingdom under Crown patent); the package is MIT",
-    )
+    train, held_out = bible_parts(eval_books)
+    description = f"the King James Bible in windows of {length} bytes; held out: {', '.join(eval_books)}"
+    return _text_data(train, held_out, length, description, BIBLE_LICENCE)
 
 
 def text_file(
@@ -110,7 +108,18 @@ def hub_text(
     return _text_data(read(train_split), read(eval_split), length, description, licence)
 
 
-def _split_text(content: bytes, length: int, sizes, eval_part: str, description: str, licence: str) -> TokenSequences:
+def bible_parts(eval_books: tuple[str, ...]) -> tuple[bytes, bytes]:
+    """The Bible without the books of these titles, and these books."""
+    books = _bible_books()
+    unknown = [title for title in eval_books if title not in books]
+    if unknown or not eval_books:
+        raise ValueError(f"eval_books must hold titles of books, got {list(eval_books)}; there are {', '.join(books)}.")
+    train = "".join(text for title, text in books.items() if title not in eval_books)
+    return train.encode(), "".join(books[title] for title in eval_books).encode()
+
+
+def cut_text(content: bytes, sizes: tuple[int, int, int] | None, eval_part: str) -> tuple[bytes, bytes, str]:
+    """The training and the held-out part of a text, and how it was cut in words; arguments as in `text_file`."""
     if eval_part not in PARTS[1:]:
         raise ValueError(f'eval_part must be "validation" or "test", got {eval_part!r}.')
     if sizes is None:
@@ -120,8 +129,12 @@ def _split_text(content: bytes, length: int, sizes, eval_part: str, description:
     bounds = np.cumsum([0, *sizes])
     parts = {part: content[start:end] for part, start, end in zip(PARTS, bounds, bounds[1:])}
     cut = " + ".join(f"{size:,}" for size in sizes)
-    description += f" in windows of {length} bytes, cut into {cut} bytes; held out: {eval_part}"
-    return _text_data(parts["train"], parts[eval_part], length, description, licence)
+    return parts["train"], parts[eval_part], f"cut into {cut} bytes; held out: {eval_part}"
+
+
+def _split_text(content: bytes, length: int, sizes, eval_part: str, description: str, licence: str) -> TokenSequences:
+    train, held_out, cut = cut_text(content, sizes, eval_part)
+    return _text_data(train, held_out, length, f"{description} in windows of {length} bytes, {cut}", licence)
 
 
 def _text_data(train: bytes, held_out: bytes, length: int, description: str, licence: str) -> TokenSequences:

