@@ -66,6 +66,72 @@ def check_positions(position_ids: torch.Tensor, num_positions: int, counted_to: 
         )
 
 
+def check_token_types(token_type_ids: torch.Tensor | None, embeddings: torch.Tensor, type_vocab_size: int) -> None:
+    """Types [B, T] of the tokens of embeddings [B, T, hidden] have embeddings of their own."""
+    if token_type_ids is None:
+        return
+    if token_type_ids.shape != embeddings.shape[:2]:
+        raise ValueError(
+            f"token_type_ids must have shape {list(embeddings.shape[:2])}, got {list(token_type_ids.shape)}."
+        )
+    allowed = max(type_vocab_size, 1)  # without types all tokens are of type 0
+    if _values_are_free(token_type_ids) and (token_type_ids.min() < 0 or token_type_ids.max() >= allowed):
+        raise ValueError(
+            f"token_type_ids must lie in [0, {allowed - 1}] (type_vocab_size={type_vocab_size}), "
+            f"got values from {token_type_ids.min().item()} to {token_type_ids.max().item()}."
+        )
+
+
+def check_some_token(attention_mask: torch.Tensor | None) -> None:
+    """Every row of a padding mask [B, S] has a token."""
+    if attention_mask is None or attention_mask.ndim != 2 or not _values_are_free(attention_mask):
+        return
+    empty = (attention_mask == 0).all(dim=-1).nonzero().flatten().tolist()
+    if empty:
+        raise ValueError(
+            f"attention_mask has no token in row {', '.join(map(str, empty))}: a source of only padding says nothing; "
+            "leave such rows out, or give them at least an end token."
+        )
+
+
+def check_pixels(pixel_values: torch.Tensor | None, num_channels: int, patch_size: tuple[int, int]) -> None:
+    """Pictures [B, channels, height, width] of floats, at least one of them, and each no smaller than a patch."""
+    if pixel_values is None:
+        raise ValueError("Give pixel_values, [batch, channels, height, width]; an image processor makes them.")
+    shape = list(pixel_values.shape)
+    if pixel_values.ndim != 4:
+        raise ValueError(f"pixel_values must have shape [batch, channels, height, width], got {shape}.")
+    if shape[1] != num_channels:
+        raise ValueError(f"pixel_values must have num_channels={num_channels} channels, got {shape[1]} in {shape}.")
+    if not pixel_values.is_floating_point():
+        raise ValueError(
+            f"pixel_values must be floating point, got {pixel_values.dtype}; an image processor turns pictures of "
+            "0 to 255 into floats."
+        )
+    if shape[0] == 0:
+        raise ValueError(f"pixel_values is an empty batch: got shape {shape}.")
+    if shape[2] < patch_size[0] or shape[3] < patch_size[1]:
+        raise ValueError(f"Pictures must be at least one patch of {patch_size} in size, got {shape[2]} x {shape[3]}.")
+
+
+def check_patch_mask(bool_masked_pos: torch.Tensor, embeddings: torch.Tensor) -> None:
+    """A mask [B, T] says for each of the T patches in embeddings [B, T, C] whether it is hidden."""
+    if bool_masked_pos.shape != embeddings.shape[:2]:
+        raise ValueError(
+            f"bool_masked_pos must have shape [batch, patches] = {list(embeddings.shape[:2])}, "
+            f"got {list(bool_masked_pos.shape)}."
+        )
+
+
+def check_labels(labels: torch.Tensor, num_labels: int) -> None:
+    """Classes lie in 0 ... num_labels - 1, or are -100 (ignored). Other kinds of targets are not looked at."""
+    if num_labels < 2 or labels.ndim != 1 or labels.is_floating_point() or not _values_are_free(labels):
+        return
+    wrong = labels[((labels < 0) & (labels != -100)) | (labels >= num_labels)]
+    if len(wrong):
+        raise ValueError(f"labels must lie in [0, {num_labels - 1}] (num_labels={num_labels}), got {wrong.tolist()}.")
+
+
 def _check_integers(name: str, ids: torch.Tensor) -> None:
     if ids.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"{name} must be of dtype torch.int64 or torch.int32, got {ids.dtype}.")

@@ -25,11 +25,18 @@ SHARED = {name for name in FILES if not name.startswith(("modeling_", "configura
 MAY_IMPORT = {
     "attention_masks": {"attention_patterns"},
     "attention_plan": {"attention_patterns"},
+    "attention_relative_plan": PLAN,
+    "attention_relative": PLAN | {"attention_relative_plan", "attention_torch"},
     "attention_torch": PLAN,
     "attention_triton": PLAN,
-    "attention_block_sparse": MASKS | PLAN | EXECUTORS,
+    "attention_block_sparse": MASKS | PLAN | EXECUTORS | {"attention_relative", "attention_relative_plan"},
+    "attention_windows": {"attention_patterns"},
     "attention": MASKS | PLAN | {"attention_block_sparse"},
+    "layers": {"attention", "position_schemes"},
+    "position_schemes": {"positions"},
+    "vanilla_stacks": SHARED | {"configuration_vanilla_transformer"},
     "memory": MASKS,
+    "memory_sparse_segments": {"attention_patterns", "attention_relative_plan", "memory_segments"},
     "memory_*": MASKS | {"memory"},
     "configuration_*": {"attention_patterns"},
     "modeling_*": SHARED,
@@ -37,6 +44,8 @@ MAY_IMPORT = {
 # Systems that their own paper presents as an extension of another.
 EXTENDS = {
     "configuration_compressive_transformer": "configuration_transformer_xl",
+    "configuration_vanilla_encoder": "configuration_vanilla_transformer",
+    "configuration_xl_sparse": "configuration_transformer_xl",
     "modeling_compressive_transformer": "modeling_transformer_xl",
     "modeling_xl_sparse": "modeling_transformer_xl",
 }
