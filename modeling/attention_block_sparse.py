@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
 from inspect import getclosurevars, signature
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -21,15 +21,32 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 
 from .attention_masks import VisibleKeys, with_packing, with_padding
 from .attention_patterns import Full, Local, Pattern, intersect, pattern_from_dict
+from .attention_relative import relative_attention
+from .attention_relative_plan import rows_by_distance
 from .attention_torch import block_sparse_attention
 
 NAME = "block_sparse"
+Tensors = tuple[torch.Tensor, ...]
 # A copy of this file beside a checkpoint and the installed package may meet in one process: the newer one serves both.
 VERSION = 1
 
 # What runs a plan, by the type of the device; `block_sparse_attention` of attention_torch.py on all others. Each takes
 # the same arguments, and wraps itself as an operator of its own.
 EXECUTORS: dict[str, Callable[..., torch.Tensor]] = {}
+
+
+class RelativeScores(NamedTuple):
+    """Scores of the distances between queries and keys, yet to be computed: a position_bias for block_sparse.
+
+    Attributes:
+        position_query: [B, H, T, D].
+        relative_key: [H, L, D].
+        distances: [L] on the CPU, the distance that each row of relative_key is for; all that the pattern can meet.
+    """
+
+    position_query: torch.Tensor
+    relative_key: torch.Tensor
+    distances: torch.Tensor
 
 
 def executor(device: torch.device) -> Callable[..., torch.Tensor]:
@@ -50,6 +67,8 @@ def block_sparse_attention_forward(
 ) -> tuple[torch.Tensor, None]:
     """Attention [B, T, H, Dv] of queries [B, H, T, D] to keys [B, Hk, S, D] and values [B, Hk, S, Dv].
 
+    A bias comes as what it is computed from, `position_bias` being a RelativeScores.
+
     Raises:
         ValueError: for what the backend cannot do, naming what can.
     """
@@ -57,6 +76,9 @@ def block_sparse_attention_forward(
     is_causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
     seen = _bind(attention_mask, module, query, key, is_causal)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    bias = kwargs.get("position_bias")
+    if bias is not None:
+        return attend_relative(seen, query, key, value, scaling, bias), None
     tensors = (tensor.transpose(1, 2) for tensor in _in_one_dtype(query, key, value))
     return attend(seen, *tensors, scaling), None
 
@@ -65,23 +87,39 @@ def attend(
     seen: VisibleKeys, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
 ) -> torch.Tensor:
     """Attention of [B, T, H, D] to the keys [B, S, Hk, D] that `seen` shows -> [B, T, H, Dv]."""
+
+    def execute(queries: Tensors, key: torch.Tensor, value: torch.Tensor, **where) -> torch.Tensor:
+        return executor(key.device)(*queries, key, value, seen.pattern, causal=seen.causal, scale=scaling, **where)
+
     if seen.query_positions is None:
-        return executor(query.device)(
-            query,
-            key,
-            value,
-            seen.pattern,
-            causal=seen.causal,
-            scale=scaling,
-            q_offset=seen.query_offset,
-            kv_offset=seen.key_offset,
-            key_valid=seen.key_valid,
-        )
+        where = {"q_offset": seen.query_offset, "kv_offset": seen.key_offset, "key_valid": seen.key_valid}
+        return execute((query,), key, value, **where)
     if seen.query_length == 1 or seen.key_positions.ndim == 3:
         return _attend_masked(seen, query, key, value, scaling)
     if seen.query_documents is None:
-        return _attend_padded(seen, query, key, value, scaling)
-    return _attend_packed(seen, query, key, value, scaling)
+        return _attend_padded(seen, (query,), key, value, execute)
+    return _attend_packed(seen, (query,), key, value, execute)
+
+
+def attend_relative(
+    seen: VisibleKeys, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, bias
+) -> torch.Tensor:
+    """Attention of [B, H, T, D] to keys [B, H, S, D] with scores for their distance -> [B, T, H, D]."""
+    tensors = _in_one_dtype(query, bias.position_query, key, value, bias.relative_key)
+    *tensors, relative_key = tensors
+    query, position_query, key, value = (tensor.transpose(1, 2) for tensor in tensors)
+
+    def execute(queries: Tensors, key: torch.Tensor, value: torch.Tensor, **where) -> torch.Tensor:
+        return relative_attention(
+            *queries, key, value, relative_key, bias.distances, seen.pattern, scale=scaling, **where
+        )
+
+    if seen.query_length == 1:
+        return _attend_one(seen, query, position_query, key, value, scaling, relative_key, bias.distances)
+    if seen.query_positions is None:
+        where = {"q_offset": seen.query_offset, "kv_offset": seen.key_offset, "key_valid": seen.key_valid}
+        return execute((query, position_query), key, value, **where)
+    return _attend_padded(seen, (query, position_query), key, value, execute)
 
 
 def block_sparse_mask(
@@ -144,12 +182,13 @@ def register() -> None:
 
 
 def _refuse_unsupported(attention_mask: Any, dropout: float, kwargs: dict[str, Any]) -> None:
+    bias = kwargs.get("position_bias")
     reasons = {
         "dropout of attention weights; set it to 0 in the config, or use 'eager' or 'sdpa'": dropout > 0,
         "output_attentions; use 'eager'": kwargs.get("output_attentions"),
         "softcap; set attn_logit_softcapping to None in the config, or use 'eager'": kwargs.get("softcap") is not None,
         "attention sinks (s_aux); use 'eager'": kwargs.get("s_aux") is not None,
-        "position_bias; use 'eager' or 'sdpa'": kwargs.get("position_bias") is not None,
+        "a position_bias that is a tensor; use 'eager' or 'sdpa'": isinstance(bias, torch.Tensor),
         "masks that are tensors, whether given as a 4-D attention_mask or built by the model itself; "
         "use 'eager' or 'sdpa'": isinstance(attention_mask, torch.Tensor),
         "a 4-D attention_mask; use 'eager' or 'sdpa'": getattr(attention_mask, "extra", None) is not None,
@@ -283,22 +322,64 @@ def _attend_masked(seen: VisibleKeys, query, key, value, scaling: float) -> torc
     return output.transpose(1, 2)
 
 
-def _attend_padded(seen: VisibleKeys, query, key, value, scaling: float) -> torch.Tensor:
-    """Each row is a document: a token at position p goes to slot p of its row."""
-    length = seen.key_offset + seen.key_length  # a bound that holds for padded rows
-    if not torch.compiler.is_compiling():
-        length = int(seen.key_positions.max()) + 1
-    rows = torch.arange(seen.batch_size, device=query.device)[:, None] * length
-    key_slots, query_slots = rows + seen.key_positions, rows + seen.query_positions
+def _attend_one(
+    seen: VisibleKeys, query, position_query, key, value, scaling: float, relative_key, distances
+) -> torch.Tensor:
+    """One query [B, 1, H, D] in each row, which reads only keys that it sees and scores only their distances."""
+    mask = None
+    if seen.query_positions is None and seen.key_valid is None and seen.pattern.head_period == 1:
+        places = torch.arange(seen.key_offset, min(seen.key_offset + seen.key_length, seen.query_offset + 1))
+        chosen = seen.pattern.visible(0, seen.query_offset, places).nonzero()[:, 0]
+        distance = seen.query_offset - places[None, chosen]
+        if len(chosen) < seen.key_length:
+            key, value = (tensor.index_select(1, chosen.to(tensor.device)) for tensor in (key, value))
+    else:
+        mask = seen.dense(query.device)
+        distance = key_distances(seen, query.device)[:, 0]
+    scores = torch.einsum("bohd,hld->bhol", position_query, relative_key) * scaling
+    rows = rows_by_distance(distances, distance.cpu()).to(query.device)
+    bias = scores.gather(3, rows[:, None, None].expand(*scores.shape[:3], -1))
+    if mask is not None:
+        bias = bias.masked_fill(~mask, torch.finfo(bias.dtype).min)
+    query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
+    output = nn.functional.scaled_dot_product_attention(query, key, value, bias, scale=scaling)
+    if mask is not None:
+        output = output.masked_fill(~mask.any(dim=-1, keepdim=True), 0.0)
+    return output.transpose(1, 2)
+
+
+def key_distances(seen: VisibleKeys, device: torch.device) -> torch.Tensor:
+    """[B or 1, T, S], how many tokens a key lies before a query; negative for later ones."""
+    queries, keys = seen.query_positions, seen.key_positions
+    if queries is None:
+        queries = torch.arange(seen.query_offset, seen.query_offset + seen.query_length, device=device)[None]
+        keys = torch.arange(seen.key_offset, seen.key_offset + seen.key_length, device=device)[None]
+    return queries[:, :, None] - keys[:, None, :]
+
+
+def _attend_padded(seen: VisibleKeys, queries: Tensors, key, value, execute: Callable) -> torch.Tensor:
+    """Each row is a document: a token at position p goes to slot p - first of its row, for queries and keys apart."""
+    query_valid = None
     if seen.key_valid is not None:
-        key_slots = key_slots.masked_fill(~seen.key_valid, -1)
         first_query = seen.query_offset - seen.key_offset
         query_valid = seen.key_valid[:, first_query : first_query + seen.query_length]
-        query_slots = query_slots.masked_fill(~query_valid, -1)
-    return _attend_slots(seen, query, key, value, scaling, query_slots, key_slots, seen.batch_size, length)
+    bound = seen.key_offset + seen.key_length  # that holds for positions of padded rows
+    query_slots, query_span = _slots(seen.query_positions.expand(seen.batch_size, -1), query_valid, bound)
+    key_slots, key_span = _slots(seen.key_positions.expand(seen.batch_size, -1), seen.key_valid, bound)
+    return _attend_slots(queries, key, value, execute, query_slots, key_slots, seen.batch_size, query_span, key_span)
 
 
-def _attend_packed(seen: VisibleKeys, query, key, value, scaling: float) -> torch.Tensor:
+def _slots(positions: torch.Tensor, valid: torch.Tensor | None, bound: int) -> tuple[torch.Tensor, range]:
+    """Among rows of slots as long as the returned range of positions, which slot each token goes to; -1 for padding."""
+    span = range(bound)
+    if not torch.compiler.is_compiling():
+        real = positions if valid is None else positions[valid]
+        span = range(int(real.min()), int(real.max()) + 1) if real.numel() else range(1)
+    slots = torch.arange(len(positions), device=positions.device)[:, None] * len(span) + positions - span.start
+    return slots if valid is None else slots.masked_fill(~valid, -1), span
+
+
+def _attend_packed(seen: VisibleKeys, queries: Tensors, key, value, execute: Callable) -> torch.Tensor:
     """Each document becomes a row; documents of similar length, up to a power of two, are computed together."""
     documents = seen.key_documents
     numbers = documents + torch.arange(len(documents), device=documents.device)[:, None] * (documents.max() + 1)
@@ -311,39 +392,37 @@ def _attend_packed(seen: VisibleKeys, query, key, value, scaling: float) -> torc
         rows = chosen.cumsum(0) - 1
         slots = rows[numbers] * bound + seen.key_positions
         slots = slots.masked_fill(~chosen[numbers] | (numbers < 0), -1)
-        query_slots = slots[:, : seen.query_length]
-        output = output + _attend_slots(seen, query, key, value, scaling, query_slots, slots, int(chosen.sum()), bound)
+        query_slots, span = slots[:, : seen.query_length], range(bound)
+        output = output + _attend_slots(queries, key, value, execute, query_slots, slots, int(chosen.sum()), span, span)
     return output
 
 
 def _attend_slots(
-    seen: VisibleKeys, query, key, value, scaling, query_slots, key_slots, num_rows: int, length: int
+    queries: Tensors, key, value, execute: Callable, query_slots, key_slots, num_rows: int, query_span, key_span
 ) -> torch.Tensor:
-    """Move tokens to their slots [B, T] and [B, S] among `num_rows` rows of `length`, attend, and move outputs back.
+    """Move tokens to their slots [B, T] and [B, S] among `num_rows` rows, attend, and move outputs back.
 
-    Slot -1 is nowhere: such keys are seen by nobody, such queries get 0.
+    The slots of a row stand at the positions of its span. Slot -1 is nowhere: such keys are seen by nobody, such
+    queries get 0.
     """
-    nowhere = num_rows * length
-    query_slots = query_slots.flatten() % (nowhere + 1)
-    key_slots = key_slots.flatten() % (nowhere + 1)
 
-    def to_slots(tensor: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-        moved = tensor.new_zeros(nowhere + 1, *tensor.shape[2:]).index_copy(0, slots, tensor.flatten(0, 1))
-        return moved[:nowhere].unflatten(0, (num_rows, length))
+    def to_slots(tensor: torch.Tensor, slots: torch.Tensor, span: range) -> torch.Tensor:
+        nowhere = num_rows * len(span)
+        moved = tensor.new_zeros(nowhere + 1, *tensor.shape[2:])
+        moved = moved.index_copy(0, slots.flatten() % (nowhere + 1), tensor.flatten(0, 1))
+        return moved[:nowhere].unflatten(0, (num_rows, len(span)))
 
-    valid = torch.zeros(nowhere + 1, dtype=torch.bool, device=query.device).index_fill(0, key_slots, True)
-    output = executor(query.device)(
-        to_slots(query, query_slots),
-        to_slots(key, key_slots),
-        to_slots(value, key_slots),
-        seen.pattern,
-        causal=seen.causal,
-        scale=scaling,
-        q_offset=0,
-        key_valid=valid[:nowhere].unflatten(0, (num_rows, length)),
+    valid = torch.ones(key_slots.shape, dtype=torch.bool, device=key.device)
+    output = execute(
+        tuple(to_slots(query, query_slots, query_span) for query in queries),
+        to_slots(key, key_slots, key_span),
+        to_slots(value, key_slots, key_span),
+        q_offset=query_span.start,
+        kv_offset=key_span.start,
+        key_valid=to_slots(valid, key_slots, key_span),
     )
     output = nn.functional.pad(output.flatten(0, 1), (0, 0, 0, 0, 0, 1))
-    return output[query_slots].unflatten(0, query.shape[:2])
+    return output[query_slots.flatten() % len(output)].unflatten(0, queries[0].shape[:2])
 
 
 def _in_one_dtype(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:

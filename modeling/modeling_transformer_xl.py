@@ -115,11 +115,13 @@ class TransformerXLMLP(nn.Module):
 class TransformerXLBlock(GradientCheckpointingLayer):
     """Residual block; norms come after the sums as in the paper, or before the branches, the memory's included."""
 
+    attention_class = TransformerXLAttention
+
     def __init__(self, config: TransformerXLConfig, layer_idx: int):
         super().__init__()
         before, after = (nn.LayerNorm, nn.Identity) if config.norm_first else (nn.Identity, nn.LayerNorm)
         self.attention_pre_norm = before(config.hidden_size, eps=config.layer_norm_eps)
-        self.self_attn = TransformerXLAttention(config, layer_idx)
+        self.self_attn = self.attention_class(config, layer_idx)
         self.attention_post_norm = after(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp_pre_norm = before(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = TransformerXLMLP(config)

@@ -164,8 +164,11 @@ class RelativeSinusoids(nn.Module):
 
     def forward(self, length: int, like: torch.Tensor) -> torch.Tensor:
         """[length, hidden], rows for the distances length - 1 down to 0, in the dtype and on the device of `like`."""
-        exact = torch.promote_types(like.dtype, torch.float32)
-        distances = torch.arange(length - 1, -1, -1, dtype=exact, device=like.device)
+        return self.of(torch.arange(length - 1, -1, -1), like)
+
+    def of(self, distances: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        """[L, hidden], rows for the distances [L]."""
+        distances = distances.to(like.device, torch.promote_types(like.dtype, torch.float32))
         if self.clamp_len is not None:
             distances = distances.clamp(max=self.clamp_len)
         return sinusoids(distances, self.hidden_size, "halves").to(like.dtype)
