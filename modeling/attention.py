@@ -10,8 +10,8 @@ from torch import nn
 from transformers.cache_utils import Cache
 
 from .attention_block_sparse import NAME as BLOCK_SPARSE
-from .attention_masks import VisibleKeys, drop_trivial, full_causal, visible_keys
-from .attention_patterns import Pattern
+from .attention_masks import VisibleKeys, drop_trivial, full_causal, sees_all, visible_keys
+from .attention_patterns import Full, Pattern
 
 
 def eager_attention_forward(
@@ -42,7 +42,7 @@ def eager_attention_forward(
         scores = scores + position_bias
     if attention_mask is not None:
         scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
-    weights = scores.softmax(dim=-1, dtype=torch.float32)
+    weights = scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
     if attention_mask is not None:
         weights = weights.masked_fill(~attention_mask, 0.0)
     weights = nn.functional.dropout(weights.to(query.dtype), p=dropout, training=module.training)
@@ -90,7 +90,7 @@ def lower_mask(seen: VisibleKeys, implementation: str, device: torch.device):
     Raises:
         ValueError: if the implementation cannot run patterns, naming those that can.
     """
-    if implementation == "sdpa" and full_causal(seen):
+    if implementation == "sdpa" and (full_causal(seen) or sees_all(seen)):
         return None
     if implementation in ("eager", "sdpa"):
         return seen.dense(device)
@@ -102,6 +102,56 @@ def lower_mask(seen: VisibleKeys, implementation: str, device: torch.device):
         f"attn_implementation={implementation!r} cannot run attention patterns; "
         f"use '{BLOCK_SPARSE}', 'sdpa', 'flex_attention' or 'eager'."
     )
+
+
+def cross_attention_mask(
+    config, hidden_states: torch.Tensor, key_states: torch.Tensor, key_mask: torch.Tensor | None = None
+):
+    """The mask of attention from [B, T, hidden] to another sequence [B, S, hidden], in its implementation's form.
+
+    Args:
+        key_mask: [B, S], nonzero for tokens; None if all are.
+
+    Raises:
+        ValueError: if key_mask has another shape.
+    """
+    batch_size, key_length = key_states.shape[:2]
+    if key_mask is not None and key_mask.shape != (batch_size, key_length):
+        raise ValueError(
+            f"The attention_mask of the sequence attended to must have shape [{batch_size}, {key_length}], "
+            f"got {list(key_mask.shape)}."
+        )
+    valid, _ = drop_trivial(key_states, key_mask, None, 0)
+    seen = VisibleKeys(
+        Full(),
+        config.num_attention_heads,
+        causal=False,
+        batch_size=batch_size,
+        query_length=hidden_states.shape[1],
+        key_length=key_length,
+        key_valid=None if valid is None else valid.bool(),
+    )
+    return lower_mask(seen, config._attn_implementation, hidden_states.device)
+
+
+def query_and_key_positions(
+    hidden_states: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    position_ids: torch.Tensor | None = None,
+    past_key_values: Cache | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Positions of the new tokens [B or 1, T] and of all keys [B or 1, S]: counted, unless the caller says."""
+    length, device = hidden_states.shape[1], hidden_states.device
+    past_length = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+    if attention_mask is not None and attention_mask.ndim != 2:
+        attention_mask = None  # it hides keys, but moves none
+    attention_mask, position_ids = drop_trivial(hidden_states, attention_mask, position_ids, past_length)
+    sizes = _key_sizes(past_key_values, hidden_states, 0)
+    seen = visible_keys(Full(), 1, hidden_states, attention_mask, position_ids, past_length, *sizes)
+    if seen.query_positions is not None:
+        return seen.query_positions, seen.key_positions
+    keys = torch.arange(seen.key_offset, seen.key_offset + seen.key_length, device=device)[None]
+    return torch.arange(past_length, past_length + length, device=device)[None], keys
 
 
 def in_float32(attention: Callable) -> Callable:

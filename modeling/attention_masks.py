@@ -337,3 +337,8 @@ def full_causal(seen: VisibleKeys) -> bool:
     """Is this just what a dense causal kernel computes without any mask?"""
     square = seen.query_offset == 0 and seen.key_offset == 0 and seen.query_length == seen.key_length
     return seen.causal and seen.is_plain and square and isinstance(seen.pattern, Full)
+
+
+def sees_all(seen: VisibleKeys) -> bool:
+    """Is this dense attention that is not causal, without any mask?"""
+    return not seen.causal and seen.is_plain and isinstance(seen.pattern, Full)

@@ -32,6 +32,8 @@ MAY_IMPORT = {
     "attention_block_sparse": MASKS | PLAN | EXECUTORS | {"attention_relative", "attention_relative_plan"},
     "attention_windows": {"attention_patterns"},
     "attention": MASKS | PLAN | {"attention_block_sparse"},
+    "image_embeddings": {"attention_patterns", "memory_images", "mixture_of_logistics", "positions"},
+    "image_heads": {"mixture_of_logistics"},
     "layers": {"attention", "position_schemes"},
     "position_schemes": {"positions"},
     "vanilla_stacks": SHARED | {"configuration_vanilla_transformer"},

@@ -23,6 +23,18 @@ def token_inputs(batch_size: int = 2, length: int = 13) -> dict[str, torch.Tenso
     return {"input_ids": torch.randint(1, VOCABULARY - 4, (batch_size, length))}
 
 
+def translation_inputs(batch_size: int = 2, length: int = 13) -> dict[str, torch.Tensor]:
+    """Source ids as above, and target ids behind a start token."""
+    target = token_inputs(batch_size, length)["input_ids"]
+    target[:, 0] = 0
+    return {**token_inputs(batch_size, length), "decoder_input_ids": target}
+
+
+def picture_inputs(batch_size: int = 2, side: int = 16) -> dict[str, torch.Tensor]:
+    """Pictures as an image processor hands them over."""
+    return {"pixel_values": torch.randn(batch_size, 3, side, side)}
+
+
 class Tiny(NamedTuple):
     """How to make one system small.
 
@@ -47,7 +59,23 @@ TINY = {
     "compressive_transformer": Tiny({**SMALL, "mem_len": 16, "compressed_mem_len": 8}, recurrent=True),
     "rope_decoder": Tiny(),
     "sparse_transformer": Tiny(),
+    "swin_transformer": Tiny(
+        {
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "image_size": 16,
+            "patch_size": 2,
+            "window_size": 3,
+            "encoder_stride": 4,
+            "drop_path_rate": 0.0,
+        },
+        inputs=picture_inputs,
+        hierarchical=True,
+    ),
     "transformer_xl": Tiny({**SMALL, "mem_len": 16}, recurrent=True),
+    "vanilla_encoder": Tiny(),
+    "vanilla_transformer": Tiny(inputs=translation_inputs),
 }
 
 
@@ -72,8 +100,10 @@ def batch_for(model_type: str, auto_class: type, labels: bool = True) -> dict[st
     """A batch of two rows for one class, with the targets it learns from."""
     inputs = TINY[model_type].inputs()
     head = auto_class.__name__
-    if not labels or head in ("AutoModel", "AutoBackbone", "AutoModelForMaskedImageModeling"):
+    if not labels or head in ("AutoModel", "AutoBackbone"):
         return inputs
+    if head == "AutoModelForMaskedImageModeling":
+        return {**inputs, "bool_masked_pos": torch.arange(64).repeat(2, 1) % 3 == 0}
     if head.endswith(("SequenceClassification", "ImageClassification")):
         return {**inputs, "labels": torch.tensor([0, 1])}
     if head.endswith("TokenClassification"):

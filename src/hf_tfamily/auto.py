@@ -5,12 +5,18 @@ from types import ModuleType
 from typing import NamedTuple
 
 from transformers import (
+    AutoBackbone,
     AutoConfig,
     AutoImageProcessor,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForMaskedImageModeling,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    ViTImageProcessorPil,
 )
 
 from .modeling.image_processing_tokens import ImageTokenProcessor
@@ -36,6 +42,16 @@ SYSTEMS = [
         },
     ),
     System(
+        "image_transformer",
+        "ImageTransformer",
+        {
+            AutoModel: "Model",
+            AutoModelForCausalLM: "ForCausalLM",
+            AutoModelForSeq2SeqLM: "ForSuperResolution",
+        },
+        ImageTokenProcessor,
+    ),
+    System(
         "rope_decoder",
         "RoPEDecoder",
         {
@@ -52,12 +68,41 @@ SYSTEMS = [
         ImageTokenProcessor,
     ),
     System(
+        "swin_transformer",
+        "SwinTransformer",
+        {
+            AutoModel: "Model",
+            AutoModelForImageClassification: "ForImageClassification",
+            AutoModelForMaskedImageModeling: "ForMaskedImageModeling",
+            AutoBackbone: "Backbone",
+        },
+        ViTImageProcessorPil,
+    ),
+    System(
         "transformer_xl",
         "TransformerXL",
         {
             AutoModel: "Model",
             AutoModelForCausalLM: "ForCausalLM",
             AutoModelForSequenceClassification: "ForSequenceClassification",
+        },
+    ),
+    System(
+        "vanilla_encoder",
+        "VanillaEncoder",
+        {
+            AutoModel: "Model",
+            AutoModelForMaskedLM: "ForMaskedLM",
+            AutoModelForSequenceClassification: "ForSequenceClassification",
+        },
+    ),
+    System(
+        "vanilla_transformer",
+        "VanillaTransformer",
+        {
+            AutoModel: "Model",
+            AutoModelForSeq2SeqLM: "ForConditionalGeneration",
+            AutoModelForCausalLM: "ForCausalLM",
         },
     ),
 ]

@@ -1,0 +1,209 @@
+"""Configuration of the vanilla Transformer (Vaswani et al. 2017, arXiv:1706.03762)."""
+
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers.activations import ACT2FN
+from transformers.configuration_utils import PreTrainedConfig
+
+from .attention_patterns import nearest, patterns_for_layers
+
+POSITION_ENCODINGS = ("sinusoidal", "learned", "learned_per_layer", "relative", "transformer_xl", "rotary", "none")
+SINUSOID_LAYOUTS = ("interleaved", "halves")
+
+
+@strict
+class VanillaStackConfig(PreTrainedConfig):
+    """What a stack of the paper's blocks is made of, encoder or decoder. The defaults are the paper's base model.
+
+    Args:
+        vocab_size: number of token ids.
+        hidden_size: width d_model of the residual stream.
+        num_hidden_layers: number N of blocks.
+        num_attention_heads: number h of heads, each of size d_model / h.
+        intermediate_size: width d_ff of the feed-forward layers; 4 * hidden_size if None.
+        hidden_act: activation of the feed-forward layers.
+        norm_first: norms before the branches and at the end of the stack, instead of after the sums as in the paper.
+        scale_embedding: multiply token embeddings by the square root of hidden_size (section 3.4).
+        position_encoding: how order enters: "sinusoidal" (section 3.5), "learned", "learned_per_layer", "relative"
+            (Shaw et al. 2018), "transformer_xl", "rotary" or "none".
+        sinusoid_layout: "interleaved" sines and cosines as in the paper, or in "halves" as in Marian.
+        max_position_embeddings: number of learned positions. The other encodings have no longest sequence.
+        max_relative_position: distance k from which on all are alike to "relative" positions.
+        attention_patterns: which tokens self-attention sees: one pattern dict, or a list of them cycled over the
+            layers; all tokens if None.
+        dropout: dropout of embeddings and at the end of each branch (section 5.4).
+        attention_dropout: dropout of the attention weights.
+        activation_dropout: dropout inside the feed-forward layers.
+        layer_norm_eps: epsilon of the layer norms.
+        initializer_factor: factor on the initial weights, which are uniform within sqrt(6 / (inputs + outputs)).
+    """
+
+    vocab_size: int = 37000
+    hidden_size: int = 512
+    num_hidden_layers: int = 6
+    num_attention_heads: int = 8
+    intermediate_size: int | None = None
+    hidden_act: str = "relu"
+    norm_first: bool = False
+    scale_embedding: bool = True
+    position_encoding: str = "sinusoidal"
+    sinusoid_layout: str = "interleaved"
+    max_position_embeddings: int = 1024
+    max_relative_position: int = 16
+    attention_patterns: dict[str, Any] | list[dict[str, Any]] | None = None
+    dropout: float | int = 0.1
+    attention_dropout: float | int = 0.0
+    activation_dropout: float | int = 0.0
+    layer_norm_eps: float = 1e-5
+    initializer_factor: float | int = 1.0
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = 1
+    pad_token_id: int | None = 0
+    tie_word_embeddings: bool = True
+
+    def __post_init__(self, **kwargs):
+        if self.intermediate_size is None:
+            self.intermediate_size = 4 * self.hidden_size
+        super().__post_init__(**kwargs)
+
+    def validate_sizes(self):
+        """Every size is at least 1, and heads divide the width."""
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "intermediate_size",
+            "max_position_embeddings",
+            "max_relative_position",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size={self.hidden_size} is not a multiple of num_attention_heads={self.num_attention_heads}; "
+                "choose a number of heads that divides it."
+            )
+
+    def validate_numbers(self):
+        """Dropouts are probabilities below 1, and the other numbers are not negative."""
+        for name in ("dropout", "attention_dropout", "activation_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}.")
+        for name in ("layer_norm_eps", "initializer_factor"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}.")
+
+    def validate_names(self):
+        """Encoding, layout and activation are known."""
+        for name, allowed in (
+            ("position_encoding", POSITION_ENCODINGS),
+            ("sinusoid_layout", SINUSOID_LAYOUTS),
+            ("hidden_act", ACT2FN),
+        ):
+            value = getattr(self, name)
+            if value not in allowed:
+                raise ValueError(f"{name}={value!r} is unknown{nearest(value, allowed)}")
+
+    def validate_waves(self):
+        """Sines and cosines come in pairs."""
+        self.validate_sizes()  # validators run in the order of their names
+        if self.position_encoding in ("sinusoidal", "transformer_xl") and self.hidden_size % 2:
+            raise ValueError(
+                f"hidden_size must be even with position_encoding={self.position_encoding!r}, got {self.hidden_size}."
+            )
+        head_dim = self.hidden_size // self.num_attention_heads
+        if self.position_encoding == "rotary" and head_dim % 2:
+            raise ValueError(
+                f"hidden_size / num_attention_heads must be even with position_encoding='rotary', got {head_dim}."
+            )
+
+    def validate_attention_patterns(self):
+        """Every pattern is known, complete, and can be dealt out to the heads."""
+        self._check_patterns(self.attention_patterns, self.num_hidden_layers)
+
+    def _check_patterns(self, patterns: dict | list | None, num_layers: int):
+        if patterns is not None:
+            for pattern in patterns_for_layers(patterns, num_layers):
+                pattern.check_heads(self.num_attention_heads)
+
+    def validate_layer_type(self):
+        """Transformers reserves `layer_types` for its own caches and masks; replaces its check of their names."""
+        if getattr(self, "layer_types", None) is not None:
+            raise ValueError(
+                f"layer_types={self.layer_types!r} is not a field of this model; "
+                "say which tokens each layer sees with attention_patterns."
+            )
+
+
+@strict
+class VanillaTransformerConfig(VanillaStackConfig):
+    """An encoder and a decoder; `hidden_size`, heads and all else that is not named here hold for both.
+
+    Args:
+        decoder_layers: number of the decoder's blocks; num_hidden_layers if None.
+        target_vocab_size: number of target ids; vocab_size if None.
+        decoder_attention_patterns: the decoder's own attention_patterns; those of the encoder if None, and
+            {"type": "full"} for all earlier tokens.
+        share_embeddings: source and target have one table of embeddings (section 3.4), where tie_word_embeddings.
+        tie_word_embeddings: target embeddings are the output layer's weights.
+        output_bias: give the output layer a bias.
+        label_smoothing: probability that the training loss spreads over the whole vocabulary (section 5.4).
+        add_cross_attention: for VanillaTransformerForCausalLM: keep the layers that attend to an encoder's states.
+        decoder_start_token_id: what the decoder's input begins with.
+    """
+
+    model_type = "vanilla_transformer"
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    decoder_layers: int | None = None
+    target_vocab_size: int | None = None
+    decoder_attention_patterns: dict[str, Any] | list[dict[str, Any]] | None = None
+    share_embeddings: bool = True
+    output_bias: bool = False
+    label_smoothing: float | int = 0.0
+    add_cross_attention: bool = False
+    is_encoder_decoder: bool = True
+    is_decoder: bool = False
+    use_cache: bool = True
+    decoder_start_token_id: int | None = 0
+
+    def __post_init__(self, **kwargs):
+        if self.decoder_layers is None:
+            self.decoder_layers = self.num_hidden_layers
+        super().__post_init__(**kwargs)
+
+    @property
+    def vocab_size_of_decoder(self) -> int:
+        """Number of ids of the decoder's inputs and outputs."""
+        return self.vocab_size if self.target_vocab_size is None else self.target_vocab_size
+
+    @property
+    def patterns_of_decoder(self) -> dict | list | None:
+        """The patterns of the decoder's self-attention."""
+        own = self.decoder_attention_patterns
+        return self.attention_patterns if own is None else own
+
+    def validate_decoder(self):
+        """The decoder has blocks and ids, shared tables are of one size, and smoothing is a probability."""
+        for name in ("decoder_layers", "target_vocab_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}.")
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"label_smoothing must be at least 0 and below 1, got {self.label_smoothing}.")
+        shares = self.share_embeddings and self.tie_word_embeddings and self.is_encoder_decoder
+        if shares and self.vocab_size_of_decoder != self.vocab_size:
+            raise ValueError(
+                f"vocab_size={self.vocab_size} and target_vocab_size={self.target_vocab_size} cannot share one table "
+                "of embeddings; make them equal, or set share_embeddings to False."
+            )
+
+    def validate_attention_patterns(self):
+        """Both stacks' patterns are known, complete, and can be dealt out to the heads."""
+        super().validate_attention_patterns()
+        self._check_patterns(self.patterns_of_decoder, self.decoder_layers)
+
+
+__all__ = ["VanillaTransformerConfig"]
