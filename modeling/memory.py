@@ -201,9 +201,13 @@ class PatternCacheGenerationMixin(GenerationMixin):
         takes_back = generation_mode == GenerationMode.ASSISTED_GENERATION or generation_config.is_assistant
         patterns = getattr(self.config, "attention_patterns", None)
         if patterns and generation_config.use_cache is not False and not asked and not takes_back:
-            model_kwargs["past_key_values"] = PatternCache.from_config(self.config)
+            model_kwargs["past_key_values"] = self.new_pattern_cache()
             return None
         return super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, *args, **kwargs)
+
+    def new_pattern_cache(self) -> Cache:
+        """The cache that `generate()` begins with."""
+        return PatternCache.from_config(self.config)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

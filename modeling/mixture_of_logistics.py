@@ -1,0 +1,113 @@
+"""Discretised mixtures of logistics: exact probabilities of a pixel's values, channel by channel.
+
+Parmar et al. 2018 (arXiv:1802.05751), section 3.4, after Salimans et al. 2017 (arXiv:1701.05517), section 2. A value v
+of L stands for x = 2 v / (L - 1) - 1; its probability under a logistic is the mass of the interval of half-width
+1 / (L - 1) around x, the first and last reaching to infinity. Means of later channels depend on the values of earlier
+ones. Component weights and coefficients are shared by the channels of a pixel, so given earlier channels the weights of
+the next one are those of Bayes' rule; the product of these conditionals is the mixture's own probability.
+
+Shapes: ... any, K components, C channels, L values.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+LOWEST_LOG_SCALE = -7.0
+
+
+def num_parameters(num_mixtures: int, num_channels: int) -> int:
+    """Numbers that describe a pixel: K weights, means and scales of each channel, coefficients of each pair."""
+    return num_mixtures * (1 + 2 * num_channels + num_channels * (num_channels - 1) // 2)
+
+
+def log_interval(values: torch.Tensor, means: torch.Tensor, log_scales: torch.Tensor, num_values: int) -> torch.Tensor:
+    """log P(value) under discretised logistics; shapes broadcast.
+
+    With a and b the standardised ends of the interval, log(sigmoid(a) - sigmoid(b)) is computed as
+    logsigmoid(a) + logsigmoid(-b) + log(1 - exp(b - a)), where a - b does not depend on the value, so nothing cancels.
+    """
+    half_width = 1 / (num_values - 1)
+    distance = rescale(values, num_values, means.dtype) - means
+    inverse_scale = torch.exp(-log_scales)
+    upper, lower = (distance + half_width) * inverse_scale, (distance - half_width) * inverse_scale
+    below = torch.where(values == num_values - 1, 0.0, nn.functional.logsigmoid(upper))
+    above = torch.where(values == 0, 0.0, nn.functional.logsigmoid(-lower))
+    inner = torch.log(-torch.expm1(-2 * half_width * inverse_scale))
+    return below + above + torch.where((values == 0) | (values == num_values - 1), 0.0, inner)
+
+
+def rescale(values: torch.Tensor, num_values: int, dtype: torch.dtype) -> torch.Tensor:
+    """Values 0 ... L - 1 as -1 ... 1."""
+    return values.to(dtype) * (2 / (num_values - 1)) - 1
+
+
+@dataclass(frozen=True)
+class ChannelMixture:
+    """The distribution of one channel's value, given the pixel's earlier channels.
+
+    Attributes:
+        log_weights, means, log_scales: [..., K], the weights normalised.
+        num_values: L.
+    """
+
+    log_weights: torch.Tensor
+    means: torch.Tensor
+    log_scales: torch.Tensor
+    num_values: int
+
+    def log_prob(self, values: torch.Tensor) -> torch.Tensor:
+        """log P(value) of integer values [...]."""
+        of_components = log_interval(values[..., None], self.means, self.log_scales, self.num_values)
+        return torch.logsumexp(self.log_weights + of_components, dim=-1)
+
+    def log_probs(self) -> torch.Tensor:
+        """log P of every value, [..., L]; one component at a time, so never [..., K, L]."""
+        values = torch.arange(self.num_values, device=self.means.device)
+        total = None
+        for k in range(self.means.shape[-1]):
+            mean, log_scale = self.means[..., k, None], self.log_scales[..., k, None]
+            weighted = self.log_weights[..., k, None] + log_interval(values, mean, log_scale, self.num_values)
+            total = weighted if total is None else torch.logaddexp(total, weighted)
+        return total
+
+
+def channel_mixture(
+    parameters: torch.Tensor, channel: torch.Tensor, earlier: torch.Tensor, num_values: int
+) -> ChannelMixture:
+    """The mixture of the next channel.
+
+    Args:
+        parameters: [..., num_parameters(K, C)] of the pixel, of at least float32.
+        channel: [...] which channel comes next.
+        earlier: [..., C] the pixel's values; only those of channels before `channel` matter.
+        num_values: L.
+    """
+    channels = earlier.shape[-1]
+    pairs = channels * (channels - 1) // 2
+    parameters = parameters.unflatten(-1, (1 + 2 * channels + pairs, -1))  # [..., ., K]
+    log_weights, means, log_scales, coefficients = parameters.split((1, channels, channels, pairs), dim=-2)
+    log_weights = log_weights.squeeze(-2).log_softmax(dim=-1)
+    log_scales = log_scales.clamp(min=LOWEST_LOG_SCALE)
+    means = _shifted_means(means, coefficients.tanh(), rescale(earlier, num_values, means.dtype))
+
+    known = torch.arange(channels, device=channel.device) < channel[..., None]  # [..., C]
+    evidence = log_interval(earlier[..., None], means, log_scales, num_values)  # [..., C, K]
+    log_weights = (log_weights + evidence.masked_fill(~known[..., None], 0.0).sum(dim=-2)).log_softmax(dim=-1)
+    chosen = channel[..., None, None].expand(*channel.shape, 1, means.shape[-1])
+    return ChannelMixture(
+        log_weights, means.gather(-2, chosen).squeeze(-2), log_scales.gather(-2, chosen).squeeze(-2), num_values
+    )
+
+
+def _shifted_means(means: torch.Tensor, coefficients: torch.Tensor, scaled: torch.Tensor) -> torch.Tensor:
+    """Mean of channel c plus a coefficient times each earlier channel's value: [..., C, K]."""
+    shifted, pair = [], 0
+    for c in range(means.shape[-2]):
+        mean = means[..., c, :]
+        for j in range(c):
+            mean = mean + coefficients[..., pair, :] * scaled[..., j, None]
+            pair += 1
+        shifted.append(mean)
+    return torch.stack(shifted, dim=-2)

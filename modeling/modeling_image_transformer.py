@@ -1,0 +1,571 @@
+"""Image Transformer: Parmar, Vaswani, Uszkoreit, Kaiser, Shazeer, Ku and Tran 2018, "Image Transformer".
+
+A decoder that predicts an image value by value, with attention limited to a block of the image and a memory around it;
+and an encoder and such a decoder for enlarging images. Equation and section numbers are those of arXiv:1802.05751.
+
+Shapes: B batch, T values (ids), W values that share a position of the trunk (1, or the channels of a pixel under a
+mixture), P positions of the trunk, S source values, H heads, D head dim, V ids.
+"""
+
+import copy
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import (
+    BaseModelOutput,
+    BaseModelOutputWithPastAndCrossAttentions,
+    CausalLMOutputWithPast,
+    Seq2SeqLMOutput,
+)
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .attention import cross_attention_mask, eager_attention_forward, layer_masks
+from .attention_block_sparse import BlockSparseByDefault
+from .attention_masks import token_positions
+from .attention_patterns import patterns_for_layers
+from .checks import check_embeddings, check_one_input, check_positions, check_token_ids
+from .configuration_image_transformer import ImageTransformerConfig
+from .image_embeddings import EMBEDDINGS, ClassCondition, ImageCoordinates, NoCondition, ValueEmbedding
+from .image_heads import HEADS, mean_nats, next_values
+from .memory import PatternCache, PatternCacheGenerationMixin
+from .memory_images import ImageCache, for_each_value, image_state, windows, with_recent
+
+
+class ImageTransformerAttention(nn.Module):
+    """Multi-head attention (equation 1) to the same sequence, or to an encoder's."""
+
+    def __init__(self, config: ImageTransformerConfig, layer_idx: int, is_causal: bool):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.is_causal = is_causal
+        self.head_dim = config.head_dim
+        self.scaling = config.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        width = config.num_attention_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, width, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, width, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, width, bias=False)
+        self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask,
+        encoder_hidden_states: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """[B, P, hidden] -> [B, P, hidden], and the weights [B, H, P, keys] where the backend has them."""
+        query = self._heads(self.q_proj(hidden_states))  # [B, H, P, D]
+        key, value = self._keys_and_values(hidden_states, encoder_hidden_states, past_key_values)
+        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        dropout = self.attention_dropout if self.training else 0.0
+        output, weights = attention(
+            self, query, key, value, attention_mask, scaling=self.scaling, dropout=dropout, **kwargs
+        )  # [B, P, H, D]
+        return self.o_proj(output.flatten(2)), weights
+
+    def _keys_and_values(self, hidden_states, encoder_hidden_states, past_key_values):
+        if encoder_hidden_states is None:
+            key, value = self._heads(self.k_proj(hidden_states)), self._heads(self.v_proj(hidden_states))
+            return (key, value) if past_key_values is None else past_key_values.update(key, value, self.layer_idx)
+        kept = past_key_values.layers[self.layer_idx] if _holds(past_key_values, self.layer_idx) else None
+        if kept is not None:  # the encoder's keys are those of the first step
+            return kept.keys, kept.values
+        key, value = self._heads(self.k_proj(encoder_hidden_states)), self._heads(self.v_proj(encoder_hidden_states))
+        return (key, value) if past_key_values is None else past_key_values.update(key, value, self.layer_idx)
+
+    def _heads(self, states: torch.Tensor) -> torch.Tensor:
+        return states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+
+def _holds(cache: Cache | None, layer_idx: int) -> bool:
+    return cache is not None and cache.get_seq_length(layer_idx) > 0
+
+
+class ImageTransformerMLP(nn.Module):
+    """Position-wise feed-forward layer W_1 relu(W_2 x) (equation 2)."""
+
+    def __init__(self, config: ImageTransformerConfig):
+        super().__init__()
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.up_proj(hidden_states)))
+
+
+class ImageTransformerBlock(GradientCheckpointingLayer):
+    """Attention and a feed-forward layer, each followed by dropout, the residual and a norm (equations 1 and 2)."""
+
+    def __init__(self, config: ImageTransformerConfig, layer_idx: int, is_causal: bool = True, cross: bool = False):
+        super().__init__()
+        self.self_attn = ImageTransformerAttention(config, layer_idx, is_causal)
+        self.self_attn_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.cross_attn = ImageTransformerAttention(config, layer_idx, is_causal=False) if cross else None
+        self.cross_attn_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if cross else None
+        self.mlp = ImageTransformerMLP(config)
+        self.mlp_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.resid_dropout)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask=None,
+        encoder_hidden_states: torch.Tensor | None = None,
+        encoder_attention_mask=None,
+        past_key_values: Cache | None = None,
+        cross_past_key_values: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        attended, _ = self.self_attn(hidden_states, attention_mask, past_key_values=past_key_values, **kwargs)
+        hidden_states = self.self_attn_norm(hidden_states + self.dropout(attended))  # equation 1
+        if self.cross_attn is not None:
+            attended, _ = self.cross_attn(
+                hidden_states,
+                encoder_attention_mask,
+                encoder_hidden_states=encoder_hidden_states,
+                past_key_values=cross_past_key_values,
+                **kwargs,
+            )
+            hidden_states = self.cross_attn_norm(hidden_states + self.dropout(attended))
+        return self.mlp_norm(hidden_states + self.dropout(self.mlp(hidden_states)))  # equation 2
+
+
+class ImageTransformerPreTrainedModel(BlockSparseByDefault, PreTrainedModel):
+    """Initial weights, and what Transformers wants to know about the family."""
+
+    config: ImageTransformerConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["ImageTransformerBlock"]
+    _skip_keys_device_placement = ["past_key_values", "cross_past_key_values"]
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_flash_attn = False
+    _supports_attention_backend = True
+    _can_compile_fullgraph = False
+    _can_record_outputs = {
+        "hidden_states": ImageTransformerBlock,
+        "attentions": OutputRecorder(ImageTransformerAttention, index=1, layer_name="self_attn"),
+        "cross_attentions": OutputRecorder(ImageTransformerAttention, index=1, layer_name="cross_attn"),
+    }
+
+    @staticmethod
+    def create_masks_for_generate(attention_mask: torch.Tensor | None = None, **kwargs) -> torch.Tensor | None:
+        """Leave the 2-D padding mask alone: `forward` builds each layer's own mask, whatever the cache."""
+        return attention_mask
+
+
+class ImageTransformerModel(ImageTransformerPreTrainedModel):
+    """The decoder without a head: ids in, and for each the hidden state [B, T, hidden] that predicts the next value.
+
+    With `output="logistic_mixture"` the trunk has one position for each pixel, whose values share its hidden state.
+    """
+
+    def __init__(self, config: ImageTransformerConfig, cross: bool = False):
+        super().__init__(config)
+        self.values_per_position = config.values_per_position
+        self.cross = cross
+        grid = (*config.image_size, config.num_channels // self.values_per_position)
+        patterns = patterns_for_layers(config.attention_patterns, config.num_hidden_layers)
+        self.patterns = [pattern.bind(grid) for pattern in patterns]
+        self.embedding = EMBEDDINGS[config.output](config)
+        self.condition = ClassCondition() if config.num_classes else NoCondition()
+        self.coordinates = ImageCoordinates(config.coordinates, grid, config.block_shape, config.hidden_size)
+        self.dropout = nn.Dropout(config.resid_dropout)
+        self.layers = nn.ModuleList(
+            ImageTransformerBlock(config, i, cross=cross) for i in range(config.num_hidden_layers)
+        )
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The table of values and start tokens; models of whole pixels have none."""
+        if not hasattr(self.embedding, "embed_tokens"):
+            raise NotImplementedError("output='logistic_mixture' reads values as numbers; it has no table of ids.")
+        return self.embedding.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.embedding.embed_tokens = value
+
+    @property
+    def needs_state(self) -> bool:
+        """Does decoding need more of the past than keys and values?"""
+        return self.values_per_position > 1 or self.config.num_classes > 0
+
+    def new_cache(self) -> Cache:
+        """A decoding cache that keeps only keys that can still be reached."""
+        keys = PatternCache(self.patterns, self.config.num_attention_heads)
+        return ImageCache(keys) if self.needs_state else keys
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        encoder_hidden_states: torch.Tensor | None = None,
+        encoder_attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPastAndCrossAttentions:
+        """
+        Args:
+            input_ids: [B, T] a start token and the values before those to predict, in the order of generation.
+            inputs_embeds: instead, [B, T, channels * hidden] rows of the table of ids, or [B, T, hidden] of the values'
+                own channels.
+            attention_mask: [B, past + T], 1 for ids and 0 for padding; no padding where pixels are positions.
+            position_ids: [B, T] positions; counted from the mask if None.
+            encoder_hidden_states: [B, S, hidden] what cross-attention reads.
+            encoder_attention_mask: [B, S], 0 for its padding.
+            past_key_values: what earlier calls returned.
+        """
+        self._check_inputs(input_ids, inputs_embeds, encoder_hidden_states)
+        if past_key_values is None and use_cache:
+            past_key_values = self._whole_cache()
+        past, cross_past = _split_cache(past_key_values)
+        if past is not None and self.needs_state and image_state(past) is None:
+            past = past_key_values = self._with_state(past)
+        length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
+        attention_mask, position_ids = self._without_padding(attention_mask, position_ids)
+
+        positions = self._positions(length, attention_mask, position_ids, past)
+        hidden_states = self._embed(input_ids, inputs_embeds, positions, past)
+        if hidden_states.shape[1] > 0:  # else all values belong to a pixel whose position has been computed
+            hidden_states = self.dropout(hidden_states + self.coordinates(positions, hidden_states))
+            trunk = past.trunk if self.needs_state and past is not None else past
+            masks = layer_masks(self.patterns, self.config, hidden_states, attention_mask, position_ids, trunk)
+            if self.cross:
+                kwargs["encoder_attention_mask"] = cross_attention_mask(
+                    self.config, hidden_states, encoder_hidden_states, encoder_attention_mask
+                )
+                kwargs |= {"encoder_hidden_states": encoder_hidden_states, "cross_past_key_values": cross_past}
+            for layer, mask in zip(self.layers, masks):
+                hidden_states = layer(hidden_states, mask, past_key_values=trunk, **kwargs)
+        hidden_states = for_each_value(hidden_states, length, past, self.values_per_position)
+        return BaseModelOutputWithPastAndCrossAttentions(
+            last_hidden_state=hidden_states, past_key_values=past_key_values
+        )
+
+    def _check_inputs(self, input_ids, inputs_embeds, encoder_hidden_states) -> None:
+        check_one_input(input_ids, inputs_embeds)
+        if input_ids is not None:
+            check_token_ids(input_ids, self.config.vocab_size)
+        elif self.config.output != "categorical":
+            raise ValueError("output='logistic_mixture' reads values as numbers: give input_ids, not inputs_embeds.")
+        else:
+            one, whole = self.config.hidden_size, self.config.num_channels * self.config.hidden_size
+            check_embeddings(inputs_embeds, one if inputs_embeds.shape[-1] == one else whole)
+        if self.cross != (encoder_hidden_states is not None):
+            raise ValueError(
+                "Give encoder_hidden_states to a decoder with cross-attention, and to no other; "
+                f"this one has {'some' if self.cross else 'none'}."
+            )
+
+    def _whole_cache(self) -> Cache:
+        cache = ImageCache(DynamicCache()) if self.needs_state else DynamicCache()
+        return EncoderDecoderCache(cache, DynamicCache()) if self.cross else cache
+
+    def _with_state(self, past: Cache) -> ImageCache:
+        if past.get_seq_length() > 0:
+            raise ValueError(
+                "Models with classes or of whole pixels need more of the past than keys and values: give the "
+                "past_key_values that an earlier call returned."
+            )
+        return ImageCache(past)
+
+    def _without_padding(self, attention_mask, position_ids):
+        """Nothing, if positions are pixels: their images are never padded."""
+        if self.values_per_position == 1:
+            return attention_mask, position_ids
+        if attention_mask is not None and not torch.compiler.is_compiling() and not bool((attention_mask != 0).all()):
+            raise ValueError(
+                "output='logistic_mixture' takes no padding: attention_mask must be 1 everywhere; "
+                "an image begins with its start token."
+            )
+        return None, None
+
+    def _positions(self, length: int, attention_mask, position_ids, past: Cache | None) -> torch.Tensor:
+        """[B or 1, P] positions in the trunk of the new values: the caller's, or counted from the mask or the past."""
+        width = self.values_per_position
+        seen = 0 if past is None else past.get_seq_length()
+        if position_ids is not None:
+            check_positions(position_ids, self.config.max_position_embeddings)
+            return position_ids if position_ids.ndim == 2 else position_ids[None]
+        if attention_mask is not None and attention_mask.ndim == 2:
+            places = token_positions(attention_mask)[:, seen : seen + length]
+        else:
+            places = torch.arange(seen, seen + length, device=self.device)[None]
+        check_positions(places, self.config.max_position_embeddings, counted_to=seen + length)
+        return places if width == 1 else places[:, -seen % width :: width] // width
+
+    def _embed(self, input_ids, inputs_embeds, positions: torch.Tensor, past: Cache | None) -> torch.Tensor:
+        """[B, P, hidden] of the values before those at `positions`, without coordinates."""
+        if inputs_embeds is not None:
+            embeddings = self.embedding.of_channel(inputs_embeds, positions)
+        else:
+            ids = windows(input_ids, positions.shape[1], past, self.values_per_position)
+            embeddings = self.embedding(ids, positions)
+        return self.condition(embeddings, positions, image_state(past))
+
+
+def _split_cache(cache: Cache | None) -> tuple[Cache | None, Cache | None]:
+    """(cache of self-attention, cache of cross-attention)"""
+    if hasattr(cache, "cross_attention_cache"):
+        return cache.self_attention_cache, cache.cross_attention_cache
+    return cache, None
+
+
+class ImageTransformerGenerationMixin(PatternCacheGenerationMixin):
+    """`generate()` with a cache of reachable keys."""
+
+    @property
+    def _is_stateful(self) -> bool:
+        return self.model.needs_state
+
+    def new_pattern_cache(self) -> Cache:
+        cache = self.model.new_cache()
+        return EncoderDecoderCache(cache, DynamicCache()) if self.model.cross else cache
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        """The linear layer to the logits of ids; a mixture has none."""
+        return self.lm_head if hasattr(self.lm_head, "weight") else None
+
+
+class ImageTransformerForCausalLM(ImageTransformerPreTrainedModel, ImageTransformerGenerationMixin):
+    """The decoder with a distribution of the next value (section 3.4); for images without a source."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embedding.embed_tokens.weight"}
+
+    def __init__(self, config: ImageTransformerConfig):
+        config = _with_encoder(config, False)
+        super().__init__(config)
+        self.model = ImageTransformerModel(config)
+        self.lm_head = HEADS[config.output](config)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> CausalLMOutputWithPast:
+        """
+        Args:
+            labels: [B, T] ids to predict, shifted inside: position t predicts labels[t + 1]; -100 is ignored. For
+                inputs that begin with a start token give `shift_labels` instead, where t predicts shift_labels[t].
+            logits_to_keep: compute logits for the last so many positions only (0: all), or for these indices.
+
+        Returns:
+            Logits [B, T, V] of the next id. A mixture's are log-probabilities; in training with labels it works out
+            those of the labels alone, and hands out no logits.
+        """
+        targets = next_values(labels, kwargs.pop("shift_labels", None))
+        num_items = kwargs.pop("num_items_in_batch", None)
+        first = 0 if past_key_values is None else past_key_values.get_seq_length()
+        ids = None if input_ids is None else with_recent(input_ids, past_key_values, self.config.num_channels)
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits, nats = self.lm_head(outputs.last_hidden_state, ids, first, kept, targets)
+        return CausalLMOutputWithPast(
+            loss=None if nats is None else mean_nats(nats, targets[:, kept], num_items),
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+class ImageTransformerEncoder(ImageTransformerPreTrainedModel):
+    """The encoder of the image to enlarge: values [B, S] in raster order, without a start token -> [B, S, hidden]."""
+
+    def __init__(self, config: ImageTransformerConfig):
+        super().__init__(config)
+        grid = (*config.source_image_size, config.num_channels)
+        patterns = patterns_for_layers(config.encoder_attention_patterns, config.num_encoder_layers)
+        self.patterns = [pattern.bind(grid) for pattern in patterns]
+        self.embedding = ValueEmbedding(config)
+        self.coordinates = ImageCoordinates(config.coordinates, grid, None, config.hidden_size)
+        self.dropout = nn.Dropout(config.resid_dropout)
+        self.layers = nn.ModuleList(
+            ImageTransformerBlock(config, i, is_causal=False) for i in range(config.num_encoder_layers)
+        )
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embedding.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.embedding.embed_tokens = value
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutput:
+        """
+        Args:
+            input_ids: [B, S] values of the image to enlarge.
+            attention_mask: [B, S], 1 for values and 0 for padding.
+        """
+        check_one_input(input_ids, None)
+        check_token_ids(input_ids, self.config.vocab_size)
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+        if attention_mask is not None:
+            positions = token_positions(attention_mask)
+        check_positions(positions, self.coordinates.num_positions, counted_to=input_ids.shape[1])
+        embeddings = self.embedding(input_ids[..., None], positions + 1)
+        hidden_states = self.dropout(embeddings + self.coordinates(positions, embeddings))
+        masks = layer_masks(self.patterns, self.config, hidden_states, attention_mask, causal=False)
+        for layer, mask in zip(self.layers, masks):
+            hidden_states = layer(hidden_states, mask, **kwargs)
+        return BaseModelOutput(last_hidden_state=hidden_states)
+
+
+class ImageTransformerForSuperResolution(ImageTransformerPreTrainedModel, ImageTransformerGenerationMixin):
+    """Encoder and decoder that enlarge an image (section 5.3): a small image's values in, a large one's out.
+
+    A sequence-to-sequence model like any other: `generate(small)` samples, and Seq2SeqTrainer trains.
+    """
+
+    _tied_weights_keys = {
+        "lm_head.weight": "model.embedding.embed_tokens.weight",
+        "encoder.embedding.embed_tokens.weight": "model.embedding.embed_tokens.weight",
+    }
+
+    def __init__(self, config: ImageTransformerConfig):
+        config = _with_encoder(config, True)
+        super().__init__(config)
+        self.loss_type = "ForMaskedLM"  # labels are aligned
+        self.encoder = ImageTransformerEncoder(config)
+        self.model = ImageTransformerModel(config, cross=True)
+        self.lm_head = HEADS[config.output](config)
+        self.post_init()
+
+    def get_encoder(self, *args, **kwargs) -> nn.Module:
+        return self.encoder
+
+    def get_decoder(self) -> nn.Module:
+        return self.model
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.encoder.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.encoder.set_input_embeddings(value)
+
+    def resize_token_embeddings(self, *args, **kwargs) -> nn.Embedding:
+        """Resize the tables of encoder and decoder, and the head."""
+        self.model.resize_token_embeddings(*args, **kwargs)
+        return super().resize_token_embeddings(*args, **kwargs)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        decoder_input_ids: torch.LongTensor | None = None,
+        decoder_attention_mask: torch.Tensor | None = None,
+        encoder_outputs: BaseModelOutput | None = None,
+        past_key_values: Cache | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> Seq2SeqLMOutput:
+        """
+        Args:
+            input_ids: [B, S] values of the small image in raster order, without a start token.
+            attention_mask: [B, S], 0 for padding.
+            decoder_input_ids: [B, T] a start token and values of the large image in the order of generation; made of
+                `labels` if None.
+            labels: [B, T] values to predict, aligned with decoder_input_ids; -100 is ignored.
+            encoder_outputs: what the encoder returned before, instead of input_ids.
+        """
+        if decoder_input_ids is None:
+            decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
+        num_items = kwargs.pop("num_items_in_batch", None)
+        if encoder_outputs is None:
+            if input_ids is None:
+                raise ValueError("Give input_ids, the values of the image to enlarge, or encoder_outputs.")
+            encoder_outputs = self.encoder(input_ids, attention_mask=attention_mask, **kwargs)
+        first = 0 if past_key_values is None else past_key_values.get_seq_length()
+        ids = with_recent(decoder_input_ids, _split_cache(past_key_values)[0], self.config.num_channels)
+        outputs = self.model(
+            input_ids=decoder_input_ids,
+            attention_mask=decoder_attention_mask,
+            encoder_hidden_states=encoder_outputs[0],
+            encoder_attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        logits, nats = self.lm_head(outputs.last_hidden_state, ids, first, slice(None), labels)
+        return Seq2SeqLMOutput(
+            loss=None if nats is None else mean_nats(nats, labels, num_items),
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            decoder_hidden_states=outputs.hidden_states,
+            decoder_attentions=outputs.attentions,
+            cross_attentions=outputs.cross_attentions,
+            encoder_last_hidden_state=encoder_outputs[0],
+            encoder_hidden_states=getattr(encoder_outputs, "hidden_states", None),
+            encoder_attentions=getattr(encoder_outputs, "attentions", None),
+        )
+
+    def prepare_decoder_input_ids_from_labels(self, labels: torch.LongTensor | None) -> torch.LongTensor:
+        """[B, T] labels one place to the right, behind the start token."""
+        if labels is None:
+            raise ValueError("Give decoder_input_ids, or labels to make them of.")
+        start = labels.new_full((len(labels), 1), self.config.decoder_start_token_id)
+        return torch.cat([start, labels[:, :-1].clamp(min=0)], dim=1)
+
+
+def _with_encoder(config: ImageTransformerConfig, encoder: bool) -> ImageTransformerConfig:
+    """The config with `is_encoder_decoder` set; a copy where it is not."""
+    if config.is_encoder_decoder is not encoder:
+        config = copy.deepcopy(config)
+        config.is_encoder_decoder = encoder
+    return config
+
+
+__all__ = [
+    "ImageTransformerForCausalLM",
+    "ImageTransformerForSuperResolution",
+    "ImageTransformerModel",
+    "ImageTransformerPreTrainedModel",
+]
