@@ -1,4 +1,4 @@
-"""The command `hf-tfamily`: train, evaluate, sample, show, info, recipes.
+"""The command `hf-tfamily`: train, evaluate, sample, push, show, info, recipes.
 
 What is wrong with a request is said in one line, with exit code 2. Heavy modules are imported by the commands that need
 them.
@@ -98,7 +98,14 @@ def _report(folder: Path) -> None:
 def evaluate(
     folder: Folder,
     overrides: Overrides = [],  # noqa: B006
-    batch_size: Annotated[int, typer.Option(min=1, help="Examples at once.")] = 32,
+    batch_size: Annotated[int, typer.Option(min=1, help="Examples or streams at once.")] = 32,
+    attention_length: Annotated[
+        int | None, typer.Option(min=1, help="Streams of text: keys that each query sees [default: as in training]")
+    ] = None,
+    context: Annotated[
+        str | None, typer.Option(help="Streams of text: also measure single tokens with so much context, 100,200 say.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Streams of text: draw the loss at each place in a segment.")] = None,
 ) -> None:
     """Figures of a finished model on held-out data, its own or what --set data.… says."""
     with _one_line_errors():
@@ -107,9 +114,14 @@ def evaluate(
         from .tasks import task_of
 
         _quiet()
-        metrics = finished.evaluate(folder, overrides, batch_size)
+        contexts = _integers(context, "--context") if context is not None else None
+        options = {"attention_length": attention_length, "context": contexts, "plot": plot}
+        options = {name: value for name, value in options.items() if value is not None}
+        metrics = finished.evaluate(folder, overrides, batch_size, **options)
         task = task_of(load_recipe(folder / finished.RECIPE_FILE))
         console.print(f"[bold]{escape(task.summary(metrics))}[/]")
+        if plot is not None:
+            console.print(f"Picture: {escape(str(plot))}")
 
 
 @app.command()
@@ -128,7 +140,7 @@ def sample(
         from .finished import check_options, load_finished
 
         _quiet()
-        chosen = _integers(classes) if classes is not None else None
+        chosen = _integers(classes, "--classes") if classes is not None else None
         options = {"classes": chosen, "count": count, "temperature": temperature}
         options = {name: value for name, value in options.items() if value is not None}
         finished = load_finished(folder)
@@ -140,11 +152,32 @@ def sample(
             console.print(text, markup=False, soft_wrap=True)
 
 
-def _integers(text: str) -> list[int]:
+def _integers(text: str, flag: str) -> list[int]:
     try:
         return [int(number) for number in text.split(",")]
     except ValueError:
-        raise ValueError(f"--classes must be whole numbers such as 0,1,2, got {text!r}.") from None
+        raise ValueError(f"{flag} must be whole numbers such as 0,1,2, got {text!r}.") from None
+
+
+@app.command()
+def push(
+    folder: Folder,
+    repository: Annotated[str, typer.Argument(metavar="NAMESPACE/NAME", help="Made if it is not there.")],
+    private: Annotated[bool, typer.Option("--private", help="Make it a private repository.")] = False,
+    without_code: Annotated[
+        bool, typer.Option("--without-code", help="Leave the model's code out: readers then need this package.")
+    ] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch, made if it is not there [default: main]")] = None,
+) -> None:
+    """Upload a finished model to the Hub as one commit: weights, configuration, card, and the code that runs them."""
+    with _one_line_errors():
+        from . import hub
+
+        _quiet()
+        pushed = hub.push(folder, repository, private=private, with_code=not without_code, revision=revision)
+        if pushed.left_out:
+            console.print(f"Left out, being pickles: {escape(', '.join(pushed.left_out))}")
+        console.print(f"{len(pushed.files)} files: {escape(pushed.url)}", soft_wrap=True)
 
 
 @app.command()

@@ -1,18 +1,40 @@
-"""A folder that loads anywhere: weights, configuration, processor, and the model's own code beside them.
+"""Folders that load anywhere (weights, configuration, processor, and the model's own code beside them), and the Hub.
 
-The code travels only with `export`, not with every `save_pretrained`, so a Trainer's checkpoints hold none.
+The code travels only with `export` and `push`, not with every `save_pretrained`, so a Trainer's checkpoints hold none.
 """
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from huggingface_hub import CommitOperationAdd, HfApi, get_token
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HTTPError, OfflineModeIsEnabled
 from transformers import PreTrainedModel
+from transformers.dynamic_module_utils import get_relative_import_files
 
-from .auto import SYSTEMS, System
+from .auto import SYSTEMS
 
 MODELING = f"{__package__}.modeling."
+# What a Trainer leaves in a model's folder, none of which a reader of the model needs.
+NOT_PUSHED = ("checkpoint-*", "runs/*", "__pycache__/*", ".*", "*/.*", "trainer_state.json")
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt", "*.joblib")
+# Where to load a model from, as the cards of finished runs write it; `push` puts the repository's name there.
+THIS_FOLDER = "path/to/this/folder"
+
+
+class PushError(ValueError):
+    """A folder that cannot be pushed, or a Hub that does not take it. No file was changed, neither there nor here."""
+
+
+class Pushed(NamedTuple):
+    """What `push` did: where the commit is, the files of the folder that are in it, and those that are not."""
+
+    url: str
+    files: list[str]
+    left_out: list[str]
 
 
 def export(model: PreTrainedModel, folder: str | Path, processor: Any = None) -> None:
@@ -20,45 +42,217 @@ def export(model: PreTrainedModel, folder: str | Path, processor: Any = None) ->
 
     The folder loads after `import hf_tfamily`, and where this package is not installed with `trust_remote_code=True`.
     """
-    system = _system_of(model)
-    model.config.auto_map = {
-        auto_class.__name__: f"modeling_{system.name}.{system.prefix}{suffix}"
-        for auto_class, suffix in system.heads.items()
+    if not type(model).__module__.startswith(MODELING):
+        raise ValueError(
+            f"{type(model).__name__} is no model of this package; models loaded as remote code save their own."
+        )
+    model.save_pretrained(folder)
+    if processor is not None:
+        processor.save_pretrained(folder)
+    for name, content in _code(Path(folder)).items():
+        (Path(folder) / name).write_bytes(content)
+
+
+def push(
+    folder: str | Path,
+    repo_id: str,
+    private: bool = False,
+    with_code: bool = True,
+    revision: str | None = None,
+    token: str | None = None,
+) -> Pushed:
+    """Upload a saved model as one commit, so that a repository holds all of it or nothing new. The folder is only read.
+
+    Args:
+        folder: with config.json and safetensors; a finished run, or what `save_pretrained` wrote. Pickles and a
+            Trainer's checkpoints are left out.
+        repo_id: "namespace/name"; made if it is not there.
+        private: make it a private one.
+        with_code: the modeling files travel along, so that it loads with `trust_remote_code=True` anywhere.
+        revision: branch to commit to, made from main if it is not there; main if None.
+        token: as in huggingface_hub; the one of `hf auth login` or HF_TOKEN if None.
+
+    Raises:
+        PushError: if the folder holds no safe model, the name has no namespace, the token is missing or may not write,
+            the repository holds another architecture, or somebody else committed meanwhile.
+    """
+    folder = Path(folder)
+    _check_name(repo_id)
+    config = _check_folder(folder)
+    content, left_out = _content(folder, repo_id, with_code)
+    additions = [CommitOperationAdd(path, value) for path, value in sorted(content.items())]
+    with _explained(repo_id):
+        if token is None and get_token() is None:
+            raise PushError("There is no token; log in with `hf auth login`, or set HF_TOKEN.")
+        api = HfApi(token=token)
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        if revision is not None:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        head = api.model_info(repo_id, revision=revision)
+        if private and not head.private:
+            raise PushError(f"{repo_id} is there already and public; make it private in its settings, then push.")
+        _check_architecture(api, repo_id, head.sha, config["model_type"])
+        message = f"Upload {config['architectures'][0]} with hf-tfamily"
+        commit = api.create_commit(
+            repo_id, additions, commit_message=message, revision=revision, parent_commit=head.sha
+        )
+    return Pushed(commit.commit_url, [addition.path_in_repo for addition in additions], left_out)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The code beside a model
+
+
+def _code(folder: Path) -> dict[str, bytes]:
+    """The files that make `folder` loadable as remote code: modules, and its JSON files with an `auto_map` in them."""
+    config = _read_json(folder / "config.json")
+    system = next(system for system in SYSTEMS if system.name == config["model_type"])
+    modules = [f"configuration_{system.name}", f"modeling_{system.name}"]
+    auto_map = {"AutoConfig": f"{modules[0]}.{system.prefix}Config"}
+    auto_map |= {
+        auto_class.__name__: f"{modules[1]}.{system.prefix}{suffix}" for auto_class, suffix in system.heads.items()
     }
-    with _code_travels(model, model.config, processor):
-        model.save_pretrained(folder)
-        if processor is not None:
-            processor.save_pretrained(folder)
+    files = {"config.json": _to_json({**config, "auto_map": auto_map})}
+    processor = system.image_processor
+    path = folder / "preprocessor_config.json"
+    if processor is not None and path.exists():
+        settings = _read_json(path)
+        if settings.get("image_processor_type") == processor.__name__ and processor.__module__.startswith(MODELING):
+            modules.append(processor.__module__.removeprefix(MODELING))
+            auto_map = {"AutoImageProcessor": f"{modules[-1]}.{processor.__name__}"}
+            files[path.name] = _to_json({**settings, "auto_map": auto_map})
+    return files | _sources(modules)
 
 
-def _system_of(model: PreTrainedModel) -> System:
-    for system in SYSTEMS:
-        if type(model).__module__ == f"{MODELING}modeling_{system.name}":
-            return system
-    raise ValueError(
-        f"{type(model).__name__} is no model of this package; models loaded as remote code save their own."
-    )
+def _sources(modules: list[str]) -> dict[str, bytes]:
+    """The modules of modeling/ and all that they reach."""
+    import hf_tfamily.modeling
+
+    home = Path(hf_tfamily.modeling.__file__).parent
+    wanted = [home / f"{module}.py" for module in modules]
+    reached = {Path(file) for module in wanted for file in get_relative_import_files(module)}
+    return {path.name: path.read_bytes() for path in sorted(reached.union(wanted))}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is pushed
+
+
+def _check_name(repo_id: str) -> None:
+    namespace, slash, name = repo_id.partition("/")
+    if not (slash and namespace and name) or "/" in name:
+        raise PushError(
+            f"A repository is named namespace/name, such as your-name/{name or namespace}; got {repo_id!r}."
+        )
+
+
+def _check_folder(folder: Path) -> dict:
+    """The config of a folder that holds a whole model in safetensors."""
+    if not (folder / "config.json").is_file():
+        raise PushError(f"{folder} has no config.json; push the folder of a saved model.")
+    config = _read_json(folder / "config.json")
+    for key in ("model_type", "architectures"):
+        if not config.get(key):
+            raise PushError(f"{folder / 'config.json'} does not say its {key}; save the model with save_pretrained.")
+    index = folder / "model.safetensors.index.json"
+    weights = set(_read_json(index)["weight_map"].values()) if index.exists() else {"model.safetensors"}
+    if missing := sorted(name for name in weights if not (folder / name).is_file()):
+        raise PushError(f"{folder} has no {', '.join(missing)}; weights are pushed as safetensors only, never pickled.")
+    return config
+
+
+def _content(folder: Path, repo_id: str, with_code: bool) -> tuple[dict[str, Path | bytes], list[str]]:
+    """What to upload, by its path in the repository, and the names of the pickles that are left out."""
+    found = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    found = {name: path for name, path in found.items() if not _fits(name, NOT_PUSHED)}
+    left_out = sorted(name for name in found if _fits(name, PICKLES))
+    content = {name: path for name, path in found.items() if name not in left_out}
+    if with_code:
+        content |= _missing_code(folder)
+    else:
+        content = {name: path for name, path in content.items() if not name.endswith(".py")}
+        content |= _without_auto_map(content)
+    return content | _card(folder, repo_id, with_code), left_out
+
+
+def _missing_code(folder: Path) -> dict[str, bytes]:
+    """The code of a folder that was saved without; none for models of other packages."""
+    config = _read_json(folder / "config.json")
+    if config.get("auto_map") or config["model_type"] not in {system.name for system in SYSTEMS}:
+        return {}
+    return _code(folder)
+
+
+def _without_auto_map(content: dict[str, Path]) -> dict[str, bytes]:
+    """The JSON files that name code, with that taken out."""
+    jsons = {name: _read_json(path) for name, path in content.items() if fnmatch(name, "*config.json")}
+    return {
+        name: _to_json({key: value for key, value in settings.items() if key != "auto_map"})
+        for name, settings in jsons.items()
+        if "auto_map" in settings
+    }
+
+
+def _card(folder: Path, repo_id: str, with_code: bool) -> dict[str, bytes]:
+    """The folder's card, or one of the few facts in its config; it says how to load the repository by name."""
+    from .card import folder_card
+
+    path = folder / "README.md"
+    card = path.read_text(encoding="utf-8") if path.exists() else str(folder_card(folder, with_code))
+    return {path.name: card.replace(THIS_FOLDER, repo_id).encode()}
+
+
+def _fits(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch(name, pattern) or fnmatch(name.partition("/")[0], pattern) for pattern in patterns)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The Hub's answers
+
+
+def _check_architecture(api: HfApi, repo_id: str, revision: str, model_type: str) -> None:
+    """A repository that holds a model of another kind is most likely a slip."""
+    try:
+        there = _read_json(Path(api.hf_hub_download(repo_id, "config.json", revision=revision))).get("model_type")
+    except EntryNotFoundError:
+        return
+    if there != model_type:
+        raise PushError(
+            f"{repo_id} holds a model of model_type={there!r}, this one is {model_type!r}; name another repository, "
+            "or delete the files there."
+        )
 
 
 @contextmanager
-def _code_travels(*objects: Any) -> Iterator[None]:
-    """While inside, `save_pretrained` of these objects copies their code, if it is this package's."""
-    classes = [type(obj) for obj in objects if type(obj).__module__.startswith(MODELING)]
-    for cls in classes:
-        cls.register_for_auto_class(*_auto_class_name(cls))
+def _explained(repo_id: str) -> Iterator[None]:
+    """Errors of huggingface_hub, in one line that says what to do."""
     try:
         yield
-    finally:
-        for cls in classes:
-            cls._auto_class = None
+    except OfflineModeIsEnabled as error:
+        raise PushError(
+            f"Nothing was pushed to {repo_id}: HF_HUB_OFFLINE is set; unset it to reach the Hub."
+        ) from error
+    except HfHubHTTPError as error:
+        raise PushError(f"Nothing was pushed to {repo_id}: {_reason(error)}") from error
+    except HTTPError as error:
+        raise PushError(f"Nothing was pushed to {repo_id}: the Hub cannot be reached ({error}).") from error
+    except RuntimeError as error:  # around the cause, for one of several uploads
+        raise PushError(f"Nothing was pushed to {repo_id}: {error} {error.__cause__ or ''}".strip()) from error
 
 
-def _auto_class_name(cls: type) -> list[str]:
-    """The Auto class that loads a model class; configurations and processors know theirs."""
-    names = [
-        auto_class.__name__
-        for system in SYSTEMS
-        for auto_class, suffix in system.heads.items()
-        if cls.__name__ == system.prefix + suffix
-    ]
-    return names[:1]
+def _reason(error: HfHubHTTPError) -> str:
+    said = error.response.headers.get("X-Error-Message") or str(error).strip().splitlines()[0]
+    return {
+        401: f"the Hub does not know the token; log in again with `hf auth login` ({said}).",
+        403: f"the token may not write there; it is for reading only, or the account is no member ({said}).",
+        404: f"it is not there for this account ({said}).",
+        412: f"somebody else committed there meanwhile; look at what changed, then push again ({said}).",
+    }.get(error.response.status_code, f"{said} (status {error.response.status_code})")
+
+
+def _read_json(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _to_json(content: dict) -> bytes:
+    return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()

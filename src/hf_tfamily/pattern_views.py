@@ -71,7 +71,8 @@ def pattern_panels(pattern: Pattern, length: int | None = None) -> list[Panel]:
 def config_panels(config: Any, length: int | None = None) -> list[Panel]:
     """Panels of every distinct pattern among a model's layers, on the grid of its positions where it has one."""
     patterns = patterns_for_layers(config.attention_patterns, config.num_hidden_layers)
-    shape = config.position_shape if len(config.position_shape) > 1 else None
+    shape = getattr(config, "position_shape", None)
+    shape = shape if shape and len(shape) > 1 else None
     found = []
     for pattern in dict.fromkeys(patterns):
         layers = [layer for layer, other in enumerate(patterns) if other == pattern]
@@ -95,7 +96,7 @@ def _layers_note(layers: list[int], total: int) -> str:
     if len(layers) == total:
         return "every layer"
     if len(layers) <= 4:
-        return f"layers {', '.join(map(str, layers))}"
+        return f"layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers))}"
     return f"layers {', '.join(map(str, layers[:3]))} ... ({len(layers)} of {total})"
 
 

@@ -24,7 +24,9 @@ from .data import LoadedData, load_data
 from .data.sequences import require
 from .finished import RECIPE_FILE
 from .hub import export
+from .pattern_views import config_panels
 from .recipes import Recipe, RecipeError, load_recipe
+from .recurrent_training import RecurrentTrainer as RecurrentTrainer
 from .tasks import Task, task_of
 
 
@@ -200,6 +202,8 @@ def _finish(trainer: Trainer, task: Task, recipe: Recipe, data: LoadedData, fold
     }
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     plots.loss_curve(history, task.loss_unit, task.nats, task.uniform_loss(data), folder / "loss.png", recipe.name)
+    if getattr(model.config, "attention_patterns", None) is not None:
+        plots.pattern_pictures(config_panels(model.config), folder / "patterns.png")
     task.write_samples(model, data, folder)
     model_card(recipe, task, data, metrics, folder).save(folder / "README.md")
 
