@@ -65,6 +65,10 @@ class SwinTransformerAttention(nn.Module):
         bias = self.relative_position_bias(layout.window)  # B, [H, N, N]
         dropout = self.dropout if self.training else 0.0
         if self.config._attn_implementation == BLOCK_SPARSE:
+            if kwargs.get("output_attentions"):
+                raise ValueError(
+                    f"attn_implementation='{BLOCK_SPARSE}' does not support output_attentions; use 'eager'."
+                )
             output, weights = window_attention(query, key, value, bias, layout.mask, self.scaling, dropout), None
         else:
             attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
@@ -465,6 +469,13 @@ class SwinTransformerForMaskedImageModeling(SwinTransformerPreTrainedModel):
 
     def __init__(self, config: SwinTransformerConfig):
         super().__init__(config)
+        self.patch_size = pair(config.patch_size)
+        pixels = tuple(patch * 2 ** (len(config.depths) - 1) for patch in self.patch_size)
+        if pixels != (config.encoder_stride, config.encoder_stride):
+            raise ValueError(
+                f"A token of the last stage stands for {pixels[0]} x {pixels[1]} pixels, so encoder_stride must be "
+                f"{pixels[0]}, and patches square, for masked image modelling; got {config.encoder_stride}."
+            )
         self.swin = SwinTransformerModel(config, add_pooling_layer=False, use_mask_token=True)
         self.decoder = nn.Sequential(
             nn.Conv2d(config.hidden_size, config.encoder_stride**2 * config.num_channels, kernel_size=1),
@@ -489,20 +500,16 @@ class SwinTransformerForMaskedImageModeling(SwinTransformerPreTrainedModel):
         """
         outputs = self.swin(pixel_values, bool_masked_pos, interpolate_pos_encoding, **kwargs)
         height, width = pixel_values.shape[2:]
-        patch_size = self.swin.embeddings.patch_embeddings.patch_size
-        grid = tuple(-(-side // patch) for side, patch in zip((height, width), patch_size))
-        last_grid = tuple(-(-side // 2 ** (len(self.config.depths) - 1)) for side in grid)
+        growth = 2 ** (len(self.config.depths) - 1)
+        grid = tuple(-(-side // patch) for side, patch in zip((height, width), self.patch_size))
+        last_grid = tuple(-(-side // growth) for side in grid)
         reconstruction = self.decoder(_to_map(outputs.last_hidden_state, last_grid))[..., :height, :width]
         loss = None
         if bool_masked_pos is not None:
-            if reconstruction.shape != pixel_values.shape:
-                raise ValueError(
-                    f"The decoder makes {list(reconstruction.shape)} of pixels {list(pixel_values.shape)}: "
-                    f"encoder_stride={self.config.encoder_stride} must be the patch size times "
-                    f"{2 ** (len(self.config.depths) - 1)}, for {len(self.config.depths)} stages."
-                )
             mask = bool_masked_pos.view(-1, 1, *grid).to(pixel_values.dtype)
-            mask = mask.repeat_interleave(patch_size[0], 2).repeat_interleave(patch_size[1], 3)[..., :height, :width]
+            for axis, patch in enumerate(self.patch_size, start=2):
+                mask = mask.repeat_interleave(patch, axis)
+            mask = mask[..., :height, :width]
             distance = (pixel_values - reconstruction).abs()
             loss = (distance * mask).sum() / (mask.sum() + 1e-5) / self.config.num_channels
         return SwinTransformerMaskedImageModelingOutput(
