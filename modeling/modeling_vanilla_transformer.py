@@ -285,11 +285,13 @@ class VanillaTransformerForCausalLM(VanillaTransformerPreTrainedModel, VanillaTr
 
 
 def as_encoder_decoder(config: VanillaTransformerConfig, both: bool) -> VanillaTransformerConfig:
-    """The config with is_encoder_decoder and is_decoder set; a copy where they are not."""
+    """The config of encoder and decoder, or of the decoder alone; a copy where it was another's."""
     if config.is_encoder_decoder is both and config.is_decoder is not both:
         return config
     config = copy.deepcopy(config)
     config.is_encoder_decoder, config.is_decoder = both, not both
+    if not both:
+        config.num_hidden_layers = config.decoder_layers  # what caches are made for
     return config
 
 

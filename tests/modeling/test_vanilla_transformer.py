@@ -1,4 +1,4 @@
-"""Vanilla Transformer: the paper restated, torch.nn.Transformer, every backend, padding, caches, generation, the loss."""
+"""Vanilla Transformer: the paper restated, torch.nn.Transformer, backends, padding, caches, generation, the loss."""
 
 import pytest
 import torch
@@ -105,7 +105,7 @@ def test_equals_the_papers_restated(encoding, norm_first):
 
 
 def torch_transformer(model, norm_first):
-    """torch.nn.Transformer with the model's weights; it ends each stack with a norm, which a post-norm stack has not."""
+    """torch.nn.Transformer with the model's weights, without the norms by which it ends post-norm stacks too."""
     config = model.config
     stock = torch.nn.Transformer(
         config.hidden_size,
@@ -503,7 +503,7 @@ def test_cross_attentions_are_handed_out():
         ({"position_encoding": "rotory"}, "position_encoding='rotory' is unknown; did you mean 'rotary'"),
         (
             {"position_encoding": "alibi"},
-            "Allowed: learned, learned_per_layer, none, relative, rotary, sinusoidal, tran",
+            "Allowed: learned, learned_per_layer, none, relative, rotary, sin",
         ),
         ({"sinusoid_layout": "half"}, "sinusoid_layout='half' is unknown; did you mean 'halves'"),
         ({"hidden_act": "rellu"}, "did you mean 'relu'"),
@@ -558,7 +558,7 @@ def test_bad_inputs():
         translator(decoder_start_token_id=None).generate(ids(1, 3))
     with pytest.raises(ValueError, match="position_bias"):
         translator("relative", "block_sparse")(ids(1, 3), decoder_input_ids=ids(1, 3))
+    relative = translator("relative", **PATTERNS["both"])
+    cache = EncoderDecoderCache(PatternCache(relative.get_decoder().patterns, 4), DynamicCache())
     with pytest.raises(ValueError, match=r"pattern-aware cache does not keep; pass past_key_values=DynamicCache\(\)"):
-        relative = translator("relative", **PATTERNS["both"])
-        cache = PatternCache(relative.get_decoder().patterns, 4)
-        relative(ids(1, 3), decoder_input_ids=ids(1, 3), past_key_values=EncoderDecoderCache(cache, DynamicCache()))
+        relative(ids(1, 3), decoder_input_ids=ids(1, 3), past_key_values=cache)

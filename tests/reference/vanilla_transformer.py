@@ -1,5 +1,5 @@
-"""The Transformer as Vaswani et al. 2017 write it, and the ways of knowing order as their papers do: one query, one key,
-one head at a time.
+"""The Transformer as Vaswani et al. 2017 write it, and the ways of knowing order as their papers do: one query, one
+key, one head at a time.
 
 Takes a model's weights and says what its output for one source and one target must be. No dropout, no padding.
 """

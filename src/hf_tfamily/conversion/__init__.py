@@ -14,11 +14,11 @@ where a config is the content of a config.json and weights are the tensors by na
 from pathlib import Path
 from types import ModuleType
 
-from . import llama, mistral, qwen2, transformer_xl
+from . import llama, marian, mistral, qwen2, transformer_xl
 from .checkpoint import find_checkpoint, read_config, read_weights, write_checkpoint
 
 # For each of our types the first is what it becomes when no target is named.
-CONVERTERS: tuple[ModuleType, ...] = (llama, mistral, qwen2, transformer_xl)
+CONVERTERS: tuple[ModuleType, ...] = (llama, mistral, qwen2, transformer_xl, marian)
 
 
 def convert(source: str | Path, destination: str | Path, target: str | None = None) -> str:
