@@ -9,84 +9,94 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy, pad
 
-from .mixture_of_logistics import channel_mixture, num_parameters
+from .mixture_of_logistics import ChannelMixture, channel_mixture, num_parameters
 
 IGNORED = -100
 
 
-class CategoricalHead(nn.Linear):
-    """One softmax for the values of all channels."""
+class CategoricalOutput(nn.Module):
+    """One softmax over the ids, the same for all channels."""
 
     def __init__(self, config):
-        super().__init__(config.hidden_size, config.vocab_size)
+        super().__init__()
 
-    def forward(
-        self, hidden_states: torch.Tensor, ids: torch.Tensor | None, first: int, kept, targets: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Logits [B, T, V], and what each target [B, T] costs in nats; see `MixtureHead`."""
-        logits = super().forward(hidden_states[:, kept])
+    @staticmethod
+    def new_layer(config) -> nn.Linear:
+        """The linear layer from hidden states to logits."""
+        return nn.Linear(config.hidden_size, config.vocab_size)
+
+    def forward(self, layer: nn.Linear, hidden_states, ids, first, kept, targets):
+        """Logits [B, T, V] and what each target [B, T] costs in nats; arguments as of MixtureOutput."""
+        logits = layer(hidden_states[:, kept])
         if targets is None:
             return logits, None
         nats = cross_entropy(logits.float().transpose(1, 2), targets[:, kept], ignore_index=IGNORED, reduction="none")
         return logits, nats
 
 
-class MixtureHead(nn.Module):
+class MixtureOutput(nn.Module):
     """A mixture of discretised logistics over pixels, handed out as exact conditional logits of the next channel."""
 
     def __init__(self, config):
         super().__init__()
         self.vocab_size, self.num_values, self.channels = config.vocab_size, config.num_values, config.num_channels
-        parameters = num_parameters(config.num_mixtures, config.num_channels)
-        self.projection = nn.Linear(config.hidden_size, parameters, bias=False)
+
+    @staticmethod
+    def new_layer(config) -> nn.Linear:
+        """The linear layer from hidden states to the parameters of mixtures."""
+        return nn.Linear(config.hidden_size, num_parameters(config.num_mixtures, config.num_channels), bias=False)
 
     def forward(
-        self, hidden_states: torch.Tensor, ids: torch.Tensor, first: int, kept, targets: torch.Tensor | None
+        self,
+        layer: nn.Linear,
+        hidden_states: torch.Tensor,
+        ids: torch.Tensor,
+        first: int,
+        kept: slice | torch.Tensor,
+        targets: torch.Tensor | None,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """
         Args:
+            layer: what `new_layer` made.
             hidden_states: [B, T, hidden]; the values of a pixel share one.
             ids: [B, C - 1 + T] the ids given so far, from C - 1 before the first of these T on.
             first: how many ids came before these T.
-            kept: index of those of the T positions that are asked for.
+            kept: those of the T positions that are asked for.
             targets: [B, T] next values; IGNORED ones cost nothing.
 
         Returns:
             Logits [B, T, V], float32, of start tokens the lowest there is; None in training with targets, whose nats
             need no logits of other values. And the nats [B, T]; None without targets.
         """
-        channel = ((first + torch.arange(hidden_states.shape[1], device=ids.device)) % self.channels)[kept]
-        earlier = self._earlier(ids)[:, kept].gather(-1, self._places(channel).expand(len(ids), -1, -1))
-        with torch.autocast(hidden_states.device.type, enabled=False):
-            exact = torch.promote_types(hidden_states.dtype, torch.float32)
-            parameters = nn.functional.linear(hidden_states[:, kept].to(exact), self.projection.weight.to(exact))
-            mixture = channel_mixture(parameters, channel.expand(earlier.shape[:-1]), earlier, self.num_values)
-            nats = logits = None
-            if targets is not None:
-                nats = self._nats(mixture, targets[:, kept])
-            if nats is None or not self.training:
-                spare = self.vocab_size - self.num_values
-                logits = pad(mixture.log_probs(), (0, spare), value=torch.finfo(exact).min)
+        with torch.autocast(hidden_states.device.type, enabled=False):  # brightness needs more than bfloat16's 8 bits
+            parameters = layer(hidden_states[:, kept].to(layer.weight.dtype))
+            parameters = parameters.to(torch.promote_types(parameters.dtype, torch.float32))
+            mixture = self._mixture(parameters, ids, first, kept)
+            nats = None if targets is None else self._nats(mixture, targets[:, kept])
+            logits = None if self.training and nats is not None else self._logits(mixture)
         return logits, nats
 
-    def _nats(self, mixture, targets: torch.Tensor) -> torch.Tensor:
-        real = targets != IGNORED
-        return -mixture.log_prob(targets.clamp(0, self.num_values - 1)).masked_fill(~real, 0.0)
-
-    def _earlier(self, ids: torch.Tensor) -> torch.Tensor:
-        """[B, T, C]: the C - 1 ids up to each position, and a 0."""
-        ids = ids.clamp(max=self.num_values - 1)
+    def _mixture(self, parameters: torch.Tensor, ids: torch.Tensor, first: int, kept) -> ChannelMixture:
         length = ids.shape[1] - self.channels + 1
-        recent = [ids[:, place + 1 : place + 1 + length] for place in range(self.channels - 1)]
-        return torch.stack([*recent, torch.zeros_like(ids[:, :length])], dim=-1)
+        channel = ((first + torch.arange(length, device=ids.device)) % self.channels)[kept]  # [T]
+        known = ids.clamp(max=self.num_values - 1)
+        recent = [known[:, place + 1 : place + 1 + length] for place in range(self.channels - 1)]
+        recent = torch.stack([*recent, torch.zeros_like(known[:, :length])], dim=-1)[:, kept]  # [B, T, C]
+        # Channel j of this pixel is so many values ago; where it is not known yet, the 0 at the end stands for it.
+        places = torch.arange(self.channels, device=ids.device) + self.channels - 1 - channel[:, None]
+        places = places.clamp(max=self.channels - 1).expand_as(recent)
+        return channel_mixture(parameters, channel.expand(recent.shape[:2]), recent.gather(-1, places), self.num_values)
 
-    def _places(self, channel: torch.Tensor) -> torch.Tensor:
-        """[T, C]: where among `_earlier` channel j of the same pixel is; the last place for those not yet known."""
-        j = torch.arange(self.channels, device=channel.device)
-        return (j + self.channels - 1 - channel[:, None]).clamp(max=self.channels - 1)
+    def _nats(self, mixture: ChannelMixture, targets: torch.Tensor) -> torch.Tensor:
+        costs = -mixture.log_prob(targets.clamp(0, self.num_values - 1))
+        return costs.masked_fill(targets == IGNORED, 0.0)
+
+    def _logits(self, mixture: ChannelMixture) -> torch.Tensor:
+        logits = mixture.log_probs()
+        return pad(logits, (0, self.vocab_size - self.num_values), value=torch.finfo(logits.dtype).min)
 
 
-HEADS: dict[str, type[nn.Module]] = {"categorical": CategoricalHead, "logistic_mixture": MixtureHead}
+OUTPUTS: dict[str, type[nn.Module]] = {"categorical": CategoricalOutput, "logistic_mixture": MixtureOutput}
 
 
 def next_values(labels: torch.Tensor | None, shift_labels: torch.Tensor | None) -> torch.Tensor | None:
@@ -99,5 +109,4 @@ def next_values(labels: torch.Tensor | None, shift_labels: torch.Tensor | None) 
 def mean_nats(nats: torch.Tensor, targets: torch.Tensor, num_items_in_batch=None) -> torch.Tensor:
     """Mean over targets that are not IGNORED, or their sum over `num_items_in_batch`."""
     items = (targets != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
-    items = items.to(nats.device) if torch.is_tensor(items) else items
-    return nats.sum() / items
+    return nats.sum() / (items.to(nats.device) if torch.is_tensor(items) else items)

@@ -34,7 +34,7 @@ from .attention_patterns import patterns_for_layers
 from .checks import check_embeddings, check_one_input, check_positions, check_token_ids
 from .configuration_image_transformer import ImageTransformerConfig
 from .image_embeddings import EMBEDDINGS, ClassCondition, ImageCoordinates, NoCondition, ValueEmbedding
-from .image_heads import HEADS, mean_nats, next_values
+from .image_heads import OUTPUTS, mean_nats, next_values
 from .memory import PatternCache, PatternCacheGenerationMixin
 from .memory_images import ImageCache, for_each_value, image_state, windows, with_recent
 
@@ -345,7 +345,7 @@ class ImageTransformerGenerationMixin(PatternCacheGenerationMixin):
 
     def get_output_embeddings(self) -> nn.Module | None:
         """The linear layer to the logits of ids; a mixture has none."""
-        return self.lm_head if hasattr(self.lm_head, "weight") else None
+        return self.lm_head if self.config.output == "categorical" else None
 
 
 class ImageTransformerForCausalLM(ImageTransformerPreTrainedModel, ImageTransformerGenerationMixin):
@@ -357,7 +357,8 @@ class ImageTransformerForCausalLM(ImageTransformerPreTrainedModel, ImageTransfor
         config = _with_encoder(config, False)
         super().__init__(config)
         self.model = ImageTransformerModel(config)
-        self.lm_head = HEADS[config.output](config)
+        self.output = OUTPUTS[config.output](config)
+        self.lm_head = self.output.new_layer(config)
         self.post_init()
 
     @can_return_tuple
@@ -397,7 +398,7 @@ class ImageTransformerForCausalLM(ImageTransformerPreTrainedModel, ImageTransfor
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits, nats = self.lm_head(outputs.last_hidden_state, ids, first, kept, targets)
+        logits, nats = self.output(self.lm_head, outputs.last_hidden_state, ids, first, kept, targets)
         return CausalLMOutputWithPast(
             loss=None if nats is None else mean_nats(nats, targets[:, kept], num_items),
             logits=logits,
@@ -474,7 +475,8 @@ class ImageTransformerForSuperResolution(ImageTransformerPreTrainedModel, ImageT
         self.loss_type = "ForMaskedLM"  # labels are aligned
         self.encoder = ImageTransformerEncoder(config)
         self.model = ImageTransformerModel(config, cross=True)
-        self.lm_head = HEADS[config.output](config)
+        self.output = OUTPUTS[config.output](config)
+        self.lm_head = self.output.new_layer(config)
         self.post_init()
 
     def get_encoder(self, *args, **kwargs) -> nn.Module:
@@ -534,7 +536,7 @@ class ImageTransformerForSuperResolution(ImageTransformerPreTrainedModel, ImageT
             use_cache=use_cache,
             **kwargs,
         )
-        logits, nats = self.lm_head(outputs.last_hidden_state, ids, first, slice(None), labels)
+        logits, nats = self.output(self.lm_head, outputs.last_hidden_state, ids, first, slice(None), labels)
         return Seq2SeqLMOutput(
             loss=None if nats is None else mean_nats(nats, labels, num_items),
             logits=logits,

@@ -57,6 +57,7 @@ class Tiny(NamedTuple):
 
 TINY = {
     "compressive_transformer": Tiny({**SMALL, "mem_len": 16, "compressed_mem_len": 8}, recurrent=True),
+    "image_transformer": Tiny({**SMALL, "image_size": 8, "num_channels": 1}),
     "rope_decoder": Tiny(),
     "sparse_transformer": Tiny(),
     "swin_transformer": Tiny(
@@ -100,6 +101,8 @@ def batch_for(model_type: str, auto_class: type, labels: bool = True) -> dict[st
     """A batch of two rows for one class, with the targets it learns from."""
     inputs = TINY[model_type].inputs()
     head = auto_class.__name__
+    if head == "AutoModelForSeq2SeqLM" and "decoder_input_ids" not in inputs:  # of a system of decoders else
+        inputs["decoder_input_ids"] = inputs["input_ids"].flip(0)
     if not labels or head in ("AutoModel", "AutoBackbone"):
         return inputs
     if head == "AutoModelForMaskedImageModeling":
