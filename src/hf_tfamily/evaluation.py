@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from .data import NextTokenCollator
+from .stream_evaluation import relative_effective_context_length as relative_effective_context_length
 
 
 @torch.inference_mode()

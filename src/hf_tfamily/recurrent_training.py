@@ -12,12 +12,13 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.cache_utils import Cache
 
 from .data.streams import SegmentCollator
+from .stream_evaluation import has_memory
 
 
 class RecurrentTrainer(Trainer):
@@ -30,6 +31,10 @@ class RecurrentTrainer(Trainer):
 
     def __init__(self, *args, data_collator=None, **kwargs):
         super().__init__(*args, data_collator=data_collator or SegmentCollator(), **kwargs)
+        if not has_memory(self.model):
+            raise ValueError(
+                f"{type(self.model).__name__} has no memory (no config.mem_len); use transformers.Trainer."
+            )
         check_arguments(self.args)
         self.memory: Cache | None = None
         self.add_callback(_ForgetAtEpochs(self))
@@ -131,10 +136,8 @@ def empty_memory(model: PreTrainedModel, input_ids: torch.Tensor) -> Cache:
     was_training = model.training
     model.eval()  # while it trains under gradient checkpointing, a model makes no memory; nor does this draw dropout
     with torch.enable_grad():
-        memory = model(input_ids=input_ids[:1, :1], use_cache=True).get("past_key_values")
+        memory = model(input_ids=input_ids[:1, :1], use_cache=True).past_key_values
     model.train(was_training)
-    if memory is None:
-        raise ValueError(f"{type(model).__name__} returns no past_key_values, so it has no memory; use a Trainer.")
     memory.reset()
     return memory
 
@@ -161,10 +164,10 @@ def load_memory(model: PreTrainedModel, file: Path) -> Cache:
             "RecurrentTrainer wrote."
         )
     memory = empty_memory(model, torch.zeros(1, 1, dtype=torch.long, device=model.device))
-    with safe_open(file, "pt", device=str(model.device)) as content:
-        entries = {name: content.get_tensor(name) for name in content.keys()} | json.loads(content.metadata()["plain"])
+    with safe_open(file, "pt") as content:
+        plain = json.loads(content.metadata()["plain"])
     parts = _parts(memory)
-    for entry, value in entries.items():
+    for entry, value in {**plain, **load_file(file, device=str(model.device))}.items():
         place, name = entry.split(".")
         setattr(parts[place], name, value)
     return memory

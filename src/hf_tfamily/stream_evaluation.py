@@ -1,10 +1,10 @@
-"""How well a model reads on: the loss of every token of a text, given the memory of what came before or so much context.
+"""How well a model reads on: the loss of each token of a text, given the memory of what was before or so much context.
 
 Losses are -log p in nats. Shapes: B streams or windows, T tokens in a segment, n tokens.
 """
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch

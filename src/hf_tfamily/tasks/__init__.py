@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from ..data import SOURCES
 from ..recipes import Recipe
 from .base import Task
+from .recurrent_text import RecurrentTextTask
 from .token_sequences import TokenSequenceTask
 
-TASKS: tuple[Task, ...] = (TokenSequenceTask(),)
+TASKS: tuple[Task, ...] = (TokenSequenceTask(), RecurrentTextTask())
 
 
 def task_of(recipe: Recipe) -> Task:
