@@ -5,6 +5,7 @@ What is kept follows from a head's pattern:
     Local(w), FixedBlock(l)    a ring of the last w or l keys
     FixedSummary(l, c)         c keys of every block, appended
     Strided(l)                 every key, laid out so that a column is one contiguous run of N / l
+    Block1D, Block2D           keys that a later block can see (memory_blocks.py)
     anything else              every key
 
 Everything is counted in positions of tokens, so padding is never stored and left-padded rows are exact. Keys are
@@ -24,6 +25,8 @@ from transformers.generation.configuration_utils import GenerationConfig, Genera
 
 from .attention_masks import VisibleKeys, token_positions
 from .attention_patterns import (
+    Block1D,
+    Block2D,
     FixedBlock,
     FixedSummary,
     Full,
@@ -35,6 +38,7 @@ from .attention_patterns import (
     patterns_for_layers,
     walk,
 )
+from .memory_blocks import BlockStore
 
 
 class PatternCache(Cache):
@@ -393,9 +397,9 @@ class _Past:
         self.pattern = pattern
         self.num_heads = num_heads
         self.num_key_heads = num_key_heads
-        alike: dict[tuple, list[int]] = {}
+        alike: dict = {}
         for head in range(num_key_heads):
-            alike.setdefault(_needs(self._pattern_of_key_head(head))[:-1], []).append(head)
+            alike.setdefault(_kind(self._pattern_of_key_head(head)), []).append(head)
         self.stores = [store for heads in alike.values() for store in self._stores(tuple(heads))]
 
     def _pattern_of_key_head(self, key_head: int) -> Pattern:
@@ -407,6 +411,8 @@ class _Past:
     def _stores(self, heads: tuple[int, ...]) -> list:
         """The stores of heads with the same needs."""
         patterns = [self._pattern_of_key_head(head) for head in heads]
+        if isinstance(patterns[0], (Block1D, Block2D)):
+            return [BlockStore(heads, patterns[0])]
         window, block, summary, stride, _ = _needs(patterns[0])
         if stride:
             return [_Everything(heads, stride, patterns[0])]
@@ -457,6 +463,11 @@ class _Past:
             query_positions=queries.clamp(min=0),
             key_positions=positions.clamp(min=0),
         )
+
+
+def _kind(pattern: Pattern):
+    """Equal for heads that one store can serve."""
+    return pattern if isinstance(pattern, (Block1D, Block2D)) else _needs(pattern)[:-1]
 
 
 def _needs(pattern: Pattern) -> tuple[int, int, tuple[int, int] | None, int, int]:
