@@ -1,5 +1,6 @@
 """A Hub of each test's own, and processes that know nothing but its address."""
 
+import json
 import os
 import subprocess
 import sys
@@ -13,17 +14,26 @@ from .fixture_hub import FixtureHub, User
 ENVIRONMENT = {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
 
 
+ROOT = Path(__file__).parents[2]
+
+
+def open_hub() -> FixtureHub:
+    """A Hub that knows an owner of org/, somebody who may read there, and a stranger, each by the token named so."""
+    hub = FixtureHub()
+    hub.tokens["write"] = User("someone", writes={"someone", "org"})
+    hub.tokens["read"] = User("reader", reads={"org"})
+    hub.tokens["stranger"] = User("stranger", writes={"stranger"})
+    return hub
+
+
 @pytest.fixture
 def hub():
-    with FixtureHub() as hub:
-        hub.tokens["write"] = User("someone", writes={"someone", "org"})
-        hub.tokens["read"] = User("reader", reads={"org"})
-        hub.tokens["stranger"] = User("stranger", writes={"stranger"})
+    with open_hub() as hub:
         yield hub
 
 
 class Client:
-    """Runs Python in a process of its own, with a fresh HF_HOME and the unmodified huggingface_hub."""
+    """Runs Python in processes of their own, each with a fresh HF_HOME and the unmodified huggingface_hub."""
 
     def __init__(self, hub: FixtureHub, folder: Path):
         self.hub = hub
@@ -45,12 +55,16 @@ class Client:
             text=True,
         )
 
-    def run(self, code: str, token: str | None = "write", **environment: str) -> str:
+    def run(self, code: str, *arguments: str, options: tuple[str, ...] = (), **environment: str | None) -> str:
         """What the code prints; it must end well."""
-        process = self.start("-c", textwrap.dedent(code), token=token, **environment)
-        output, errors = process.communicate(timeout=300)
+        process = self.start(*options, "-c", textwrap.dedent(code), *arguments, **environment)
+        output, errors = process.communicate(timeout=600)
         assert process.returncode == 0, f"{output}\n{errors}"
         return output
+
+    def ask(self, code: str, question, **options) -> dict:
+        """What the code prints as JSON in its last line, having been given JSON."""
+        return json.loads(self.run(code, json.dumps(question), **options).splitlines()[-1])
 
 
 @pytest.fixture
