@@ -132,6 +132,26 @@ def check_labels(labels: torch.Tensor, num_labels: int) -> None:
         raise ValueError(f"labels must lie in [0, {num_labels - 1}] (num_labels={num_labels}), got {wrong.tolist()}.")
 
 
+def check_targets(targets: torch.Tensor | None, num_ids: int, ignored: int = -100) -> None:
+    """Ids to predict lie in 0 ... num_ids - 1, or are ignored."""
+    if targets is None or targets.numel() == 0 or not _values_are_free(targets):
+        return
+    real = targets[targets != ignored]
+    if len(real) and (real.min() < 0 or real.max() >= num_ids):
+        raise ValueError(
+            f"labels must lie in [0, {num_ids - 1}], or be {ignored} to be ignored, "
+            f"got values from {real.min().item()} to {real.max().item()}."
+        )
+
+
+def check_counted(position_ids: torch.Tensor | None, first: int, why: str) -> None:
+    """Positions [B or 1, T] are None, or count on from `first`; `why` they must says the error."""
+    if position_ids is None or not _values_are_free(position_ids):
+        return
+    if bool((position_ids != torch.arange(first, first + position_ids.shape[-1])).any()):
+        raise ValueError(f"{why} takes no position_ids of its own: leave them out, or count on from {first}.")
+
+
 def _check_integers(name: str, ids: torch.Tensor) -> None:
     if ids.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"{name} must be of dtype torch.int64 or torch.int32, got {ids.dtype}.")

@@ -194,19 +194,25 @@ class ImageTransformerConfig(PreTrainedConfig):
         ):
             for pattern in self._patterns(name, layers):
                 pattern.check_heads(self.num_attention_heads)
-                if any(inner.type == "window_2d" for inner in walk(pattern)):
-                    raise ValueError(f"{name}: 'window_2d' is no local attention of this model; use 'block_2d'.")
+                self._check_grids(name, pattern)
         shapes = self._block_shapes()
         if len(shapes) > 1:
             raise ValueError(
                 f"attention_patterns hold blocks of {' and '.join(f'{h}x{w}' for h, w in shapes)} pixels, but an image "
                 "is generated in one order: give every 'block_2d' the same height and width (flanges may differ)."
             )
-        if shapes and (shapes[0][0] > self.image_size[0] or shapes[0][1] > self.image_size[1]):
+        if shapes and any(side > limit for side, limit in zip(shapes[0], self.image_size)):
             raise ValueError(
                 f"image_size={self.image_size} is smaller than a block of {list(shapes[0])} pixels; "
                 "give 'block_2d' a height and width within the image."
             )
+
+    def _check_grids(self, name: str, pattern: Pattern) -> None:
+        for inner in walk(pattern):
+            if inner.type == "window_2d":
+                raise ValueError(f"{name}: 'window_2d' is no local attention of this model; use 'block_2d'.")
+            if getattr(inner, "grid", None) is not None:
+                raise ValueError(f"{name} holds a grid, {list(inner.grid)}; leave it out: the model knows its images.")
 
     def validate_layer_type(self):
         """Transformers reserves `layer_types` for its own caches and masks; replaces its check of their names."""

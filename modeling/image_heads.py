@@ -19,6 +19,12 @@ class CategoricalOutput(nn.Module):
 
     def __init__(self, config):
         super().__init__()
+        self.config = config
+
+    @property
+    def num_targets(self) -> int:
+        """How many ids can be predicted."""
+        return self.config.vocab_size
 
     @staticmethod
     def new_layer(config) -> nn.Linear:
@@ -40,6 +46,11 @@ class MixtureOutput(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.vocab_size, self.num_values, self.channels = config.vocab_size, config.num_values, config.num_channels
+
+    @property
+    def num_targets(self) -> int:
+        """How many ids can be predicted: values, and no start tokens."""
+        return self.num_values
 
     @staticmethod
     def new_layer(config) -> nn.Linear:

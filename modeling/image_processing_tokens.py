@@ -1,8 +1,8 @@
 """Pictures as token sequences and back, for models that predict an image value by value.
 
 An image of height x width x channels values becomes [start, x0 ... x(N-1)], N = height * width * channels: its values
-in generation order (rows, in them columns, in them channels) behind a start token. A value is one of `levels` levels,
-ids 0 ... levels - 1; the start token is `levels`, or `levels + class` where the processor knows classes.
+in generation order (rows, in them columns, in them channels; or block by block) behind a start token. A value is one of
+`levels` levels, ids 0 ... levels - 1; the start token is `levels`, or `levels + class` where the processor knows classes.
 
 Shapes: B images, H height, W width, C channels, N = H * W * C.
 """
@@ -21,13 +21,24 @@ except ImportError:  # ids in, ids out works without; pictures do not
 PIL_MODES = {1: "L", 3: "RGB"}
 
 
-def raster_order(height: int, width: int, channels: int) -> np.ndarray:
+def raster_order(height: int, width: int, channels: int, block: list[int] | None = None) -> np.ndarray:
     """[N] places in the flattened [H, W, C] array, in the order of generation: row by row."""
     return np.arange(height * width * channels)
 
 
-# An order maps (height, width, channels) to a permutation of the N places.
-GENERATION_ORDERS = {"raster": raster_order}
+def block_order(height: int, width: int, channels: int, block: list[int]) -> np.ndarray:
+    """Block by block in raster order, inside a block pixel by pixel in raster order (Parmar et al. 2018, section 3.3).
+
+    Blocks at the far edges are cut off where the image ends.
+    """
+    row, column = np.divmod(np.arange(height * width), width)
+    (block_row, inner_row), (block_column, inner_column) = np.divmod(row, block[0]), np.divmod(column, block[1])
+    pixels = np.lexsort((inner_column, inner_row, block_column, block_row))
+    return (pixels[:, None] * channels + np.arange(channels)).reshape(-1)
+
+
+# An order maps (height, width, channels, block) to a permutation of the N places.
+GENERATION_ORDERS = {"raster": raster_order, "blocks": block_order}
 
 
 class ImageTokenProcessorKwargs(ImagesKwargs, total=False):
@@ -39,6 +50,7 @@ class ImageTokenProcessorKwargs(ImagesKwargs, total=False):
     levels: int
     num_classes: int
     order: str
+    block: list[int] | None
 
 
 class ImageTokenProcessor(BaseImageProcessor):
@@ -50,7 +62,8 @@ class ImageTokenProcessor(BaseImageProcessor):
         levels: number of values of a channel, 2 to 256. Arrays hold levels; pictures (PIL) hold 0 to 255, of which the
             nearest of `levels` evenly spaced brightnesses is taken, so with 256 they are the same.
         num_classes: number of classes, each with a start token of its own; 0 for one start token.
-        order: order of generation, a key of GENERATION_ORDERS.
+        order: order of generation, "raster" or "blocks".
+        block: height and width in pixels of the blocks of order "blocks"; a model's `config.block_shape`.
     """
 
     model_input_names = ["input_ids"]
@@ -64,6 +77,7 @@ class ImageTokenProcessor(BaseImageProcessor):
         levels: int = 256,
         num_classes: int = 0,
         order: str = "raster",
+        block: list[int] | tuple[int, int] | None = None,
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
@@ -75,8 +89,13 @@ class ImageTokenProcessor(BaseImageProcessor):
             raise ValueError(f"channels must be one of {sorted(PIL_MODES)}, got {channels!r}.")
         if order not in GENERATION_ORDERS:
             raise ValueError(f"order must be one of {sorted(GENERATION_ORDERS)}, got {order!r}.")
+        if (block is not None) != (order == "blocks"):
+            raise ValueError(f"block is for order='blocks', and needed there; got order={order!r}, block={block!r}.")
+        if block is not None:
+            _check_block(block)
         self.height, self.width, self.channels = height, width, channels
         self.levels, self.num_classes, self.order = levels, num_classes, order
+        self.block = None if block is None else list(block)
 
     @property
     def num_values(self) -> int:
@@ -98,8 +117,7 @@ class ImageTokenProcessor(BaseImageProcessor):
             return_tensors: "pt" or "np"; None gives a numpy array.
         """
         values = self._batch(images)
-        order = GENERATION_ORDERS[self.order](self.height, self.width, self.channels)
-        tokens = values.reshape(len(values), -1)[:, order]
+        tokens = values.reshape(len(values), -1)[:, self._places()]
         starts = self._start_ids(len(tokens), classes)
         return BatchFeature({"input_ids": np.concatenate([starts, tokens], axis=1)}, tensor_type=return_tensors)
 
@@ -138,10 +156,13 @@ class ImageTokenProcessor(BaseImageProcessor):
         if missing:
             self._check_levels(np.asarray([fill]), "fill")
             tokens = np.pad(tokens, ((0, 0), (0, missing)), constant_values=fill)
-        order = GENERATION_ORDERS[self.order](self.height, self.width, self.channels)
         values = np.empty_like(tokens)
-        values[:, order] = tokens
+        values[:, self._places()] = tokens
         return values.reshape(-1, self.height, self.width, self.channels)
+
+    def _places(self) -> np.ndarray:
+        """[N] places in the flattened image, in the order of generation."""
+        return GENERATION_ORDERS[self.order](self.height, self.width, self.channels, self.block)
 
     def _start_ids(self, count: int | None, classes) -> np.ndarray:
         """[B, 1] start ids, int64."""
@@ -203,6 +224,13 @@ def _check_size(name: str, value: int, lowest: int, highest: float = float("inf"
     if isinstance(value, bool) or not isinstance(value, int) or not lowest <= value <= highest:
         allowed = f"at least {lowest}" if highest == float("inf") else f"from {lowest} to {highest}"
         raise ValueError(f"{name} must be an integer {allowed}, got {value!r}.")
+
+
+def _check_block(block) -> None:
+    if len(block) != 2:
+        raise ValueError(f"block must be a height and a width in pixels, got {block!r}.")
+    for name, value in zip(("block height", "block width"), block):
+        _check_size(name, value, 1)
 
 
 def _span(ids: list[int]) -> str:

@@ -31,7 +31,7 @@ from .attention import cross_attention_mask, eager_attention_forward, layer_mask
 from .attention_block_sparse import BlockSparseByDefault
 from .attention_masks import token_positions
 from .attention_patterns import patterns_for_layers
-from .checks import check_embeddings, check_one_input, check_positions, check_token_ids
+from .checks import check_counted, check_embeddings, check_one_input, check_positions, check_targets, check_token_ids
 from .configuration_image_transformer import ImageTransformerConfig
 from .image_embeddings import EMBEDDINGS, ClassCondition, ImageCoordinates, NoCondition, ValueEmbedding
 from .image_heads import OUTPUTS, mean_nats, next_values
@@ -177,6 +177,7 @@ class ImageTransformerModel(ImageTransformerPreTrainedModel):
 
     def __init__(self, config: ImageTransformerConfig, cross: bool = False):
         super().__init__(config)
+        config.validate_vocabulary()  # fields may have been changed since the config was made, as from_pretrained does
         self.values_per_position = config.values_per_position
         self.cross = cross
         grid = (*config.image_size, config.num_channels // self.values_per_position)
@@ -243,7 +244,7 @@ class ImageTransformerModel(ImageTransformerPreTrainedModel):
         if past is not None and self.needs_state and image_state(past) is None:
             past = past_key_values = self._with_state(past)
         length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
-        attention_mask, position_ids = self._without_padding(attention_mask, position_ids)
+        attention_mask, position_ids = self._without_padding(attention_mask, position_ids, past)
 
         positions = self._positions(length, attention_mask, position_ids, past)
         hidden_states = self._embed(input_ids, inputs_embeds, positions, past)
@@ -290,7 +291,7 @@ class ImageTransformerModel(ImageTransformerPreTrainedModel):
             )
         return ImageCache(past)
 
-    def _without_padding(self, attention_mask, position_ids):
+    def _without_padding(self, attention_mask, position_ids, past: Cache | None):
         """Nothing, if positions are pixels: their images are never padded."""
         if self.values_per_position == 1:
             return attention_mask, position_ids
@@ -299,6 +300,7 @@ class ImageTransformerModel(ImageTransformerPreTrainedModel):
                 "output='logistic_mixture' takes no padding: attention_mask must be 1 everywhere; "
                 "an image begins with its start token."
             )
+        check_counted(position_ids, 0 if past is None else past.get_seq_length(), "output='logistic_mixture'")
         return None, None
 
     def _positions(self, length: int, attention_mask, position_ids, past: Cache | None) -> torch.Tensor:
@@ -385,6 +387,7 @@ class ImageTransformerForCausalLM(ImageTransformerPreTrainedModel, ImageTransfor
             those of the labels alone, and hands out no logits.
         """
         targets = next_values(labels, kwargs.pop("shift_labels", None))
+        check_targets(targets, self.output.num_targets)
         num_items = kwargs.pop("num_items_in_batch", None)
         first = 0 if past_key_values is None else past_key_values.get_seq_length()
         ids = None if input_ids is None else with_recent(input_ids, past_key_values, self.config.num_channels)
@@ -518,6 +521,7 @@ class ImageTransformerForSuperResolution(ImageTransformerPreTrainedModel, ImageT
             labels: [B, T] values to predict, aligned with decoder_input_ids; -100 is ignored.
             encoder_outputs: what the encoder returned before, instead of input_ids.
         """
+        check_targets(labels, self.output.num_targets)
         if decoder_input_ids is None:
             decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
         num_items = kwargs.pop("num_items_in_batch", None)

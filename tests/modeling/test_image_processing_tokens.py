@@ -13,6 +13,7 @@ from transformers import AutoImageProcessor
 
 import hf_tfamily  # noqa: F401
 from hf_tfamily.modeling.image_processing_tokens import ImageTokenProcessor
+from tests.reference import image_transformer as loops
 
 
 @pytest.fixture
@@ -208,3 +209,32 @@ def test_loads_without_the_package(digits, tmp_path, monkeypatch):
     command = [sys.executable, "-c", WITHOUT_PACKAGE, tmp_path / "first", tmp_path / "second"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(("height", "width", "channels", "block"), [(4, 6, 1, [2, 3]), (5, 7, 3, [2, 3])])
+def test_blocks_are_undone(height, width, channels, block, tmp_path):
+    """Block by block, pixel by pixel inside, also where blocks do not divide the image; and back."""
+    processor = ImageTokenProcessor(height, width, channels, order="blocks", block=block)
+    values = random_levels(processor, 2)
+    ids = processor(values)["input_ids"]
+    order = loops.block_order(height, width, channels, *block)
+    assert ids[0, 1:].tolist() == [values[0][place] for place in order]
+    np.testing.assert_array_equal(processor.decode_values(ids), values)
+    processor.save_pretrained(tmp_path)
+    np.testing.assert_array_equal(ImageTokenProcessor.from_pretrained(tmp_path)(values)["input_ids"], ids)
+    filled = processor.decode_values(ids[:1, :4], fill=7)
+    assert (filled != 7).sum() <= 3
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"order": "blocks"}, "block is for order='blocks', and needed there"),
+        ({"block": [2, 2]}, "block is for order='blocks'"),
+        ({"order": "blocks", "block": [2]}, "block must be a height and a width"),
+        ({"order": "blocks", "block": [0, 2]}, "block height must be an integer at least 1, got 0"),
+    ],
+)
+def test_blocks_that_do_not_fit_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        ImageTokenProcessor(4, 4, 1, **fields)

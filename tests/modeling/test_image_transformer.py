@@ -1,0 +1,570 @@
+"""The Image Transformer equals the paper's equations, samples as it should, and behaves as Transformers expects."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    DynamicCache,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    Trainer,
+    TrainingArguments,
+)
+
+import hf_tfamily  # noqa: F401
+from hf_tfamily.modeling.configuration_image_transformer import ImageTransformerConfig
+from hf_tfamily.modeling.image_processing_tokens import ImageTokenProcessor
+from hf_tfamily.modeling.memory import PatternCacheLayer
+from hf_tfamily.modeling.modeling_image_transformer import (
+    ImageTransformerForCausalLM,
+    ImageTransformerForSuperResolution,
+    ImageTransformerModel,
+)
+from tests.reference import image_transformer as loops
+
+BLOCKS = {"type": "block_2d", "height": 2, "width": 3, "flange_height": 1, "flange_width": 2}
+PATTERNS = {
+    "1d": {"type": "block_1d", "block": 7, "flange": 5},
+    "2d": BLOCKS,
+    "both": [BLOCKS, {"type": "block_1d", "block": 6, "flange": 6}],
+}
+OUTPUTS = ("categorical", "logistic_mixture")
+VALUES, CLASSES = 5, 3
+
+every_output = pytest.mark.parametrize("output", OUTPUTS)
+every_pattern = pytest.mark.parametrize("pattern", PATTERNS)
+with_classes = pytest.mark.parametrize("classes", [0, CLASSES])
+every_implementation = pytest.mark.parametrize("implementation", ["eager", "sdpa", "block_sparse", "flex_attention"])
+every_differentiable = pytest.mark.parametrize("implementation", ["eager", "sdpa", "block_sparse"])
+
+
+def tiny_config(output="categorical", pattern="2d", classes=0, **overrides):
+    """3x4 pixels, which blocks of 2x3 do not divide; heads wider than hidden_size / heads."""
+    fields = {
+        "vocab_size": VALUES + max(1, classes),
+        "num_classes": classes,
+        "image_size": [3, 4],
+        "source_image_size": [2, 1],
+        "output": output,
+        "num_mixtures": 3,
+        "attention_patterns": PATTERNS[pattern],
+        "hidden_size": 8,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "head_dim": 6,
+        "intermediate_size": 12,
+        "initializer_range": 0.4,
+    }
+    return ImageTransformerConfig(**fields | overrides)
+
+
+def tiny_model(output="categorical", pattern="2d", classes=0, implementation="eager", large=False, **overrides):
+    """A model in evaluation mode whose every weight matters."""
+    torch.manual_seed(0)
+    model_class = ImageTransformerForSuperResolution if large else ImageTransformerForCausalLM
+    config = tiny_config(output, pattern, classes, **overrides)
+    model = model_class._from_config(config, attn_implementation=implementation).eval()
+    for name, weight in model.named_parameters():
+        if name.endswith("bias") or "norm" in name:
+            nn.init.normal_(weight, mean=float("norm" in name and name.endswith("weight")), std=0.2)
+    return model
+
+
+def image_ids(model, batch=2, length=None):
+    """Start tokens and random values."""
+    config = model.config
+    length = length or config.max_position_embeddings
+    starts = torch.randint(VALUES, VALUES + max(1, config.num_classes), (batch, 1))
+    return torch.cat([starts, torch.randint(VALUES, (batch, length - 1))], dim=1)
+
+
+def small_images(model, batch=2):
+    height, width = model.config.source_image_size
+    return torch.randint(VALUES, (batch, height * width * model.config.num_channels))
+
+
+def run(model, *args, **kwargs):
+    """flex_attention without gradients and without its seconds of compilation."""
+    if model.config._attn_implementation != "flex_attention":
+        return model(*args, **kwargs)
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        return model(*args, **kwargs)
+
+
+def by_loops(model, ids, source=None):
+    weights = {name: weight.detach().double() for name, weight in model.state_dict().items()}
+    sources = [None] * len(ids) if source is None else source.tolist()
+    return torch.stack([loops.logits(weights, model.config, row.tolist(), s) for row, s in zip(ids, sources)])
+
+
+def values_of(logits, output):
+    """The part that the loops restate: all logits, or the mixture's log-probabilities of values."""
+    return logits if output == "categorical" else logits[..., :VALUES]
+
+
+def gradients(model, **inputs):
+    model.zero_grad()
+    model(**inputs).loss.backward()
+    return {name: weight.grad.clone() for name, weight in model.named_parameters()}
+
+
+# The paper's equations
+
+
+@every_implementation
+@every_pattern
+@every_output
+def test_logits_equal_the_loops(output, pattern, implementation):
+    model = tiny_model(output, pattern, implementation=implementation).double()
+    ids = image_ids(model)
+    found = values_of(run(model, ids).logits, output)
+    torch.testing.assert_close(found, by_loops(model, ids), rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("fields", [{"coordinates": "learned"}, {"num_channels": 1}, {"num_channels": 2}], ids=str)
+@with_classes
+@every_output
+def test_logits_equal_the_loops_for_other_images(output, classes, fields):
+    model = tiny_model(output, classes=classes, **fields).double()
+    ids = image_ids(model)
+    found = values_of(model(ids).logits, output)
+    torch.testing.assert_close(found, by_loops(model, ids), rtol=1e-8, atol=1e-8)
+
+
+@every_output
+def test_enlarging_equals_the_loops(output):
+    model = tiny_model(output, large=True).double()
+    ids, source = image_ids(model), small_images(model)
+    found = values_of(model(input_ids=source, decoder_input_ids=ids).logits, output)
+    torch.testing.assert_close(found, by_loops(model, ids, source), rtol=1e-8, atol=1e-8)
+
+
+@every_differentiable
+@every_output
+def test_gradients_equal_those_of_the_loops(output, implementation):
+    model = tiny_model(output, "both", CLASSES, implementation, large=False).double()
+    ids, targets = image_ids(model, batch=1), torch.randint(VALUES, (1, 36))
+    weights = {name: weight.detach().clone().requires_grad_() for name, weight in model.state_dict().items()}
+    logits = loops.logits(weights, model.config, ids[0].tolist())
+    nn.functional.cross_entropy(logits, targets[0]).backward()
+    model.train()  # where the mixture's loss takes a way of its own
+    for name, gradient in gradients(model, input_ids=ids, shift_labels=targets).items():
+        torch.testing.assert_close(gradient, weights[name].grad, rtol=1e-6, atol=1e-7, msg=name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("implementation", ["sdpa", "block_sparse"])
+@every_output
+def test_error_against_float64_is_that_of_eager(output, implementation, dtype):
+    exact = tiny_model(output, "both").double()
+    ids, targets = image_ids(exact), torch.randint(VALUES, (2, 36))
+    expected = exact(ids).logits[..., :VALUES]
+    found = {}
+    for name in ("eager", implementation):
+        model = tiny_model(output, "both", implementation=name).to(dtype)
+        found[name] = (model(ids).logits[..., :VALUES].double() - expected).abs().max()
+        assert all(g.isfinite().all() for g in gradients(model, input_ids=ids, shift_labels=targets).values())
+    rounding = 8 * torch.finfo(dtype).eps * expected.abs().max()
+    assert found[implementation] <= 2 * found["eager"] + rounding
+
+
+@every_output
+def test_no_value_depends_on_a_later_one(output):
+    model = tiny_model(output)
+    ids = image_ids(model, batch=1)
+    before = model(ids).logits
+    for place in range(1, 36):
+        changed = ids.clone()
+        changed[0, place] = (changed[0, place] + 1) % VALUES
+        after = model(changed).logits
+        assert torch.equal(after[0, :place], before[0, :place])
+        assert not torch.equal(after[0, place], before[0, place])
+
+
+# Decoding
+
+
+@every_pattern
+@with_classes
+@every_output
+@torch.no_grad()
+def test_any_steps_equal_one_pass(output, classes, pattern):
+    for implementation in ("sdpa", "block_sparse"):
+        model = tiny_model(output, pattern, classes, implementation)
+        ids = image_ids(model)
+        expected = model(ids).logits
+        for sizes, cache in (
+            ([1] * 36, model.new_pattern_cache()),
+            ([4, 1, 1, 7, 2, 1, 20], model.new_pattern_cache()),
+            ([5, 1, 30], None),
+        ):
+            found, start = [], 0
+            for size in sizes:
+                outputs = model(ids[:, start : start + size], past_key_values=cache, use_cache=True)
+                found.append(outputs.logits)
+                start, cache = start + size, outputs.past_key_values
+                assert cache.get_seq_length() == start
+            torch.testing.assert_close(torch.cat(found, dim=1), expected, atol=2e-5, rtol=2e-5)
+
+
+SAMPLING = {"do_sample": True, "top_k": 0, "max_length": 37, "suppress_tokens": list(range(VALUES, VALUES + CLASSES))}
+
+
+def ancestral_samples(model, start, **source):
+    """Value by value from the distribution that the whole model gives each, all computed anew for each."""
+    name = "decoder_input_ids" if source else "input_ids"
+    ids = start
+    while ids.shape[1] < 37:
+        logits = model(**{name: ids}, **source, use_cache=False).logits[:, -1].float()
+        logits[:, VALUES:] = -torch.inf
+        ids = torch.cat([ids, torch.multinomial(logits.softmax(-1), 1)], dim=1)
+    return ids
+
+
+@pytest.mark.parametrize("pattern", ["1d", "2d"])
+@with_classes
+@every_output
+@torch.no_grad()
+def test_generate_equals_ancestral_sampling(output, classes, pattern):
+    model = tiny_model(output, pattern, classes, "block_sparse").double()
+    start = image_ids(model, batch=3)[:, :1]
+    options = SAMPLING | {"suppress_tokens": list(range(VALUES, model.config.vocab_size))}
+    torch.manual_seed(7)
+    expected = ancestral_samples(model, start)
+    torch.manual_seed(7)
+    assert torch.equal(model.generate(start, attention_mask=torch.ones_like(start), **options), expected)
+
+
+@every_output
+@torch.no_grad()
+def test_generate_enlarges_as_ancestral_sampling_does(output):
+    model = tiny_model(output, implementation="block_sparse", large=True).double()
+    source, start = small_images(model), torch.full((2, 1), VALUES)
+    torch.manual_seed(7)
+    expected = ancestral_samples(model, start, input_ids=source)
+    torch.manual_seed(7)
+    assert torch.equal(model.generate(source, **SAMPLING | {"suppress_tokens": [VALUES]}), expected)
+
+
+@with_classes
+@every_output
+@torch.no_grad()
+def test_beams_and_copies_carry_what_the_cache_holds(output, classes):
+    model = tiny_model(output, classes=classes)
+    start = image_ids(model)[:, :4]
+    mask = torch.ones_like(start)
+    for options in ({"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}):
+        cached, plain = (
+            model.generate(start, attention_mask=mask, do_sample=False, max_length=37, use_cache=use, **options)
+            for use in (True, False)
+        )
+        assert torch.equal(cached, plain)
+
+
+@pytest.mark.parametrize("output", OUTPUTS)
+@torch.no_grad()
+def test_a_step_reads_the_block_and_not_the_image(output, monkeypatch):
+    """Keys read by the last step of images of three heights, and bytes kept."""
+    read, update = [], PatternCacheLayer.update
+
+    def counted(self, *args, **kwargs):
+        keys, values = update(self, *args, **kwargs)
+        read.append(keys.shape[2])
+        return keys, values
+
+    monkeypatch.setattr(PatternCacheLayer, "update", counted)
+    kept = []
+    for height in (8, 16, 32):
+        model = tiny_model(output, image_size=[height, 12], num_channels=1, implementation="block_sparse")
+        cache, ids = model.new_pattern_cache(), image_ids(model)
+        model(ids[:, :-1], past_key_values=cache, use_cache=True)
+        read.clear()
+        model(ids[:, -1:], past_key_values=cache, use_cache=True)
+        # The block, the row above it and two columns to the left of both; nothing lies to its right.
+        assert read == [(2 + 1) * (3 + 2)] * 2
+        kept.append(cache.nbytes)
+    assert kept[0] == kept[1] == kept[2]
+
+
+@torch.no_grad()
+def test_left_padding_changes_nothing():
+    model = tiny_model(pattern="both", classes=CLASSES)
+    ids = image_ids(model, batch=1)[:, :20]
+    padded = torch.nn.functional.pad(ids, (5, 0))
+    mask = torch.nn.functional.pad(torch.ones_like(ids), (5, 0))
+    torch.testing.assert_close(
+        model(padded, attention_mask=mask).logits[:, 5:], model(ids).logits, atol=1e-5, rtol=1e-5
+    )
+
+
+# Losses and training
+
+
+@every_output
+def test_labels(output):
+    model = tiny_model(output)
+    ids, targets = image_ids(model), torch.randint(VALUES, (2, 36))
+    targets[0, :7] = -100
+    logits = model(ids).logits
+    expected = nn.functional.cross_entropy(logits.transpose(1, 2), targets)
+    torch.testing.assert_close(model(ids, shift_labels=targets).loss, expected)
+    torch.testing.assert_close(model(ids, shift_labels=targets, num_items_in_batch=130).loss, expected * 65 / 130)
+    torch.testing.assert_close(model.train()(ids, shift_labels=targets).loss, expected)
+    shifted = nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), ids[:, 1:])
+    torch.testing.assert_close(model(ids, labels=ids).loss, shifted)
+    torch.testing.assert_close(model.eval()(ids, logits_to_keep=5).logits, logits[:, -5:])
+    torch.testing.assert_close(model(ids, logits_to_keep=torch.tensor([3, 8])).logits, logits[:, [3, 8]])
+
+
+@every_output
+def test_labels_of_enlarged_images_are_aligned(output):
+    model = tiny_model(output, large=True)
+    source, targets = small_images(model), torch.randint(VALUES, (2, 36))
+    ids = torch.nn.functional.pad(targets[:, :-1], (1, 0), value=VALUES)
+    logits = model(input_ids=source, decoder_input_ids=ids).logits
+    found = model(input_ids=source, labels=targets)
+    torch.testing.assert_close(found.loss, nn.functional.cross_entropy(logits.transpose(1, 2), targets))
+    torch.testing.assert_close(found.logits, logits)
+
+
+@pytest.mark.parametrize("large", [False, True])
+@every_output
+def test_recomputation_changes_no_gradient(output, large):
+    model = tiny_model(output, "both", implementation="block_sparse", large=large, resid_dropout=0.3).train()
+    inputs = {"labels": torch.randint(VALUES, (2, 36)), "input_ids": small_images(model) if large else image_ids(model)}
+    torch.manual_seed(3)
+    expected = gradients(model, **inputs)
+    model.gradient_checkpointing_enable()
+    torch.manual_seed(3)
+    for name, gradient in gradients(model, **inputs).items():
+        torch.testing.assert_close(gradient, expected[name])
+
+
+@every_output
+def test_stock_trainer_takes_steps(output, tmp_path):
+    model = tiny_model(output, classes=CLASSES, implementation="block_sparse", resid_dropout=0.1)
+    rows = [{"input_ids": row, "labels": row} for row in image_ids(model, batch=4)]
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=2, use_cpu=True, bf16=True, report_to="none", eval_strategy="steps", eval_steps=2
+    )
+    trainer = Trainer(model, arguments, train_dataset=rows, eval_dataset=rows)
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] > 0
+
+
+def test_stock_sequence_to_sequence_trainer_takes_steps_and_generates(tmp_path):
+    model = tiny_model(large=True, implementation="block_sparse")
+    targets = torch.randint(VALUES, (4, 36))
+    rows = [{"input_ids": source, "labels": row} for source, row in zip(small_images(model, 4), targets)]
+    arguments = Seq2SeqTrainingArguments(
+        str(tmp_path),
+        max_steps=2,
+        use_cpu=True,
+        report_to="none",
+        predict_with_generate=True,
+        generation_max_length=37,
+        save_strategy="no",
+    )
+    trainer = Seq2SeqTrainer(model, arguments, train_dataset=rows, eval_dataset=rows)
+    trainer.train()
+    assert trainer.predict(rows).predictions.shape == (4, 37)
+
+
+def test_another_number_of_classes(tmp_path):
+    """The trunk is kept; the tables with a row for each id start anew, or are resized and keep the values' rows."""
+    model = tiny_model(classes=CLASSES)
+    model.save_pretrained(tmp_path)
+    fields = {"num_classes": 5, "vocab_size": VALUES + 5}
+    with pytest.raises(Exception, match=r"vocab_size=8 is too small: .* num_classes=5 need 10 ids"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, num_classes=5)
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, **fields)
+    tuned = AutoModelForCausalLM.from_pretrained(tmp_path, **fields, ignore_mismatched_sizes=True)
+    for name, weight in tuned.model.layers.state_dict().items():
+        assert torch.equal(weight, model.model.layers.state_dict()[name])
+    ids = image_ids(tuned)
+    rows = [{"input_ids": row, "labels": row} for row in ids]
+    arguments = TrainingArguments(str(tmp_path / "run"), max_steps=1, use_cpu=True, report_to="none")
+    Trainer(tuned, arguments, train_dataset=rows).train()
+
+    resized = AutoModelForCausalLM.from_pretrained(tmp_path)
+    resized.resize_token_embeddings(VALUES + 5, mean_resizing=False)
+    torch.testing.assert_close(
+        resized.get_input_embeddings().weight[:8], model.get_input_embeddings().weight, rtol=0, atol=0
+    )
+
+
+# Saving, loading, compiling
+
+
+@every_output
+def test_saved_models_load_by_the_auto_classes(output, tmp_path):
+    for large, auto_class in ((False, AutoModelForCausalLM), (True, AutoModelForSeq2SeqLM)):
+        model, folder = tiny_model(output, large=large, coordinates="learned"), tmp_path / str(large)
+        model.save_pretrained(folder)
+        loaded, report = auto_class.from_pretrained(folder, output_loading_info=True)
+        assert type(loaded) is type(model)
+        assert not any(report.values())
+        assert loaded.config._attn_implementation == "block_sparse"
+        ids = image_ids(model)
+        inputs = {"input_ids": small_images(model), "decoder_input_ids": ids} if large else {"input_ids": ids}
+        torch.testing.assert_close(loaded(**inputs).logits, model(**inputs).logits, atol=1e-5, rtol=1e-5)
+    assert isinstance(AutoModel.from_pretrained(tmp_path / "False"), ImageTransformerModel)
+
+
+def test_embeddings_may_be_tied_for_grey_images(tmp_path):
+    for large in (False, True):
+        model = tiny_model(large=large, num_channels=1, tie_word_embeddings=True)
+        model.tie_weights()
+        model.save_pretrained(tmp_path)
+        names = load_file(tmp_path / "model.safetensors")
+        assert sum("embed_tokens" in name or name == "lm_head.weight" for name in names) == 1
+
+
+@every_output
+def test_compiles_into_one_graph(output):
+    model = tiny_model(output, "both", implementation="sdpa")
+    ids = image_ids(model)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(ids, labels=ids).loss, model(ids, labels=ids).loss)
+
+
+@every_output
+def test_exports(output):
+    model = tiny_model(output, classes=CLASSES, implementation="sdpa")
+    ids = image_ids(model)
+    program = torch.export.export(model, (ids,), {"use_cache": False}, strict=False).module()
+    torch.testing.assert_close(program(ids, use_cache=False).logits, model(ids).logits)
+
+
+def test_number_of_parameters():
+    """Section 5.1's models have no biases in attention; rows of the table hold a vector for each channel."""
+    d, ff, width, layers, ids, channels = 8, 12, 12, 2, VALUES + 1, 3
+    block = 4 * d * width + (d + 1) * ff + (ff + 1) * d + 4 * d
+    assert tiny_model().num_parameters() == ids * channels * d + layers * block + (d + 1) * ids
+    start, pixel, mixture = d, (channels + 1) * d, d * 3 * 10
+    assert tiny_model("logistic_mixture").num_parameters() == start + pixel + layers * block + mixture
+
+
+def test_weights_are_those_of_the_processors_order():
+    """What the processor puts at position t is what the model takes it for."""
+    processor = ImageTokenProcessor(3, 4, 3, levels=VALUES, order="blocks", block=[2, 3])
+    values = torch.arange(36).reshape(3, 4, 3) % VALUES
+    ids = processor(values)["input_ids"][0, 1:]
+    places = tiny_model().model.coordinates.order.place(torch.arange(36))
+    assert torch.equal(torch.as_tensor(ids), values[places[0], places[1], torch.arange(36) % 3])
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_channels": 0}, "num_channels must be at least 1, got 0"),
+        ({"image_size": [3]}, r"image_size must be a height and a width of at least 1, got \[3\]"),
+        ({"image_size": 1}, r"image_size=\[1, 1\] is smaller than a block of \[2, 3\] pixels"),
+        ({"num_classes": -1}, "num_classes must be at least 0, got -1"),
+        ({"vocab_size": 4, "num_values": 5}, "vocab_size=4 is too small: num_values=5 and num_classes=0 need 6 ids"),
+        ({"output": "logistic_mixtures"}, "did you mean 'logistic_mixture'"),
+        ({"coordinates": "sines"}, "coordinates='sines' is unknown"),
+        ({"hidden_size": 10}, "hidden_size must be a multiple of 4"),
+        ({"hidden_size": 12, "num_attention_heads": 5, "head_dim": None}, "not a multiple of num_attention_heads=5"),
+        ({"output": "logistic_mixture", "vocab_size": 2}, "needs num_values of at least 2, got 1"),
+        ({"tie_word_embeddings": True}, "tie_word_embeddings needs output='categorical' and num_channels=1"),
+        ({"attention_patterns": [BLOCKS, BLOCKS | {"width": 2}]}, "blocks of 2x3 and 2x2 pixels"),
+        ({"attention_patterns": {"type": "block_2d", "height": 2}}, "'block_2d' needs 'width'"),
+        ({"attention_patterns": BLOCKS | {"height": 0}}, "Block2D.height must be an integer of at least 1, got 0"),
+        ({"attention_patterns": BLOCKS | {"grid": [3, 4, 3]}}, "holds a grid"),
+        ({"attention_patterns": {"type": "window_2d", "size": 2}}, "use 'block_2d'"),
+        ({"layer_types": ["full_attention"] * 2}, "attention_patterns"),
+        ({"resid_dropout": 1.0}, "resid_dropout must be at least 0 and below 1"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_a_config_that_does_not_fit_is_refused(fields, message):
+    with pytest.raises(Exception, match=rf"(?s){message}"):
+        tiny_config(**fields)
+
+
+@pytest.mark.parametrize(
+    ("output", "inputs", "message"),
+    [
+        ("categorical", {}, "exactly one of input_ids and inputs_embeds"),
+        ("categorical", {"input_ids": torch.zeros(0, 4, dtype=torch.long)}, r"input_ids is empty: got shape \[0, 4\]"),
+        ("categorical", {"input_ids": torch.full((1, 4), 6)}, r"input_ids must lie in \[0, 5\] \(vocab_size=6\)"),
+        ("logistic_mixture", {"input_ids": torch.full((1, 4), -1)}, r"input_ids must lie in \[0, 5\]"),
+        ("categorical", {"input_ids": torch.zeros(1, 4)}, "input_ids must be of dtype"),
+        ("categorical", {"input_ids": torch.zeros(1, 37, dtype=torch.long)}, "has 36 positions"),
+        ("logistic_mixture", {"input_ids": torch.zeros(1, 37, dtype=torch.long)}, "has 36 positions"),
+        ("categorical", {"inputs_embeds": torch.zeros(1, 4, 9)}, r"got \[1, 4, 9\]"),
+        ("logistic_mixture", {"inputs_embeds": torch.zeros(1, 4, 8)}, "give input_ids, not inputs_embeds"),
+        (
+            "logistic_mixture",
+            {"input_ids": torch.zeros(1, 4, dtype=torch.long), "attention_mask": torch.tensor([[0, 1, 1, 1]])},
+            "takes no padding",
+        ),
+        (
+            "logistic_mixture",
+            {"input_ids": torch.zeros(1, 4, dtype=torch.long), "position_ids": torch.arange(1, 5)[None]},
+            "takes no position_ids of its own",
+        ),
+        (
+            "logistic_mixture",
+            {"input_ids": torch.zeros(1, 4, dtype=torch.long), "shift_labels": torch.full((1, 4), 5)},
+            r"labels must lie in \[0, 4\]",
+        ),
+        (
+            "categorical",
+            {"input_ids": torch.zeros(1, 4, dtype=torch.long), "labels": torch.full((1, 4), 6)},
+            r"labels must lie in \[0, 5\]",
+        ),
+        (
+            "categorical",
+            {"input_ids": torch.zeros(1, 4, dtype=torch.long), "encoder_hidden_states": torch.zeros(1, 2, 8)},
+            "to a decoder with cross-attention, and to no other",
+        ),
+    ],
+)
+def test_input_that_does_not_fit_is_refused(output, inputs, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_model(output)(**inputs)
+
+
+def test_sources_that_do_not_fit_are_refused():
+    model = tiny_model(large=True)
+    targets = torch.zeros(1, 36, dtype=torch.long)
+    for inputs, message in (
+        ({"labels": targets}, "Give input_ids, the values of the image to enlarge"),
+        ({"input_ids": small_images(model, 1)}, "Give decoder_input_ids, or labels"),
+        ({"input_ids": torch.zeros(1, 9, dtype=torch.long), "labels": targets}, "has 6 positions"),
+        ({"input_ids": torch.full((1, 6), 9), "labels": targets}, r"must lie in \[0, 5\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model(**inputs)
+
+
+def test_a_past_without_its_class_is_refused():
+    model = tiny_model(classes=CLASSES)
+    cache, ids = DynamicCache(), image_ids(model)
+    model(ids[:, :3], past_key_values=cache)
+    with pytest.raises(ValueError, match="past_key_values that an earlier call returned"):
+        model(ids[:, 3:4], past_key_values=cache)
+
+
+def test_dropout_of_weights_needs_a_backend_that_has_it():
+    model = tiny_model(implementation="block_sparse", attention_dropout=0.1).train()
+    with pytest.raises(ValueError, match="use 'eager' or 'sdpa'"):
+        model(image_ids(model))
+    tiny_model(implementation="eager", attention_dropout=0.1).train()(image_ids(model))
+
+
+def test_an_implementation_that_cannot_run_patterns_is_refused():
+    model = tiny_model()
+    model.config._attn_implementation_internal = "flash_attention_2"
+    with pytest.raises(ValueError, match=r"'flash_attention_2' cannot run attention patterns; use .*'eager'"):
+        model(image_ids(model))
