@@ -17,6 +17,7 @@ from .images import digits, fashion_mnist, hub_images, photo_crops
 from .sequences import LoadedData, MissingPackageError, NextTokenCollator, TokenSequences
 from .streams import SegmentCollator, StreamDataset, TextStreams, bible_stream, hub_word_stream, text_file_stream
 from .text import bible, byte_tokenizer, hub_text, text_file
+from .translation import TranslationPairs, libreoffice_help, translation_files
 
 SOURCES: dict[str, Callable[..., LoadedData]] = {
     source.__name__: source
@@ -24,6 +25,7 @@ SOURCES: dict[str, Callable[..., LoadedData]] = {
         *(digits, photo_crops, fashion_mnist, hub_images),
         *(bible, text_file, hub_text, audio_files),
         *(bible_stream, text_file_stream, hub_word_stream),
+        *(libreoffice_help, translation_files),
     )
 }
 
@@ -63,6 +65,7 @@ __all__ = [
     "StreamDataset",
     "TextStreams",
     "TokenSequences",
+    "TranslationPairs",
     "byte_tokenizer",
     "check_data",
     "load_data",

@@ -12,8 +12,9 @@ from ..recipes import Recipe
 from .base import Task
 from .recurrent_text import RecurrentTextTask
 from .token_sequences import TokenSequenceTask
+from .translation import TranslationTask
 
-TASKS: tuple[Task, ...] = (TokenSequenceTask(), RecurrentTextTask())
+TASKS: tuple[Task, ...] = (TokenSequenceTask(), RecurrentTextTask(), TranslationTask())
 
 
 def task_of(recipe: Recipe) -> Task:
