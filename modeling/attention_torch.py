@@ -129,8 +129,9 @@ def _forward(
             else:
                 _merge(out, tile_lse, part_out, part_lse)
     empty = lse < _EMPTY_ROW
-    output.masked_fill_(empty[..., None], 0)
-    lse.masked_fill_(empty, float("inf"))
+    if empty.any():
+        output.masked_fill_(empty[..., None], 0)
+        lse.masked_fill_(empty, float("inf"))
     return output[..., : value.shape[3]].contiguous(), lse
 
 
@@ -166,8 +167,8 @@ def _backward(
                 grad_out, tile_q, tile_k, tile_v, out, tile_lse, bias, part.causal, scale
             )
             tile_grad_q.copy_(part_grad_q) if part.writes else tile_grad_q.add_(part_grad_q)
-            _add_windows(tile_grad_k, part_grad_k, part.keys)
-            _add_windows(tile_grad_v, part_grad_v, part.keys)
+            _add_windows(tile_grad_k, part_grad_k)
+            _add_windows(tile_grad_v, part_grad_v)
         keys.put_back(grad_k, group_grad_k)
         keys.put_back(grad_v, group_grad_v)
     grads = (grad_q, _sum_heads(grad_k, key.shape[2]), _sum_heads(grad_v, key.shape[2]))
@@ -198,16 +199,27 @@ def _prepare(plan: Plan, query: Tensor, key: Tensor, value: Tensor) -> tuple[Ten
 def _merge(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor) -> None:
     """Merge the output and LSE of a part into those so far, in place."""
     weight = torch.sigmoid(part_lse - lse)[..., None]
-    out.copy_(torch.lerp(out.to(weight.dtype), part_out.to(weight.dtype), weight))
-    lse.copy_(torch.logaddexp(lse, part_lse))
+    if out.dtype == weight.dtype:
+        out.lerp_(part_out.to(weight.dtype), weight)
+    else:
+        out.copy_(torch.lerp(out.to(weight.dtype), part_out.to(weight.dtype), weight))
+    torch.logaddexp(lse, part_lse, out=lse)
 
 
-def _add_windows(total: Tensor, part: Tensor, keys: Tokens) -> None:
+def _add_windows(total: Tensor, part: Tensor) -> None:
     """total += part for key tiles [A, Hk, J, D], where windows of neighbouring tiles may overlap in `total`."""
-    overlap = keys.stride == 1 and 0 < keys.step < keys.count
-    width = keys.step if overlap else keys.count
-    for start in range(0, keys.count, width):  # in tokens that are not yet shared
-        total[:, :, start : start + width].add_(part[:, :, start : start + width])
+    step = _overlap_step(total)
+    if step is None:
+        total.add_(part)
+        return
+    if total.dtype != part.dtype:  # sum up what overlaps before it is rounded
+        span = _span(total, step)
+        wide = torch.zeros_like(span, dtype=part.dtype)
+        _add_windows(_windows(wide, total.shape, step), part)
+        span.add_(wide)
+        return
+    for start in range(0, part.shape[2], step):  # in tokens that are not yet shared
+        total[:, :, start : start + step].add_(part[:, :, start : start + step])
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -275,33 +287,51 @@ def _tiles(
     keys: _Keys, of_queries: tuple[Tensor, ...], of_keys: tuple[Tensor, ...]
 ) -> Iterator[tuple[Part | Tensor | None, ...]]:
     """(part, bias, tiles of each tensor), some tiles at a time; tiles are [A, heads, I or J, D]."""
-    batch = of_queries[0].shape[0]
     for part in keys.group.parts:
         views = [_view(x[:, :, keys.heads], part.queries, part.tiles) for x in of_queries]
         views += [_view(x, part.keys, part.tiles) for x in of_keys]
-        mask = None if part.mask is None else _bias(part.mask.to(views[0].device), _wide(views[0].dtype))
-        hidden = None if keys.hidden is None else _view(keys.hidden, part.keys, part.tiles)
-        for piece in _pieces(batch, part.tiles, views[0][0, 0].numel()):
-            yield part, _bias_of(mask, hidden, piece), *(view[piece].transpose(1, 2) for view in views)
+        biases = _biases(part, keys.hidden, views[0])
+        at_once = max(1, _PIECE // views[0][0, 0].numel())
+        for piece in _pieces([*views, *biases], at_once):
+            yield part, _sum(piece[len(views) :]), *piece[: len(views)]
 
 
 def _view(x: Tensor, tokens: Tokens, tiles: int) -> Tensor:
-    """[B, N, ...] as [B, tiles, tokens of a tile, ...], overlapping where the tiles do."""
-    batch, token, *rest = x.stride()
-    size = (x.shape[0], tiles, tokens.count, *x.shape[2:])
-    stride = (batch, tokens.step * token, tokens.stride * token, *rest)
+    """[B, N, heads, ...] as [B, tiles, heads, tokens of a tile, ...], overlapping where the tiles do."""
+    batch, token, head, *rest = x.stride()
+    size = (x.shape[0], tiles, x.shape[2], tokens.count, *x.shape[3:])
+    stride = (batch, tokens.step * token, head, tokens.stride * token, *rest)
     return x.as_strided(size, stride, x.storage_offset() + tokens.start * token)
 
 
-def _pieces(batch: int, tiles: int, size: int) -> Iterator[tuple[int | slice, int | slice]]:
-    """Which tiles of which batch entries to take together: many along the longer of the two, one along the other."""
-    at_once = max(1, _PIECE // size)
-    if tiles >= batch:
-        for entry in range(batch):
-            yield from ((entry, slice(start, start + at_once)) for start in range(0, tiles, at_once))
-    else:
-        for tile in range(tiles):
-            yield from ((slice(start, start + at_once), tile) for start in range(0, batch, at_once))
+def _pieces(views: list[Tensor], at_once: int) -> Iterator[tuple[Tensor, ...]]:
+    """From views [B, tiles, ...] many tiles of one batch entry at a time, or the other way round: [A, ...]."""
+    across = 0 if views[0].shape[1] >= views[0].shape[0] else 1
+    for lines in zip(*(view.unbind(across) for view in views)):
+        yield from zip(*(line.split(at_once) for line in lines))
+
+
+def _overlap_step(x: Tensor) -> int | None:
+    """How many tokens the windows [A, H, J, D] of neighbouring tiles lie apart, None if they share no token."""
+    tile, _, token, _ = x.stride()
+    return tile // token if len(x) > 1 and 0 < token <= tile < token * x.shape[2] and tile % token == 0 else None
+
+
+def _span(x: Tensor, step: int) -> Tensor:
+    """The tokens [H, N, D] under the windows [A, H, J, D]."""
+    return x.as_strided((x.shape[1], (len(x) - 1) * step + x.shape[2], x.shape[3]), x.stride()[1:])
+
+
+def _windows(span: Tensor, shape: torch.Size, step: int) -> Tensor:
+    """The windows [A, H, J, D] on the tokens [H, N, D]."""
+    return span.as_strided(shape, (step * span.stride(1), *span.stride()))
+
+
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Tiles [A, H, J, D] in `dtype`; what windows share is converted once."""
+    if x.dtype == dtype or (step := _overlap_step(x)) is None:
+        return x.to(dtype)
+    return _windows(_span(x, step).to(dtype), x.shape, step)
 
 
 def _bias(seen: Tensor, dtype: torch.dtype) -> Tensor:
@@ -309,15 +339,21 @@ def _bias(seen: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, _MASKED)
 
 
-def _bias_of(mask: Tensor | None, hidden: Tensor | None, piece: tuple) -> Tensor | None:
-    """What is added to the scores of a piece, [A or 1, heads or 1, I or 1, J]."""
-    if mask is not None:
-        mask = mask[piece[1]] if len(mask) > 1 else mask
-        mask = mask[None] if mask.dim() == 3 else mask
+def _biases(part: Part, hidden: Tensor | None, query: Tensor) -> list[Tensor]:
+    """What is added to the scores of a part for the query tiles [B, tiles, ...]: [B, tiles, heads or 1, I or 1, J]."""
+    biases = []
+    if part.mask is not None:
+        mask = _bias(part.mask.to(query.device), _wide(query.dtype))
+        biases.append(mask.expand(*query.shape[:2], *mask.shape[1:]))
     if hidden is not None:
-        hidden = hidden[piece].transpose(1, 2)[:, :, None]
-        return hidden if mask is None else mask + hidden
-    return mask
+        biases.append(_view(hidden, part.keys, part.tiles)[:, :, :, None])
+    return biases
+
+
+def _sum(biases: tuple[Tensor, ...]) -> Tensor | None:
+    """The sum of biases [A, ...], which is [1, ...] where all tiles share it; None if there are none."""
+    shared = [bias[:1] if bias.stride(0) == 0 else bias for bias in biases]
+    return sum(shared[1:], shared[0]) if shared else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -335,15 +371,15 @@ def _kernel(query: Tensor) -> _Kernel:
 
 def _flash_forward(q, k, v, bias, causal, scale):
     if q.dtype == torch.float16:  # its range does not hold the bias
-        q, k, v = q.float(), k.float(), v.float()
+        q, k, v = (_cast(x, torch.float32) for x in (q, k, v))
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         q, k, v, is_causal=causal, attn_mask=None if bias is None else bias.to(q.dtype), scale=scale
     )
 
 
 def _flash_backward(grad_out, q, k, v, out, lse, bias, causal, scale):
-    # In bfloat16 the kernel's backward is several times slower than in float32 where the processor has no such products.
-    grad_out, q, k, v, out = (x.to(lse.dtype) for x in (grad_out, q, k, v, out))
+    # For half precision the kernel's backward takes twice as long as in float32, even with matrix instructions.
+    grad_out, q, k, v, out = (_cast(x, lse.dtype) for x in (grad_out, q, k, v, out))
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
         grad_out, q, k, v, out, lse, 0.0, causal, attn_mask=bias, scale=scale
     )
