@@ -7,11 +7,12 @@ import sys
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, TrainingArguments
+from transformers import AutoConfig, TrainingArguments
 
 import hf_tfamily  # noqa: F401
 from hf_tfamily.data import load_data
 from hf_tfamily.recipes import RecipeError, list_recipes, load_recipe
+from hf_tfamily.tasks import task_of
 
 DIGITS = "sparse_transformer/digits"
 PAPER_MILLIONS = {"cifar10": 59, "enwik8": 95, "imagenet64": 152, "music": 152}
@@ -20,7 +21,7 @@ PAPER_MILLIONS = {"cifar10": 59, "enwik8": 95, "imagenet64": 152, "music": 152}
 def build(recipe):
     """The recipe's model without memory for its weights."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(AutoConfig.for_model(**recipe.model))
+        return task_of(recipe).auto_class.from_config(AutoConfig.for_model(**recipe.model))
 
 
 def write(tmp_path, text):
