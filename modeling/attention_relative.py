@@ -237,11 +237,13 @@ def _pieces(heads: range, batch: int, part: Part) -> Iterator[_Piece]:
 
 def _view(x: Tensor, tokens: Tokens, piece: _Piece) -> Tensor:
     """[G, tokens of a tile, D] of a tensor [H, B, N, D], overlapping where the tiles do."""
-    head, entry, token, _ = x.stride()
+    _, num_entries, length, token = x.shape
+    entry = length * token  # not x.stride(1), which may be anything where there is one entry
+    head = num_entries * entry
     step = tokens.step * token if len(piece.tiles) > 1 else entry
     first = piece.heads.start * head + piece.batch.start * entry
     first += (tokens.start + piece.tiles.start * tokens.step) * token
-    return x.as_strided((piece.count, tokens.count, x.shape[3]), (step, tokens.stride * token, 1), first)
+    return x.as_strided((piece.count, tokens.count, token), (step, tokens.stride * token, 1), first)
 
 
 def _add_tiles(total: Tensor, part: Tensor, tokens: Tokens, piece: _Piece) -> None:
@@ -384,8 +386,8 @@ class _ListedScores:
 
     def __init__(self, relative: ListedPart, table: _Table):
         self.table = table
-        self.rows = table.rows(relative.distances)
-        self.column = relative.column.to(self.rows.device)
+        self.distances, self.shift = relative.distances, relative.shift
+        self.column = relative.column.to(table.relative_key.device)
         self.mask = _mask(relative.mask, table.relative_key)
 
     def by_key(self, position_query: Tensor, piece: _Piece) -> Tensor:
@@ -409,7 +411,8 @@ class _ListedScores:
 
     def _index(self, piece: _Piece) -> tuple[Tensor, Tensor]:
         """(head, row) of the relative keys of each list, [heads or tiles, U]."""
-        rows = _of_piece(self.rows, piece._replace(batch=range(1)))
+        one = piece._replace(batch=range(1))
+        rows = self.table.rows(_of_piece(self.distances, one) + _of_piece(self.shift, one))
         heads = torch.tensor(piece.heads, device=rows.device)[:, None]
         return torch.broadcast_tensors(heads, rows)
 

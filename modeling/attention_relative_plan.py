@@ -47,13 +47,15 @@ class ListedPart:
 
     Attributes:
         part: as planned, or a piece of it.
-        distances: [A, H or 1, U] on the CPU.
+        distances: [A or 1, H or 1, U] on the CPU.
+        shift: [A, H or 1, 1], to be added to the distances; tiles and heads that differ in no more share a list.
         column: [A or 1, H or 1, I, J], where in its tile's list the distance of a query and a key is.
         mask: bool [A or 1, H or 1, I, J], True where a query sees a key; None if everywhere.
     """
 
     part: Part
     distances: Tensor
+    shift: Tensor
     column: Tensor
     mask: Tensor | None
 
@@ -125,15 +127,18 @@ def _relative(part: Part, group: Group, num_heads: int, first_query: int, first_
     queries, keys = part.queries, part.keys
     if group.index is None and queries.stride == keys.stride and (part.tiles == 1 or queries.step == keys.step):
         return _even(part, first_query + queries.start - first_key - keys.start)
-    key_places = keys.places(part.tiles)[:, None]  # [A, 1, J]
+    first_alone = keys.step == 0 and len(_seen(part)) == 1  # the other tiles' distances are so many steps larger
+    tiles = 1 if first_alone else part.tiles
+    key_places = keys.places(tiles)[:, None]  # [A, 1, J]
     absent = torch.zeros(1, 1, 1, dtype=torch.bool)
     if group.absent is not None:
         absent = _lookup(group.absent, key_places, group, num_heads)
     if group.index is not None:
         key_places = _lookup(group.index, key_places, group, num_heads)
-    query_places = queries.places(part.tiles)[:, None, :, None]
-    distances = first_query + query_places - first_key - key_places[:, :, None]
-    return _listed(part, distances, absent[:, :, None])
+    query_places = queries.places(tiles)[:, None, :, None]
+    listed = _listed(part, first_query + query_places - first_key - key_places[:, :, None], absent[:, :, None])
+    steps = queries.step * torch.arange(part.tiles // tiles)
+    return replace(listed, shift=listed.shift + steps[:, None, None])
 
 
 def _even(part: Part, distance: int) -> EvenPart:
@@ -164,17 +169,20 @@ def _listed(part: Part, distances: Tensor, absent: Tensor) -> ListedPart:
     seen = _seen(part)
     wanted = (seen & ~absent).expand(tiles, -1, -1, -1)
     wanted = wanted.any(1, keepdim=True) if heads == 1 else wanted.expand(-1, heads, -1, -1)
-    lists, columns = zip(*(_list(*tile) for tile in zip(distances.flatten(0, 1), wanted.flatten(0, 1))))
-    longest = max(map(len, lists))
-    lists = torch.stack([torch.cat([met, met[:1].expand(longest - len(met))]) for met in lists])
-    alike = all(torch.equal(column, columns[0]) for column in columns)
-    column = columns[0][None, None] if alike else torch.stack(columns).unflatten(0, (tiles, heads))
-    return ListedPart(
-        part,
-        distances=lists.unflatten(0, (tiles, heads)),
-        column=column,
-        mask=seen if part.causal or part.mask is not None else None,
-    )
+    shift = distances.flatten(2).amin(-1, keepdim=True)
+    from_shift = (distances - shift[..., None]).flatten(0, 1)
+    lists, columns = zip(*(_list(*tile) for tile in zip(from_shift, wanted.flatten(0, 1))))
+    if _alike(lists) and _alike(columns):
+        lists, column = lists[0][None, None], columns[0][None, None]
+    else:
+        longest = max(map(len, lists))
+        lists = torch.stack([torch.cat([met, met[:1].expand(longest - len(met))]) for met in lists])
+        lists, column = (x.unflatten(0, (tiles, heads)) for x in (lists, torch.stack(columns)))
+    return ListedPart(part, lists, shift, column, mask=seen if part.causal or part.mask is not None else None)
+
+
+def _alike(tensors: tuple[Tensor, ...]) -> bool:
+    return all(torch.equal(tensor, tensors[0]) for tensor in tensors)
 
 
 def _list(distances: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:

@@ -77,6 +77,7 @@ TINY = {
     "transformer_xl": Tiny({**SMALL, "mem_len": 16}, recurrent=True),
     "vanilla_encoder": Tiny(),
     "vanilla_transformer": Tiny(inputs=translation_inputs),
+    "xl_sparse": Tiny({**SMALL, "mem_len": 16}, recurrent=True),
 }
 
 

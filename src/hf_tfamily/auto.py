@@ -64,7 +64,11 @@ SYSTEMS = [
     System(
         "sparse_transformer",
         "SparseTransformer",
-        {AutoModel: "Model", AutoModelForCausalLM: "ForCausalLM"},
+        {
+            AutoModel: "Model",
+            AutoModelForCausalLM: "ForCausalLM",
+            AutoModelForSequenceClassification: "ForSequenceClassification",
+        },
         ImageTokenProcessor,
     ),
     System(
@@ -103,6 +107,15 @@ SYSTEMS = [
             AutoModel: "Model",
             AutoModelForSeq2SeqLM: "ForConditionalGeneration",
             AutoModelForCausalLM: "ForCausalLM",
+        },
+    ),
+    System(
+        "xl_sparse",
+        "XLSparse",
+        {
+            AutoModel: "Model",
+            AutoModelForCausalLM: "ForCausalLM",
+            AutoModelForSequenceClassification: "ForSequenceClassification",
         },
     ),
 ]
