@@ -14,7 +14,7 @@ from torch import nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.processing_utils import Unpack
@@ -272,4 +272,21 @@ class SparseTransformerForCausalLM(SparseTransformerPreTrainedModel, PatternCach
         )
 
 
-__all__ = ["SparseTransformerForCausalLM", "SparseTransformerModel", "SparseTransformerPreTrainedModel"]
+# The generic head looks its base model up by Auto class, which a checkpoint's own code is not registered with.
+class SparseTransformerForSequenceClassification(GenericForSequenceClassification, SparseTransformerPreTrainedModel):
+    """The decoder with a linear layer on each row's last token, the rightmost that is not config.pad_token_id."""
+
+    def __init__(self, config: SparseTransformerConfig):
+        SparseTransformerPreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = SparseTransformerModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+
+__all__ = [
+    "SparseTransformerForCausalLM",
+    "SparseTransformerForSequenceClassification",
+    "SparseTransformerModel",
+    "SparseTransformerPreTrainedModel",
+]

@@ -12,7 +12,11 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Trainer, T
 import hf_tfamily  # noqa: F401
 from hf_tfamily.modeling.checks import check_positions
 from hf_tfamily.modeling.configuration_sparse_transformer import SparseTransformerConfig
-from hf_tfamily.modeling.modeling_sparse_transformer import SparseTransformerForCausalLM, SparseTransformerModel
+from hf_tfamily.modeling.modeling_sparse_transformer import (
+    SparseTransformerForCausalLM,
+    SparseTransformerForSequenceClassification,
+    SparseTransformerModel,
+)
 from tests.reference import sparse_transformer as loops
 
 PATTERNS = {
@@ -305,6 +309,22 @@ def test_hidden_states_and_attentions(pattern):
 def test_only_eager_has_attention_weights():
     model, ids = tiny_model(implementation="sdpa"), random_ids(1, 4)
     assert model(ids, output_attentions=True).attentions == ()  # and Transformers warns
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_classification_reads_the_last_token_of_each_row(side):
+    config = tiny_config(num_labels=3, pad_token_id=0)
+    model = SparseTransformerForSequenceClassification(config).eval()
+    assert model.config._attn_implementation == "block_sparse"
+    ids = random_ids(2, 8).clamp(min=1)
+    hidden = slice(0, 3) if side == "left" else slice(5, 8)
+    mask = torch.ones_like(ids)
+    mask[0, hidden] = ids[0, hidden] = 0
+    labels = torch.tensor([2, 0])
+    output = model(ids, attention_mask=mask, labels=labels)
+    alone = torch.cat([model(ids[:1, mask[0].bool()]).logits, model(ids[1:]).logits])
+    torch.testing.assert_close(output.logits, alone)
+    torch.testing.assert_close(output.loss, nn.functional.cross_entropy(alone, labels))
 
 
 def test_loss_shifts_labels_and_not_shift_labels():
