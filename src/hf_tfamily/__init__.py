@@ -8,11 +8,13 @@ implementation. Nothing heavy is imported until it is used: no triton, datasets,
 
 __version__ = "0.1.0"
 
-from .auto import public_classes, register_all
+from . import peft_defaults
+from .auto import SYSTEMS, public_classes, register_all
 from .modeling.attention_patterns import Fixed, Full, Local, PerHead, Strided, Union
 from .stock_models import set_attention_patterns
 
 register_all()
+peft_defaults.register([system.name for system in SYSTEMS])
 globals().update(public_classes())
 
 __all__ = [

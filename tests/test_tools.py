@@ -1,0 +1,286 @@
+"""The tools people bring, on a text, an image and an encoder-decoder system at least.
+
+Tests of packages that are not installed are skipped; `pip install -e ".[tools]"` brings them all (docs/tools.md).
+"""
+
+import importlib
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from PIL import Image
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    BitsAndBytesConfig,
+    Trainer,
+    TrainingArguments,
+    ViTImageProcessorPil,
+    pipeline,
+)
+
+import hf_tfamily  # noqa: F401
+from hf_tfamily.auto import SYSTEMS
+from hf_tfamily.data import byte_tokenizer
+from tests.hub.examples import NAMES, example, main_head
+from tests.tiny_models import TINY, batch_for, tiny_model
+
+# A text, an image and an encoder-decoder system.
+THREE = ("rope_decoder", "swin_transformer", "vanilla_transformer")
+BYTES = {"vocab_size": 260, "pad_token_id": 256, "bos_token_id": 256}
+TEXT = [system.name for system in SYSTEMS if AutoModelForCausalLM in system.heads and TINY[system.name].takes_ids]
+RECURRENT = [name for name in NAMES if TINY[name].recurrent]
+each_system = pytest.mark.parametrize("name", NAMES)
+three_systems = pytest.mark.parametrize("name", THREE)
+
+
+def needs(package):
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"{package} is not installed")
+
+
+def batch(name, labels=True):
+    return batch_for(name, main_head(name), labels=labels)
+
+
+def text_model(name, **changes):
+    return tiny_model(name, AutoModelForCausalLM, **BYTES, **changes)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Transformers' own
+
+
+@pytest.mark.parametrize("name", ["rope_decoder", "sparse_transformer", "transformer_xl", "compressive_transformer"])
+def test_pipeline_text_generation(name):
+    pipe = pipeline("text-generation", model=text_model(name), tokenizer=byte_tokenizer())
+    made = pipe(["To be", "or not to be"], max_new_tokens=4, do_sample=False, batch_size=2)
+    assert [result[0]["generated_text"][:5] for result in made] == ["To be", "or no"]
+
+
+def test_pipeline_image_classification():
+    model = tiny_model("swin_transformer", AutoModelForImageClassification, num_labels=3)
+    processor = ViTImageProcessorPil(size={"height": 16, "width": 16})
+    scores = pipeline("image-classification", model=model, image_processor=processor)(Image.new("RGB", (20, 20)))
+    assert sum(score["score"] for score in scores) == pytest.approx(1, abs=1e-4)
+
+
+def test_pipeline_fill_mask():
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"mask_token": "<mask>"})
+    tokenizer.split_special_tokens = False
+    model = tiny_model("vanilla_encoder", AutoModelForMaskedLM, **BYTES)
+    found = pipeline("fill-mask", model=model, tokenizer=tokenizer)("To b<mask>", top_k=2)
+    assert len(found) == 2
+
+
+def test_generate_translates():
+    """Transformers 5 has no translation pipeline; AutoModelForSeq2SeqLM is the way."""
+    model, inputs = tiny_model("vanilla_transformer", AutoModelForSeq2SeqLM), batch("vanilla_transformer")
+    ids = model.generate(inputs["input_ids"], num_beams=2, max_new_tokens=4)
+    assert ids.shape[0] == 2
+
+
+@pytest.mark.slow
+@three_systems
+def test_compiles(name):
+    model, inputs = example(name)[0], batch(name, labels=False)
+    with torch.no_grad():
+        expected = model.eval()(**inputs).logits
+        compiled = torch.compile(model)(**inputs).logits
+    torch.testing.assert_close(compiled, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("logger", ["tensorboard", "trackio"])
+def test_trainer_logs(logger, tmp_path, monkeypatch):
+    needs(logger)
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "tensorboard"))
+    rows = [{"input_ids": row, "labels": row} for row in torch.arange(1, 25).reshape(2, 12)]
+    arguments = TrainingArguments(
+        str(tmp_path / "out"), max_steps=2, logging_steps=1, report_to=logger, use_cpu=True, save_strategy="no"
+    )
+    Trainer(tiny_model("rope_decoder", AutoModelForCausalLM), arguments, train_dataset=rows).train()
+    assert any((tmp_path / logger).rglob("*")) or any((tmp_path / "out" / "runs").rglob("events*"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# PEFT
+
+
+@each_system
+def test_lora_by_default_and_merged(name, tmp_path):
+    """Default targets train alone, are saved and loaded, and merge into the model."""
+    needs("peft")
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    model, inputs = example(name)[0], batch(name)
+    adapted = get_peft_model(model, LoraConfig(init_lora_weights=False))
+    adapted(**inputs).loss.backward()
+    learning = {key for key, parameter in adapted.named_parameters() if parameter.grad is not None}
+    assert learning
+    assert all("lora_" in key and ("q_proj" in key or "v_proj" in key) for key in learning)
+    expected = adapted.eval()(**inputs).loss
+    adapted.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(example(name)[0], tmp_path).eval()
+    torch.testing.assert_close(loaded(**inputs).loss, expected)
+    torch.testing.assert_close(loaded.merge_and_unload()(**inputs).loss, expected, atol=1e-5, rtol=1e-5)
+
+
+@three_systems
+@pytest.mark.parametrize("tuner", ["IA3Config", "LoHaConfig"])
+def test_other_tuners_by_default(name, tuner):
+    needs("peft")
+    import peft
+
+    adapted = peft.get_peft_model(example(name)[0], getattr(peft, tuner)())
+    adapted(**batch(name)).loss.backward()
+    assert any(parameter.grad is not None for parameter in adapted.parameters())
+
+
+@pytest.mark.parametrize("name", TEXT)
+def test_prompt_tuning(name):
+    """Virtual tokens before the text, given as inputs_embeds."""
+    needs("peft")
+    from peft import PromptTuningConfig, get_peft_model
+
+    if main_head(name) is not AutoModelForCausalLM:
+        pytest.skip("not a causal language model in the first place")
+    if name == "image_transformer":
+        pytest.skip("its ids are the values of one image; there is no place for a prompt before it")
+    adapted = get_peft_model(example(name)[0], PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"))
+    inputs = batch(name)
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    outputs = adapted(**inputs)
+    assert outputs.logits.shape[1] == inputs["input_ids"].shape[1] + 3
+    outputs.loss.backward()
+    (prompt,) = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+    assert prompt.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("order", ["hf_tfamily, peft", "peft, hf_tfamily"])
+@pytest.mark.slow
+def test_defaults_are_there_in_whichever_order(order):
+    needs("peft")
+    code = f"import {order}; from peft.utils import constants as c; "
+    code += "print(c.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING['swin_transformer'])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "['q_proj', 'v_proj']"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# lm-eval
+
+
+@pytest.fixture
+def task(tmp_path, monkeypatch):
+    """A task of bits per byte on two texts, as lm-eval wants it: YAML beside JSON."""
+    needs("lm_eval")
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    rows = [{"text": "It was the best of times, it was the worst of times."}, {"text": "Call me Ishmael."}]
+    (tmp_path / "texts.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    (tmp_path / "texts.yaml").write_text(
+        f"task: texts\ndataset_path: json\ndataset_kwargs:\n  data_files: {tmp_path / 'texts.jsonl'}\n"
+        "test_split: train\noutput_type: loglikelihood_rolling\ndoc_to_text: ''\ndoc_to_target: '{{text}}'\n"
+        "metric_list:\n  - metric: bits_per_byte\n"
+    )
+    return tmp_path
+
+
+def bits_per_byte(model, task):
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=str(task), include_defaults=False)
+    found = simple_evaluate(model=model, tasks=["texts"], task_manager=manager, bootstrap_iters=0)
+    return found["results"]["texts"]["bits_per_byte,none"]
+
+
+def language_model(cls, model, **options):
+    return cls(pretrained=model, tokenizer=byte_tokenizer(), backend="causal", device="cpu", **options)
+
+
+@pytest.mark.slow
+def test_lm_eval(task):
+    from lm_eval.models.huggingface import HFLM
+
+    found = bits_per_byte(language_model(HFLM, text_model("rope_decoder"), max_length=128), task)
+    assert 7 < found < 9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RECURRENT)
+def test_lm_eval_keeps_memory(name, task):
+    """Windows of 8 with memory say what one window over all says; without it they say something else."""
+    from lm_eval.models.huggingface import HFLM
+
+    from hf_tfamily.lm_eval_models import RecurrentLM
+
+    torch.manual_seed(0)
+    sizes = {"compressed_mem_len": 64} if name == "compressive_transformer" else {}
+    model = text_model(name, mem_len=64, initializer_range=0.3, **sizes)
+    whole = bits_per_byte(language_model(HFLM, model, max_length=64), task)
+    kept = bits_per_byte(language_model(RecurrentLM, model, max_length=8), task)
+    dropped = bits_per_byte(language_model(HFLM, model, max_length=8), task)
+    assert kept == pytest.approx(whole, abs=1e-4)
+    assert abs(dropped - whole) > 1e-3
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Export and quantisation
+
+
+@pytest.mark.slow
+@three_systems
+def test_onnx(name, tmp_path):
+    needs("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    model, inputs = example(name)[0].eval(), batch(name, labels=False)
+    flags = {} if name == "swin_transformer" else {"use_cache": False}
+
+    class Logits(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, *tensors):
+            return self.model(**dict(zip(inputs, tensors)), **flags).logits
+
+    program = torch.onnx.export(Logits(), tuple(inputs.values()), dynamo=True)
+    program.save(tmp_path / "model.onnx")
+    session = runtime.InferenceSession(tmp_path / "model.onnx")
+    names = [entry.name for entry in session.get_inputs()]
+    (found,) = session.run(None, dict(zip(names, (tensor.numpy() for tensor in inputs.values()))))
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(found), Logits()(*inputs.values()), atol=1e-4, rtol=1e-4)
+
+
+def quantised(kind):
+    if kind == "bitsandbytes":
+        needs("bitsandbytes")
+        return BitsAndBytesConfig(load_in_8bit=True)
+    needs("torchao")
+    from torchao.quantization import Int8WeightOnlyConfig
+    from transformers import TorchAoConfig
+
+    return TorchAoConfig(Int8WeightOnlyConfig())
+
+
+@pytest.mark.slow
+@three_systems
+@pytest.mark.parametrize("kind", ["torchao", "bitsandbytes"])
+def test_eight_bits(name, kind, tmp_path):
+    """Loaded from an ordinary checkpoint, the logits stay near; the output layer keeps its precision."""
+    config = quantised(kind)
+    model, inputs = example(name)[0].eval(), batch(name, labels=False)
+    model.save_pretrained(tmp_path)
+    small = main_head(name).from_pretrained(tmp_path, quantization_config=config)
+    with torch.no_grad():
+        expected, found = model(**inputs).logits, small(**inputs).logits.float()
+    assert (found - expected).norm() < 0.05 * expected.norm()
+    assert (found - expected).abs().max() > 0
