@@ -73,6 +73,8 @@ class TransformerXLAttention(nn.Module):
         )  # [H, L, D]
         # (a) + (c) of section 3.3 are (q + u) k, (b) + (d) are (q + v) W R.
         position_bias = positions.scores((query + biases.position[:, None]) * self.scaling, relative_key)
+        if positions.hidden is not None:  # then the bias is a mask as well, and sdpa reads that without a copy
+            attention_mask, position_bias = position_bias, None
 
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
