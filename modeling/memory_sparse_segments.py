@@ -4,12 +4,14 @@ padded rows how many tokens were read before.
 Shapes: B batch, H heads, T new tokens, M places in memory, L distances.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
 
 from .attention_patterns import (
     FixedBlock,
+    Intersection,
     Local,
     Pattern,
     PerHead,
@@ -17,7 +19,6 @@ from .attention_patterns import (
     intersect,
     patterns_for_layers,
 )
-from .attention_relative_plan import distances_met
 from .memory_segments import HiddenStateLayer, KeyValueLayer, SegmentMemory
 
 
@@ -25,6 +26,20 @@ def layer_patterns(config) -> list[Pattern]:
     """The pattern of every layer, kept within mem_len tokens if the config has same_length."""
     patterns = patterns_for_layers(config.attention_patterns, config.num_hidden_layers)
     return [_within(pattern, config.mem_len) for pattern in patterns] if config.same_length else patterns
+
+
+def farthest(pattern: Pattern) -> float:
+    """The largest distance from a query to a key that it can see; infinite where there is none."""
+    match pattern:
+        case Local():
+            return pattern.window - 1
+        case FixedBlock():
+            return pattern.block - 1
+        case Union() | PerHead():
+            return max(farthest(inner) for inner in pattern.patterns)
+        case Intersection():
+            return min(farthest(inner) for inner in pattern.patterns)
+    return math.inf
 
 
 def _within(pattern: Pattern, window: int) -> Pattern:
@@ -87,14 +102,21 @@ class SparseSegmentMemory(SegmentMemory):
 
     def __init__(self, config, projected: bool = False):
         super().__init__(config, projected)
-        for layer, pattern in zip(self.layers, layer_patterns(config)):
-            layer.capacity = max(1, int(distances_met(pattern, config.mem_len + 1)[0]))
+        self.mem_len = config.mem_len
+        self.enough = [max(1, min(config.mem_len, farthest(pattern))) for pattern in layer_patterns(config)]
         self.forgotten_padding: torch.Tensor | None = None
 
     @property
     def held(self) -> int:
         """Number of places in the layer that holds most."""
         return max(layer.held for layer in self.layers)
+
+    def valid_keys(self, new: torch.Tensor | None, batch_size: int, length: int) -> torch.Tensor | None:
+        """As every segment memory's; layers will keep what is enough for their pattern, unless padding is among it."""
+        valid = super().valid_keys(new, batch_size, length)
+        for layer, enough in zip(self.layers, self.enough):
+            layer.capacity = enough if valid is None or bool(valid[:, -enough:].all()) else self.mem_len
+        return valid
 
     def reach(self, layer_idx: int, key_length: int) -> tuple[int, bool]:
         """Below which distance a layer's relative keys are, at least key_length; and whether they are at hand."""

@@ -39,7 +39,7 @@ MAY_IMPORT = {
     "vanilla_stacks": SHARED | {"configuration_vanilla_transformer"},
     "memory": MASKS | {"memory_blocks"},
     "memory_blocks": {"attention_patterns"},
-    "memory_sparse_segments": {"attention_patterns", "attention_relative_plan", "memory_segments"},
+    "memory_sparse_segments": {"attention_patterns", "memory_segments"},
     "memory_*": MASKS | {"memory"},
     "configuration_*": {"attention_patterns"},
     "modeling_*": SHARED,
