@@ -116,6 +116,11 @@ class ImageTransformerConfig(PreTrainedConfig):
         return self.num_channels if self.output == "logistic_mixture" else 1
 
     @property
+    def grid(self) -> tuple[int, int, int]:
+        """Rows, columns, and positions of the trunk in a pixel."""
+        return (*self.image_size, self.num_channels // self.values_per_position)
+
+    @property
     def block_shape(self) -> list[int] | None:
         """Height and width of the blocks in whose order images are generated; None for row by row."""
         shapes = self._block_shapes()

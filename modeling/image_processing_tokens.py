@@ -1,8 +1,8 @@
 """Pictures as token sequences and back, for models that predict an image value by value.
 
 An image of height x width x channels values becomes [start, x0 ... x(N-1)], N = height * width * channels: its values
-in generation order (rows, in them columns, in them channels; or block by block) behind a start token. A value is one of
-`levels` levels, ids 0 ... levels - 1; the start token is `levels`, or `levels + class` where the processor knows classes.
+in generation order (rows, in them columns, in them channels; or block by block) behind a start token. A value is one
+of `levels` levels, ids 0 ... levels - 1; the start token is `levels`, or `levels + class` where there are classes.
 
 Shapes: B images, H height, W width, C channels, N = H * W * C.
 """

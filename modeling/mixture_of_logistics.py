@@ -38,6 +38,18 @@ def log_interval(values: torch.Tensor, means: torch.Tensor, log_scales: torch.Te
     return below + above + torch.where((values == 0) | (values == num_values - 1), 0.0, inner)
 
 
+def log_intervals(means: torch.Tensor, log_scales: torch.Tensor, num_values: int) -> torch.Tensor:
+    """`log_interval` of every value, [..., L]. Neighbours share an end, and logsigmoid(-z) = logsigmoid(z) - z."""
+    half_width = 1 / (num_values - 1)
+    inverse_scale = torch.exp(-log_scales)[..., None]
+    values = torch.arange(num_values - 1, device=means.device)
+    ends = (rescale(values, num_values, means.dtype) + half_width - means[..., None]) * inverse_scale  # [..., L - 1]
+    below = nn.functional.logsigmoid(ends)
+    inner = torch.log(-torch.expm1(-2 * half_width * inverse_scale))
+    middle = below[..., 1:] + below[..., :-1] - ends[..., :-1] + inner
+    return torch.cat([below[..., :1], middle, below[..., -1:] - ends[..., -1:]], dim=-1)
+
+
 def rescale(values: torch.Tensor, num_values: int, dtype: torch.dtype) -> torch.Tensor:
     """Values 0 ... L - 1 as -1 ... 1."""
     return values.to(dtype) * (2 / (num_values - 1)) - 1
@@ -64,11 +76,10 @@ class ChannelMixture:
 
     def log_probs(self) -> torch.Tensor:
         """log P of every value, [..., L]; one component at a time, so never [..., K, L]."""
-        values = torch.arange(self.num_values, device=self.means.device)
         total = None
         for k in range(self.means.shape[-1]):
-            mean, log_scale = self.means[..., k, None], self.log_scales[..., k, None]
-            weighted = self.log_weights[..., k, None] + log_interval(values, mean, log_scale, self.num_values)
+            of_component = log_intervals(self.means[..., k], self.log_scales[..., k], self.num_values)
+            weighted = self.log_weights[..., k, None] + of_component
             total = weighted if total is None else torch.logaddexp(total, weighted)
         return total
 

@@ -180,12 +180,11 @@ class ImageTransformerModel(ImageTransformerPreTrainedModel):
         config.validate_vocabulary()  # fields may have been changed since the config was made, as from_pretrained does
         self.values_per_position = config.values_per_position
         self.cross = cross
-        grid = (*config.image_size, config.num_channels // self.values_per_position)
         patterns = patterns_for_layers(config.attention_patterns, config.num_hidden_layers)
-        self.patterns = [pattern.bind(grid) for pattern in patterns]
+        self.patterns = [pattern.bind(config.grid) for pattern in patterns]
         self.embedding = EMBEDDINGS[config.output](config)
         self.condition = ClassCondition() if config.num_classes else NoCondition()
-        self.coordinates = ImageCoordinates(config.coordinates, grid, config.block_shape, config.hidden_size)
+        self.coordinates = ImageCoordinates(config.coordinates, config.grid, config.block_shape, config.hidden_size)
         self.dropout = nn.Dropout(config.resid_dropout)
         self.layers = nn.ModuleList(
             ImageTransformerBlock(config, i, cross=cross) for i in range(config.num_hidden_layers)

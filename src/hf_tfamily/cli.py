@@ -132,6 +132,9 @@ def sample(
     output: Annotated[Path, typer.Option(help="Where the pictures go.")] = Path("samples.png"),
     seed: Seed = 0,
     temperature: Annotated[float | None, typer.Option(min=1e-3, help="Below 1: likelier, less varied.")] = None,
+    pictures: Annotated[
+        list[Path] | None, typer.Option("--pictures", help="Picture to enlarge, as often as you like.", exists=True)
+    ] = None,
 ) -> None:
     """Sample a finished model: pictures as a PNG, text to the terminal."""
     with _one_line_errors():
@@ -141,7 +144,7 @@ def sample(
 
         _quiet()
         chosen = _integers(classes, "--classes") if classes is not None else None
-        options = {"classes": chosen, "count": count, "temperature": temperature}
+        options = {"classes": chosen, "count": count, "temperature": temperature, "pictures": pictures}
         options = {name: value for name, value in options.items() if value is not None}
         finished = load_finished(folder)
         check_options(options, finished.task.sampling_options, "sampled")

@@ -18,6 +18,7 @@ import yaml
 
 from .modeling.attention_patterns import (
     PATTERN_TYPES,
+    Block2D,
     Pattern,
     PerHead,
     Union,
@@ -25,6 +26,7 @@ from .modeling.attention_patterns import (
     patterns_for_layers,
     walk,
 )
+from .modeling.image_processing_tokens import GENERATION_ORDERS
 
 LATER, QUERY, UNSEEN = -2, -1, 0  # codes of a view; k = 1 ... MAX_PARTS is the k-th part of the pattern
 MAX_PARTS = 4
@@ -38,18 +40,24 @@ GALLERY = (
     "fixed_block:block=6",
     "fixed_summary:block=6,summary=2",
     "fixed:block=6,summary=1,sub_blocks=2",
+    "block_1d:block=6,flange=6",
+    "block_2d:height=3,width=3,flange_height=1,flange_width=2",
 )
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One picture of a pattern: what a head of it sees, in a matrix and, where `shape` is given, in a grid."""
+    """One picture of a pattern: what a head of it sees, in a matrix and, where `shape` is given, in a grid.
+
+    Where positions follow each other in blocks of the grid, `block` is the height and width of those.
+    """
 
     pattern: Pattern
     length: int
     head: int = 0
     shape: Sequence[int] | None = None
     note: str = ""
+    block: Sequence[int] | None = None
 
     @property
     def title(self) -> str:
@@ -58,11 +66,16 @@ class Panel:
 
 def gallery() -> list[Panel]:
     """Every pattern, on a 6 x 6 grid as in figure 3 of Child et al. 2019."""
-    return [panel for text in GALLERY for panel in _head_panels(parse_pattern(text), 36, (6, 6))]
+    patterns = [parse_pattern(text).bind((6, 6, 1)) for text in GALLERY]
+    return [panel for pattern in patterns for panel in _head_panels(pattern, 36, (6, 6), block=_block_of(pattern))]
 
 
 def pattern_panels(pattern: Pattern, length: int | None = None) -> list[Panel]:
-    """Panels of one pattern: four periods of it by default, as a grid of one period's width."""
+    """Panels of one pattern: four periods of it by default, as a grid of one period's width; or 3 x 3 blocks."""
+    block = _block_of(pattern)
+    if block is not None:
+        grid = (3 * block[0], 3 * block[1], 1)
+        return _head_panels(pattern.bind(grid), length or math.prod(grid), grid, block=block)
     width = period(pattern)
     length = length or 4 * width
     return _head_panels(pattern, length, (max(1, length // width), width))
@@ -71,22 +84,37 @@ def pattern_panels(pattern: Pattern, length: int | None = None) -> list[Panel]:
 def config_panels(config: Any, length: int | None = None) -> list[Panel]:
     """Panels of every distinct pattern among a model's layers, on the grid of its positions where it has one."""
     patterns = patterns_for_layers(config.attention_patterns, config.num_hidden_layers)
-    shape = getattr(config, "position_shape", None)
+    shape = getattr(config, "position_shape", None) or getattr(config, "grid", None)
     shape = shape if shape and len(shape) > 1 else None
+    tokens_at_most = config.max_position_embeddings if shape is None else math.prod(shape)
+    patterns = patterns if shape is None else [pattern.bind(shape) for pattern in patterns]
+    block = getattr(config, "block_shape", None)
     found = []
     for pattern in dict.fromkeys(patterns):
         layers = [layer for layer, other in enumerate(patterns) if other == pattern]
-        tokens = min(length or 4 * period(pattern), config.max_position_embeddings)
-        found += _head_panels(pattern, tokens, shape, note=_layers_note(layers, len(patterns)))
+        tokens = min(length or 4 * period(pattern), tokens_at_most)
+        found += _head_panels(pattern, tokens, shape, _layers_note(layers, len(patterns)), block)
     return found
 
 
-def _head_panels(pattern: Pattern, length: int, shape: Sequence[int] | None, note: str = "") -> list[Panel]:
+def _block_of(pattern: Pattern) -> tuple[int, int] | None:
+    """Height and width of the blocks in whose order the pattern counts positions, if it does."""
+    blocks = ((inner.height, inner.width) for inner in walk(pattern) if isinstance(inner, Block2D))
+    return next(blocks, None)
+
+
+def _head_panels(
+    pattern: Pattern,
+    length: int,
+    shape: Sequence[int] | None,
+    note: str = "",
+    block: Sequence[int] | None = None,
+) -> list[Panel]:
     """A panel for each head that sees something of its own."""
     heads = range(pattern.head_period)
     notes = [f"head {head} of every {len(heads)}" if len(heads) > 1 else "" for head in heads]
     return [
-        Panel(pattern, length, head, shape, ", ".join(filter(None, [note, head_note])))
+        Panel(pattern, length, head, shape, ", ".join(filter(None, [note, head_note])), block)
         for head, head_note in zip(heads, notes)
     ]
 
@@ -145,6 +173,7 @@ def short_form(pattern: Pattern) -> str:
 def period(pattern: Pattern) -> int:
     """The largest window, stride or block in the pattern: the width at which its picture makes sense."""
     sizes = [getattr(p, f.name) for p in walk(pattern) for f in fields(p) if f.name in ("window", "stride", "block")]
+    sizes += [p.height * p.width * (p.grid or (1,))[-1] for p in walk(pattern) if isinstance(p, Block2D)]
     return max(sizes, default=8)
 
 
@@ -158,20 +187,24 @@ def matrix_view(pattern: Pattern, length: int, head: int = 0) -> np.ndarray:
     return view
 
 
-def grid_view(pattern: Pattern, shape: Sequence[int], head: int = 0) -> np.ndarray:
+def grid_view(pattern: Pattern, shape: Sequence[int], head: int = 0, block: Sequence[int] | None = None) -> np.ndarray:
     """Codes [H, W]: which places of a grid (H, W) or (H, W, C) the query two thirds down and across can see.
 
-    Of several channels the query is the last, and a place is seen where any of its channels is.
+    Of several channels the query is the last, and a place is seen where any of its channels is. With `block`, positions
+    follow each other in blocks of this height and width.
     """
     height, width, channels = (*shape, 1)[:3]
-    query = ((2 * height // 3) * width + 2 * width // 3 + 1) * channels - 1
-    key = np.arange(height * width * channels)
-    codes = _part_codes(pattern, head, np.asarray(query), key)
-    codes[key > query] = LATER
+    places = GENERATION_ORDERS["blocks" if block else "raster"](height, width, channels, block)
+    place = ((2 * height // 3) * width + 2 * width // 3 + 1) * channels - 1
+    query, key = np.flatnonzero(places == place)[0], np.arange(len(places))
+    seen_by_query = _part_codes(pattern, head, query, key)
+    seen_by_query[key > query] = LATER
+    codes = np.empty_like(seen_by_query)
+    codes[places] = seen_by_query
     codes = codes.reshape(height * width, channels)
     seen = np.where(codes > 0, codes, 127).min(axis=1)
     view = np.where(seen < 127, seen, codes.max(axis=1))
-    view[query // channels] = QUERY
+    view[place // channels] = QUERY
     return view.reshape(height, width)
 
 

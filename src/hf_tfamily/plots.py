@@ -142,7 +142,7 @@ def pattern_pictures(panels: Sequence[Panel], path: str | Path, title: str = "",
         above, below = cells[row : row + 2, column]
         above.set_title("\n".join([*textwrap.wrap(panel.title, 34), panel.note]), **PANEL_TITLE)
         if panel.shape is not None:
-            _draw_codes(above, grid_view(panel.pattern, panel.shape, panel.head), later="#f8f9fa")
+            _draw_codes(above, grid_view(panel.pattern, panel.shape, panel.head, panel.block), later="#f8f9fa")
         view = matrix_view(panel.pattern, panel.length, panel.head)
         _draw_codes(below, view, later="white")
         corner = f"{panel.length} tokens,\n{keys_per_query(view):.1f} keys per query"

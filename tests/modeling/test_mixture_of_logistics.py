@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_tfamily.modeling.mixture_of_logistics import channel_mixture, log_interval, num_parameters
+from hf_tfamily.modeling.mixture_of_logistics import channel_mixture, log_interval, log_intervals, num_parameters
 
 
 def random_mixture(channels, channel, num_mixtures=10, num_values=256, spread=1.0, dtype=torch.float64, count=5):
@@ -68,6 +68,13 @@ def test_conditionals_multiply_to_the_joint_probability_of_a_pixel():
         means_now = means.view(3, 3)[channel] + shifts[channel]
         joint = joint + log_interval(pixels[:, channel, None], means_now, log_scales.view(3, 3)[channel], levels)
     torch.testing.assert_close(total, joint.exp().sum(-1), rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("num_values", [2, 3, 256])
+def test_all_intervals_at_once_are_the_single_ones(num_values):
+    means, log_scales = torch.randn(2, 7, dtype=torch.float64) * 3
+    single = log_interval(torch.arange(num_values), means[:, None], log_scales[:, None], num_values)
+    torch.testing.assert_close(log_intervals(means, log_scales, num_values), single, rtol=1e-12, atol=1e-12)
 
 
 def test_log_prob_is_that_of_log_probs():

@@ -13,6 +13,7 @@ from typing import Any
 
 from ..modeling.attention_patterns import nearest
 from .audio import audio_files, mu_law_decode, mu_law_encode, write_wav
+from .enlargement import EnlargementPairs, photo_enlargements
 from .images import digits, fashion_mnist, hub_images, photo_crops
 from .sequences import LoadedData, MissingPackageError, NextTokenCollator, TokenSequences
 from .streams import SegmentCollator, StreamDataset, TextStreams, bible_stream, hub_word_stream, text_file_stream
@@ -22,7 +23,7 @@ from .translation import TranslationPairs, libreoffice_help, translation_files
 SOURCES: dict[str, Callable[..., LoadedData]] = {
     source.__name__: source
     for source in (
-        *(digits, photo_crops, fashion_mnist, hub_images),
+        *(digits, photo_crops, fashion_mnist, hub_images, photo_enlargements),
         *(bible, text_file, hub_text, audio_files),
         *(bible_stream, text_file_stream, hub_word_stream),
         *(libreoffice_help, translation_files),
@@ -58,6 +59,7 @@ def check_data(data: Mapping[str, Any]) -> None:
 
 __all__ = [
     "SOURCES",
+    "EnlargementPairs",
     "LoadedData",
     "MissingPackageError",
     "NextTokenCollator",

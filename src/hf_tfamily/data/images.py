@@ -1,6 +1,7 @@
 """Pictures as token sequences: each source gives arrays of levels [n, H, W, C], an ImageTokenProcessor the ids."""
 
 import gzip
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 from ..modeling.image_processing_tokens import PIL_MODES, ImageTokenProcessor
 from .sequences import TokenSequences, require, token_dataset
 
+PHOTO_LICENCE = "single photos have their own terms, in the documentation of skimage.data and of sklearn.datasets"
 FASHION_MNIST_PATH = "/usr/share/datasets/fashion-mnist"
 FASHION_MNIST_HUB = "zalando-datasets/fashion_mnist"
 FASHION_MNIST_CLASSES = ("T-shirt", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Boot")
@@ -18,6 +20,7 @@ PHOTOS = (
     *("astronaut", "chelsea", "coffee", "hubble_deep_field", "immunohistochemistry", "retina", "rocket"),
     *("stereo_motorcycle", "china.jpg", "flower.jpg"),
 )
+EVAL_PHOTOS = ("coffee", "flower.jpg")
 
 
 def digits(class_conditional: bool = True) -> TokenSequences:
@@ -43,7 +46,8 @@ def photo_crops(
     size: int = 32,
     stride: int | None = None,
     photos: tuple[str, ...] = PHOTOS,
-    eval_photos: tuple[str, ...] = ("coffee", "flower.jpg"),
+    eval_photos: tuple[str, ...] = EVAL_PHOTOS,
+    block: list[int] | None = None,
 ) -> TokenSequences:
     """RGB crops of the colour photos inside scikit-image's and scikit-learn's wheels, split by photo.
 
@@ -52,7 +56,23 @@ def photo_crops(
         stride: pixels from one training crop to the next; `size` (disjoint crops) if None. Held-out crops are disjoint.
         photos: photos to use, of PHOTOS.
         eval_photos: those of them that are held out.
+        block: height and width of the blocks in whose order values follow each other; None for row by row.
     """
+    train, held_out = crops_by_photo(size, stride, photos, eval_photos)
+    return _image_data(
+        train=(train, None),
+        held_out=(held_out, None),
+        levels=256,
+        block=block,
+        description=f"{size}x{size} RGB crops of photos; held out: {', '.join(eval_photos)}",
+        licence=PHOTO_LICENCE,
+    )
+
+
+def crops_by_photo(
+    size: int, stride: int | None, photos: Sequence[str], eval_photos: Sequence[str]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Crops [n, size, size, 3] to train on, and held-out ones; see `photo_crops`."""
     unknown = sorted({*photos, *eval_photos} - set(PHOTOS))
     if unknown:
         raise ValueError(f"photos and eval_photos may hold {', '.join(PHOTOS)}; got {', '.join(unknown)}.")
@@ -62,17 +82,18 @@ def photo_crops(
     stride = size if stride is None else stride
     if stride < 1:
         raise ValueError(f"stride must be at least 1, got {stride}.")
-    return _image_data(
-        train=(np.concatenate([_crops(_photo(photo), size, stride) for photo in train_photos]), None),
-        held_out=(np.concatenate([_crops(_photo(photo), size, size) for photo in eval_photos]), None),
-        levels=256,
-        description=f"{size}x{size} RGB crops of photos; held out: {', '.join(eval_photos)}",
-        licence="single photos have their own terms, in the documentation of skimage.data and of sklearn.datasets",
+    return (
+        np.concatenate([_crops(_photo(photo), size, stride) for photo in train_photos]),
+        np.concatenate([_crops(_photo(photo), size, size) for photo in eval_photos]),
     )
 
 
 def fashion_mnist(
-    path: str = FASHION_MNIST_PATH, size: int = 28, levels: int = 256, class_conditional: bool = True
+    path: str = FASHION_MNIST_PATH,
+    size: int = 28,
+    levels: int = 256,
+    class_conditional: bool = True,
+    block: list[int] | None = None,
 ) -> TokenSequences:
     """Zalando's Fashion-MNIST, 60,000 and 10,000 grey pictures of clothes in 10 classes, split as published.
 
@@ -82,6 +103,8 @@ def fashion_mnist(
         path: folder of train-images-idx3-ubyte.gz and its three companions.
         size: height and width, a divisor of 28; smaller than 28 takes means of square patches.
         levels: number of brightnesses; fewer than 256 takes the nearest of that many evenly spaced ones.
+        class_conditional: begin with the class.
+        block: as in `photo_crops`.
     """
     if size < 1 or 28 % size:
         raise ValueError(f"size must be a divisor of 28, got {size}.")
@@ -95,6 +118,7 @@ def fashion_mnist(
         levels=levels,
         class_names=FASHION_MNIST_CLASSES,
         class_conditional=class_conditional,
+        block=block,
         description=f"Fashion-MNIST at {size}x{size} with {levels} levels, split as published",
         licence="MIT",
     )
@@ -111,6 +135,7 @@ def hub_images(
     channels: int = 3,
     levels: int = 256,
     fit: bool = False,
+    block: list[int] | None = None,
     name: str | None = None,
     revision: str | None = None,
 ) -> TokenSequences:
@@ -123,12 +148,14 @@ def hub_images(
         train_split, eval_split: splits in load_dataset's notation, such as "train[:48000]" and "train[48000:]".
         fit: convert pictures to grey or RGB, cut out the largest centred part with the right proportions, and average
             it down (box filter).
+        block: as in `photo_crops`.
     """
     datasets = require("datasets")
     parts = [datasets.load_dataset(dataset, name, split=s, revision=revision) for s in (train_split, eval_split)]
     _check_columns(parts[0], [image_column, label_column], dataset)
     class_names = _class_names(parts[0], label_column)
-    processor = ImageTokenProcessor(height, width, channels, levels, num_classes=len(class_names))
+    order = "raster" if block is None else "blocks"
+    processor = ImageTokenProcessor(height, width, channels, levels, len(class_names), order, block)
 
     def tokens(rows: dict[str, list]) -> dict[str, Any]:
         pictures = rows[image_column]
@@ -155,11 +182,12 @@ def hub_images(
 
 
 def _image_data(
-    train, held_out, levels, description, licence, class_names=(), class_conditional=True
+    train, held_out, levels, description, licence, class_names=(), class_conditional=True, block=None
 ) -> TokenSequences:
     """TokenSequences of two pairs (levels [n, H, W, C], labels [n] or None)."""
     classes = class_names if class_conditional else ()
-    processor = ImageTokenProcessor(*train[0].shape[1:], levels, num_classes=len(classes))
+    order = "raster" if block is None else "blocks"
+    processor = ImageTokenProcessor(*train[0].shape[1:], levels, len(classes), order, block)
     train_set, eval_set = (
         token_dataset(processor(values, classes=labels if classes else None)["input_ids"], labels, class_names)
         for values, labels in (train, held_out)

@@ -11,10 +11,11 @@ from ..data import SOURCES
 from ..recipes import Recipe
 from .base import Task
 from .recurrent_text import RecurrentTextTask
+from .super_resolution import SuperResolutionTask
 from .token_sequences import TokenSequenceTask
 from .translation import TranslationTask
 
-TASKS: tuple[Task, ...] = (TokenSequenceTask(), RecurrentTextTask(), TranslationTask())
+TASKS: tuple[Task, ...] = (TokenSequenceTask(), RecurrentTextTask(), TranslationTask(), SuperResolutionTask())
 
 
 def task_of(recipe: Recipe) -> Task:

@@ -41,6 +41,7 @@ class TokenSequenceTask(Task):
         positions = getattr(config, "max_position_embeddings", None) or math.inf
         if positions < data.dims:
             raise ValueError(f"max_position_embeddings={positions} is too small: an example has {data.dims} values.")
+        check_order(config, data.processor)
         model = super().build_model(config, data)
         model.generation_config = generation_config(config, data)
         return model
@@ -98,6 +99,16 @@ class TokenSequenceTask(Task):
         return (
             f"Inputs are `[start, x0 ... x(N-2)]`, N = {data.dims:,} values behind a start token ({start}); "
             "outputs are the logits of `[x0 ... x(N-1)]`. `model.generate(start_ids)` samples."
+        )
+
+
+def check_order(config: PreTrainedConfig, processor: Any) -> None:
+    """Raise ValueError where a model takes an image's values in one order of generation and the data have another."""
+    ours, theirs = getattr(config, "block_shape", None), getattr(processor, "block", None)
+    if ours != theirs:
+        raise ValueError(
+            f"The model's blocks are {ours or 'none'}, those of the data {theirs or 'none'} (height and width): "
+            "give data.block the height and width of 'block_2d' in model.attention_patterns, or neither."
         )
 
 
