@@ -44,6 +44,11 @@ def with_attention_length(model: PreTrainedModel, attention_length: int, segment
     """
     config = model.config
     if hasattr(config, "compressed_mem_len"):
+        if attention_length <= config.compressed_mem_len:
+            raise ValueError(
+                f"attention_length={attention_length} must be above the {config.compressed_mem_len} places of the "
+                "compressed memory (compressed_mem_len), which stay."
+            )
         changes = {"mem_len": attention_length - config.compressed_mem_len}
     elif has_memory(model):
         clamp_len = config.clamp_len or config.mem_len + segment_length - 1
