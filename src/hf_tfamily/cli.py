@@ -1,4 +1,4 @@
-"""The command `hf-tfamily`: train, evaluate, sample, push, show, info, recipes.
+"""The command `hf-tfamily`: train, evaluate, sample, push, convert, show, info, recipes.
 
 What is wrong with a request is said in one line, with exit code 2. Heavy modules are imported by the commands that need
 them.
@@ -105,7 +105,9 @@ def evaluate(
     context: Annotated[
         str | None, typer.Option(help="Streams of text: also measure single tokens with so much context, 100,200 say.")
     ] = None,
-    plot: Annotated[Path | None, typer.Option(help="Streams of text: draw the loss at each place in a segment.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Streams of text: draw the loss at each place in a segment.")
+    ] = None,
 ) -> None:
     """Figures of a finished model on held-out data, its own or what --set data.… says."""
     with _one_line_errors():
@@ -181,6 +183,38 @@ def push(
         if pushed.left_out:
             console.print(f"Left out, being pickles: {escape(', '.join(pushed.left_out))}")
         console.print(f"{len(pushed.files)} files: {escape(pushed.url)}", soft_wrap=True)
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(help="Folder or Hub repository of a checkpoint.")],
+    destination: Annotated[Path | None, typer.Argument(help="New folder; not needed with --dry-run.")] = None,
+    target: Annotated[str | None, typer.Option("--to", help="Type to become, where there is a choice.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say which weights fit; write nothing.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Run both models; refuse if their logits differ.")] = False,
+    pickled_weights: Annotated[
+        bool, typer.Option("--pickled-weights", help="Read a pickle, as weights only, where there is nothing else.")
+    ] = False,
+) -> None:
+    """Turn a checkpoint of a stock class into one of this family, or back."""
+    with _one_line_errors():
+        from . import conversion
+
+        _quiet()
+        if dry_run:
+            result = conversion.dry_run(source, target, pickled_weights)
+        elif destination is None:
+            raise ValueError("Say where to write: a new folder, or --dry-run.")
+        else:
+            result = conversion.convert(source, destination, target, pickled_weights, check)
+        console.print(f"{result.architecture} ({result.model_type}): {result.fit.matched} weights fit")
+        if result.difference is not None:
+            console.print(f"Largest difference of logits: {result.difference:.1e} of the largest")
+        for problem in ("left_over", "missing", "misshapen"):
+            for name in getattr(result.fit, problem):
+                console.print(f"{problem.replace('_', ' ')}: {escape(name)}")
+        if dry_run and any(result.fit[1:]):
+            raise typer.Exit(1)
 
 
 @app.command()

@@ -19,9 +19,12 @@ from transformers import (
     Qwen2Config,
     Qwen2ForCausalLM,
 )
+from typer.testing import CliRunner
 
+from hf_tfamily import conversion
 from hf_tfamily.auto import register_all
-from hf_tfamily.conversion import convert
+from hf_tfamily.cli import app
+from hf_tfamily.conversion import convert, dry_run
 from hf_tfamily.modeling.configuration_rope_decoder import RoPEDecoderConfig
 from hf_tfamily.modeling.modeling_rope_decoder import RoPEDecoderForCausalLM
 
@@ -97,10 +100,10 @@ def test_logits_are_equal_both_ways(name, tmp_path):
     stock = random_model(model_class, config_class(**TINY, **fields))
     stock.save_pretrained(tmp_path / "stock")
 
-    assert convert(tmp_path / "stock", tmp_path / "ours") == "rope_decoder"
+    assert convert(tmp_path / "stock", tmp_path / "ours").model_type == "rope_decoder"
     ours = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
     assert type(ours) is RoPEDecoderForCausalLM
-    assert convert(tmp_path / "ours", tmp_path / "back", target=config_class.model_type) == config_class.model_type
+    assert convert(tmp_path / "ours", tmp_path / "back", config_class.model_type).model_type == config_class.model_type
     back = AutoModelForCausalLM.from_pretrained(tmp_path / "back")
     assert type(back) is model_class
 
@@ -117,7 +120,7 @@ def test_interleaved_pairs_become_halves(tmp_path):
         RoPEDecoderForCausalLM, RoPEDecoderConfig(**TINY, rotary_layout="interleaved", attention_bias=True)
     )
     ours.save_pretrained(tmp_path / "ours")
-    assert convert(tmp_path / "ours", tmp_path / "llama") == "llama"
+    assert convert(tmp_path / "ours", tmp_path / "llama").model_type == "llama"
     llama = LlamaForCausalLM.from_pretrained(tmp_path / "llama")
     torch.testing.assert_close(logits(llama, 12), logits(ours, 12), atol=1e-5, rtol=0)
 
@@ -160,7 +163,9 @@ def test_old_pickled_shards_and_angles(llama, tmp_path):
     for shard in set(shards.values()):
         torch.save({name: weights[name] for name in names if shards[name] == shard}, llama / shard)
     (llama / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": shards}))
-    convert(llama, tmp_path / "ours")
+    with pytest.raises(ValueError, match=r"pickle is a program.*--pickled-weights"):
+        convert(llama, tmp_path / "ours")
+    convert(llama, tmp_path / "ours", pickled_weights=True)
     saved = load_file(tmp_path / "ours" / "model.safetensors")
     assert saved.keys() == {name for name in names if "inv_freq" not in name}
     assert all(torch.equal(tensor, weights[name]) for name, tensor in saved.items())
@@ -186,6 +191,50 @@ def test_weights_left_over_or_missing_are_named_and_nothing_is_written(llama, tm
     assert sorted(path.name for path in tmp_path.iterdir()) == ["llama"]
 
 
+def test_dry_run_lists_what_does_not_fit_and_writes_nothing(llama, tmp_path):
+    weights = load_file(llama / "model.safetensors")
+    weights["model.surplus.weight"] = weights.pop("model.norm.weight")
+    weights["lm_head.weight"] = weights["lm_head.weight"][:-1].clone()
+    save_file(weights, llama / "model.safetensors")
+    found = dry_run(llama)
+    assert (found.model_type, found.architecture) == ("rope_decoder", "RoPEDecoderForCausalLM")
+    assert found.fit == (len(weights) - 2, ["model.surplus.weight"], ["model.norm.weight"], ["lm_head.weight"])
+    result = CliRunner().invoke(app, ["convert", str(llama), "--dry-run"])
+    assert result.exit_code == 1
+    assert "left over: model.surplus.weight\nmissing: model.norm.weight\nmisshapen: lm_head.weight" in result.output
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["llama"]
+
+
+def test_check_runs_both_models(llama, tmp_path, monkeypatch):
+    assert convert(llama, tmp_path / "ours", check=True).difference < 1e-5
+    assert convert(tmp_path / "ours", tmp_path / "back", check=True).difference < 1e-5
+    result = CliRunner().invoke(
+        app, ["convert", str(llama), str(tmp_path / "again"), "--check", "--to", "rope_decoder"]
+    )
+    assert result.exit_code == 0, result.output
+    assert "Largest difference of logits" in result.output
+
+    right = conversion.llama.to_ours
+
+    def wrong(config, weights):
+        ours, renamed = right(config, weights)
+        return ours, {name: tensor * 1.01 for name, tensor in renamed.items()}
+
+    monkeypatch.setattr(conversion.llama, "to_ours", wrong)
+    with pytest.raises(ValueError, match="The converted model differs"):
+        convert(llama, tmp_path / "wrong", check=True)
+    assert not (tmp_path / "wrong").exists()
+
+
+def test_command_refuses_in_one_line(llama, tmp_path):
+    result = CliRunner().invoke(app, ["convert", str(llama)])
+    assert result.exit_code == 2
+    assert "a new folder, or --dry-run" in result.output
+    result = CliRunner().invoke(app, ["convert", str(tmp_path / "nowhere"), str(tmp_path / "ours")])
+    assert result.exit_code == 2
+    assert "is no folder" in " ".join(result.output.split())
+
+
 def test_code_in_a_pickle_is_not_run(llama, tmp_path):
     class Payload:
         def __reduce__(self):
@@ -194,14 +243,14 @@ def test_code_in_a_pickle_is_not_run(llama, tmp_path):
     (llama / "model.safetensors").unlink()
     (llama / "pytorch_model.bin").write_bytes(pickle.dumps({"x": Payload()}, protocol=2))
     with pytest.raises(ValueError, match=r"pytorch_model\.bin does not hold weights"):
-        convert(llama, tmp_path / "ours")
+        convert(llama, tmp_path / "ours", pickled_weights=True)
     assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"model_type": "bert"}, "model_type='bert'; what can be converted is llama, mistral, qwen2, rope_decoder"),
+        ({"model_type": "bert"}, "model_type='bert'; what can be converted is llama, "),
         ({"model_type": None}, "model_type=None"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantised"),
         ({"architectures": ["LlamaForBanana"]}, "no class RoPEDecoderForBanana"),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import hf_tfamily  # noqa: F401
@@ -28,7 +28,7 @@ def golden(name):
 def legacy_checkpoint(folder, config, weights):
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
-    torch.save(weights, folder / "pytorch_model.bin")
+    save_file({name: tensor.clone() for name, tensor in weights.items()}, folder / "model.safetensors")
     return folder
 
 
@@ -49,7 +49,8 @@ def test_there_are_goldens():
 @pytest.mark.parametrize("name", NAMES)
 def test_log_probabilities_equal_the_goldens(name, tmp_path):
     config, weights, ids, expected = golden(name)
-    assert convert(legacy_checkpoint(tmp_path / "legacy", config, weights), tmp_path / "ours") == "transformer_xl"
+    legacy = legacy_checkpoint(tmp_path / "legacy", config, weights)
+    assert convert(legacy, tmp_path / "ours").model_type == "transformer_xl"
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "ours").eval()
     torch.testing.assert_close(read(model, ids), expected, atol=1e-4, rtol=0)
     with torch.no_grad():
@@ -57,6 +58,16 @@ def test_log_probabilities_equal_the_goldens(name, tmp_path):
     assert model.config.zero_initial_memory
     model.config.zero_initial_memory = False
     assert (read(model, ids) - expected).abs().max() > 0.1
+
+
+def test_pickled_weights_are_read_on_demand_and_there_is_no_stock_class_to_check_against(tmp_path):
+    config, weights, _, _ = golden("plain")
+    legacy = legacy_checkpoint(tmp_path / "legacy", config, weights)
+    with pytest.raises(ValueError, match="Nothing to check against"):
+        convert(legacy, tmp_path / "checked", check=True)
+    torch.save(weights, legacy / "pytorch_model.bin")
+    (legacy / "model.safetensors").unlink()
+    assert convert(legacy, tmp_path / "ours", pickled_weights=True).fit.missing == []
 
 
 def test_older_and_tied_files(tmp_path):
@@ -97,7 +108,7 @@ def test_what_is_not_what_it_says_is_refused(tmp_path):
         "attention": ({**config, "attn_type": 2}, weights, "attn_type=2; only 0"),
         "memory": ({**config, "mem_len": 0}, weights, "mem_len=0; only a model with a memory"),
         "head": ({**config, "architectures": ["TransfoXLForNothing"]}, weights, "names TransfoXLForNothing"),
-        "shape": ({**config, "d_inner": 20}, weights, "size mismatch|do not fit"),
+        "shape": ({**config, "d_inner": 20}, weights, "Of another shape: .*up_proj"),
         "layers": ({**config, "n_layer": 1}, weights, "Left over: .*layers.1"),
     }
     for name, (wrong, tensors, message) in cases.items():
@@ -121,7 +132,10 @@ def test_pickled_code_is_never_run(tmp_path, monkeypatch):
     (folder / "vocab.pkl").write_bytes(pickle.dumps(Trap()))
     convert(folder, tmp_path / "ours")
     assert not any((tmp_path / "ours").glob("vocab*"))
+    (folder / "model.safetensors").unlink()
     torch.save({**weights, "trap": Trap()}, folder / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="does not hold weights"):
+    with pytest.raises(ValueError, match="a pickle is a program"):
         convert(folder, tmp_path / "other")
+    with pytest.raises(ValueError, match="does not hold weights"):
+        convert(folder, tmp_path / "other", pickled_weights=True)
     assert not (tmp_path / "trace").exists()

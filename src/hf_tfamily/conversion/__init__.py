@@ -13,37 +13,69 @@ where a config is the content of a config.json and weights are the tensors by na
 
 from pathlib import Path
 from types import ModuleType
+from typing import NamedTuple
 
 from . import llama, marian, mistral, qwen2, transformer_xl
-from .checkpoint import find_checkpoint, read_config, read_weights, write_checkpoint
+from .checkpoint import Fit, check_destination, find_checkpoint, fit, read_config, read_weights, write_checkpoint
+from .equality import largest_difference
 
 # For each of our types the first is what it becomes when no target is named.
 CONVERTERS: tuple[ModuleType, ...] = (llama, mistral, qwen2, transformer_xl, marian)
 
 
-def convert(source: str | Path, destination: str | Path, target: str | None = None) -> str:
+class Conversion(NamedTuple):
+    """What `convert` did, or would do: the type and class of the result, how the weights fit, and how equal it is."""
+
+    model_type: str
+    architecture: str
+    fit: Fit
+    difference: float | None = None
+
+
+def convert(
+    source: str | Path,
+    destination: str | Path,
+    target: str | None = None,
+    pickled_weights: bool = False,
+    check: bool = False,
+) -> Conversion:
     """Convert the checkpoint `source` and write it to the folder `destination`, with its tokenizer.
 
     Args:
         source: a folder or a Hub repository; its config.json says what it is.
         destination: a folder that does not exist yet, or is empty.
         target: `model_type` to convert to, where there is a choice.
-
-    Returns:
-        The `model_type` written.
+        pickled_weights: where the source has no safetensors, read its pickle; as weights only, never as code.
+        check: also run both models on the same random inputs; the result says the largest difference of logits.
 
     Raises:
         FileNotFoundError: if the source has no config or no weights.
         FileExistsError: if the destination holds something.
-        ValueError: if the source is of a type nobody converts, if the target cannot hold it, or if weights are left
-            over or missing, naming them.
+        ValueError: if the source is of a type nobody converts, if the target cannot hold it, if its weights are
+            pickled, if weights are left over or missing, naming them, or if a checked result differs.
     """
+    destination = Path(destination)
+    check_destination(destination)
     folder = find_checkpoint(source)
+    config, weights, result = _convert(folder, target, pickled_weights)
+    result.fit.require(result.architecture)
+    if check:
+        result = result._replace(difference=largest_difference(folder, config, weights, pickled_weights))
+    write_checkpoint(destination, config, weights, companions_of=folder)
+    return result
+
+
+def dry_run(source: str | Path, target: str | None = None, pickled_weights: bool = False) -> Conversion:
+    """What `convert` would make of `source`, weights left over or missing included; nothing is written."""
+    return _convert(find_checkpoint(source), target, pickled_weights)[-1]
+
+
+def _convert(folder: Path, target: str | None, pickled_weights: bool) -> tuple[dict, dict, Conversion]:
     config = read_config(folder)
     step = _step(config, target)
-    new_config, new_weights = step(config, read_weights(folder))
-    write_checkpoint(Path(destination), new_config, new_weights, companions_of=folder)
-    return new_config["model_type"]
+    new_config, new_weights = step(config, read_weights(folder, pickled_weights))
+    found = Conversion(new_config["model_type"], new_config["architectures"][0], fit(new_config, new_weights))
+    return new_config, new_weights, found
 
 
 def _step(config: dict, target: str | None):
@@ -60,4 +92,4 @@ def _step(config: dict, target: str | None):
     return steps[target]
 
 
-__all__ = ["CONVERTERS", "convert"]
+__all__ = ["CONVERTERS", "Conversion", "convert", "dry_run"]

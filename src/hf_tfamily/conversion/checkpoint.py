@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from importlib import import_module
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import transformers
@@ -18,7 +19,8 @@ from safetensors.torch import load_file
 from ..auto import SYSTEMS
 from ..hub import export
 
-WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+PICKLED = "pytorch_model.bin"
+WEIGHT_FILES = ("model.safetensors", PICKLED)
 # What a tokenizer and `generate` read; pickled vocabularies are none of it.
 COMPANIONS = (
     "generation_config.json",
@@ -59,15 +61,21 @@ def read_config(folder: Path) -> dict:
     return config
 
 
-def read_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """All weights by name, from one file or several; pickled ones are read as weights only, never as code."""
+def read_weights(folder: Path, pickled: bool = False) -> dict[str, torch.Tensor]:
+    """All weights by name, from one file or several; pickled ones only if told so, and never as code."""
     for name in WEIGHT_FILES:
-        if (folder / name).is_file():
-            return _read_weight_file(folder / name)
-        index = folder / f"{name}.index.json"
-        if index.is_file():
-            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            return {key: tensor for shard in shards for key, tensor in _read_weight_file(folder / shard).items()}
+        whole, index = folder / name, folder / f"{name}.index.json"
+        if not whole.is_file() and not index.is_file():
+            continue
+        if name == PICKLED and not pickled:
+            raise ValueError(
+                f"The weights in {folder} are pickled, and a pickle is a program. Convert a copy in safetensors, or "
+                "say --pickled-weights (pickled_weights=True) to have them read as weights only."
+            )
+        if whole.is_file():
+            return _read_weight_file(whole)
+        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        return {key: tensor for shard in shards for key, tensor in _read_weight_file(folder / shard).items()}
     raise FileNotFoundError(f"{folder} has no weights: neither {' nor '.join(WEIGHT_FILES)}, whole or with an index.")
 
 
@@ -83,10 +91,39 @@ def _read_weight_file(path: Path) -> dict[str, torch.Tensor]:
     return weights
 
 
-def write_checkpoint(destination: Path, config: dict, weights: dict[str, torch.Tensor], companions_of: Path) -> None:
-    """Write the model into a folder beside `destination` that takes its name once it is whole."""
+class Fit(NamedTuple):
+    """How weights fit a model: how many do, and the names of those that do not."""
+
+    matched: int
+    left_over: list[str]
+    missing: list[str]
+    misshapen: list[str]
+
+    def require(self, architecture: str) -> None:
+        """Raise ValueError unless they fit just so."""
+        problems = {"Left over": self.left_over, "Missing": self.missing, "Of another shape": self.misshapen}
+        if any(problems.values()):
+            said = " ".join(f"{problem}: {', '.join(names) or 'none'}." for problem, names in problems.items())
+            raise ValueError(f"Weights do not fit {architecture}. {said}")
+
+
+def fit(config: dict, weights: dict[str, torch.Tensor]) -> Fit:
+    """How `weights` fit the model that `config` describes; what is tied to another weight may be missing."""
+    model = _empty_model(config)
+    wanted = model.state_dict()
+    both = wanted.keys() & weights.keys()
+    misshapen = sorted(name for name in both if wanted[name].shape != weights[name].shape)
+    missing = sorted(wanted.keys() - weights.keys() - set(model.all_tied_weights_keys))
+    return Fit(len(both) - len(misshapen), sorted(weights.keys() - wanted.keys()), missing, misshapen)
+
+
+def check_destination(destination: Path) -> None:
     if destination.exists() and not (destination.is_dir() and not any(destination.iterdir())):
         raise FileExistsError(f"{destination} exists; name a new folder.")
+
+
+def write_checkpoint(destination: Path, config: dict, weights: dict[str, torch.Tensor], companions_of: Path) -> None:
+    """Write the model into a folder beside `destination` that takes its name once it is whole."""
     model = build_model(config, weights)
     destination.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=destination.parent, prefix=f".{destination.name}-") as temporary:
@@ -100,24 +137,24 @@ def write_checkpoint(destination: Path, config: dict, weights: dict[str, torch.T
 
 
 def build_model(config: dict, weights: dict[str, torch.Tensor]) -> transformers.PreTrainedModel:
-    """The model that `config` describes with just these weights, none left over and none missing."""
-    model_class = _model_class(config)
-    with torch.device("meta"):
-        model = model_class(model_class.config_class.from_dict(config))
-    missing, unexpected = model.load_state_dict(weights, strict=False, assign=True)
+    """The model that `config` describes with just these weights, which fit."""
+    model = _empty_model(config)
+    model.load_state_dict(weights, strict=False, assign=True)
     model.tie_weights()
-    missing = sorted(set(missing) - set(model.all_tied_weights_keys))
-    if missing or unexpected:
-        left_over, missing = (", ".join(names) or "none" for names in (unexpected, missing))
-        raise ValueError(f"Weights do not fit {model_class.__name__}. Left over: {left_over}. Missing: {missing}.")
     return model
+
+
+def _empty_model(config: dict) -> transformers.PreTrainedModel:
+    model_class = model_class_of(config)
+    with torch.device("meta"):
+        return model_class(model_class.config_class.from_dict(config))
 
 
 def _is_ours(config: dict) -> bool:
     return config["model_type"] in {system.name for system in SYSTEMS}
 
 
-def _model_class(config: dict) -> type[transformers.PreTrainedModel]:
+def model_class_of(config: dict) -> type[transformers.PreTrainedModel]:
     """The class that `architectures` names."""
     model_type, architecture = config["model_type"], config["architectures"][0]
     home = import_module(f"..modeling.modeling_{model_type}", __package__) if _is_ours(config) else transformers

@@ -1,0 +1,56 @@
+"""Do two checkpoints give the same logits? Both models run, in float64 where their code lets them."""
+
+import tempfile
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+from .checkpoint import model_class_of, read_config, write_checkpoint
+
+TOLERANCE = 1e-4  # of the largest logit; rotary angles and norms stay float32 in stock models
+
+
+def largest_difference(folder: Path, config: dict, weights: dict[str, torch.Tensor], pickled: bool) -> float:
+    """The largest difference of logits between the model in `folder` and its conversion, as a share of the largest.
+
+    Raises:
+        ValueError: if Transformers has no class for the source, or the difference is more than rounding.
+    """
+    source_config = read_config(folder)
+    try:
+        source_class = model_class_of({"architectures": [config["architectures"][0]], **source_config})
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"Nothing to check against: Transformers {transformers.__version__} cannot run it: {error}"
+        ) from error
+    source = source_class.from_pretrained(folder, use_safetensors=not pickled)
+    with tempfile.TemporaryDirectory() as temporary:  # what is compared is what a reader would load
+        written = Path(temporary) / "converted"
+        write_checkpoint(written, config, weights, companions_of=folder)
+        converted = model_class_of(config).from_pretrained(written)
+    torch.manual_seed(0)
+    inputs = _inputs(source)
+    expected, found = (_logits(model, inputs) for model in (source, converted))
+    difference = ((found - expected).abs().max() / expected.abs().max()).item()
+    if not difference <= TOLERANCE:
+        raise ValueError(
+            f"The converted model differs: logits by {difference:.1e} of the largest. Nothing was written."
+        )
+    return difference
+
+
+def _inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """A random batch of two of what the model takes."""
+    config = model.config
+    if model.main_input_name == "pixel_values":
+        side = config.image_size if isinstance(config.image_size, int) else config.image_size[0]
+        return {"pixel_values": torch.randn(2, config.num_channels, side, side, dtype=torch.float64)}
+    ids = torch.randint(1, config.vocab_size, (2, 12))
+    return {"input_ids": ids, "decoder_input_ids": ids.flip(1)} if config.is_encoder_decoder else {"input_ids": ids}
+
+
+def _logits(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval().double()(**inputs)[0]
