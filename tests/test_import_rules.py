@@ -19,6 +19,7 @@ FILES = sorted(path.stem for path in MODELING.glob("*.py") if path.stem != "__in
 MASKS = {"attention_masks", "attention_patterns"}
 PLAN = {"attention_plan", "attention_patterns"}
 EXECUTORS = {"attention_torch", "attention_triton"}
+TRITON = {f"attention_triton_{name}" for name in ("configs", "gradients", "kernels", "layout", "tables", "views")}
 SHARED = {name for name in FILES if not name.startswith(("modeling_", "configuration_"))}
 
 # The first line that fits a file holds. Modules without a line of their own import nothing of ours.
@@ -28,12 +29,18 @@ MAY_IMPORT = {
     "attention_relative_plan": PLAN,
     "attention_relative": PLAN | {"attention_relative_plan", "attention_torch"},
     "attention_torch": PLAN,
-    "attention_triton": PLAN,
+    "attention_triton": {"attention_triton_launch", "attention_triton_views"},
+    "attention_triton_gradients": {"attention_triton_kernels"},
+    "attention_triton_launch": {"attention_patterns"} | TRITON,
+    "attention_triton_layout": {"attention_patterns"},
+    "attention_triton_tables": {"attention_patterns", "attention_triton_layout"},
+    "attention_triton_views": {"attention_patterns", "attention_triton_layout"},
     "attention_block_sparse": MASKS | PLAN | EXECUTORS | {"attention_relative", "attention_relative_plan"},
     "attention_windows": {"attention_patterns"},
     "attention": MASKS | PLAN | {"attention_block_sparse"},
     "image_embeddings": {"attention_patterns", "memory_images", "mixture_of_logistics", "positions"},
     "image_heads": {"mixture_of_logistics"},
+    "image_layers": {"attention"},
     "layers": {"attention", "position_schemes"},
     "position_schemes": {"positions"},
     "vanilla_stacks": SHARED | {"configuration_vanilla_transformer"},
