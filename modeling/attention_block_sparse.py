@@ -24,14 +24,15 @@ from .attention_patterns import Full, Local, Pattern, intersect, pattern_from_di
 from .attention_relative import relative_attention
 from .attention_relative_plan import rows_by_distance
 from .attention_torch import block_sparse_attention
+from .attention_triton import register as register_triton
 
 NAME = "block_sparse"
 Tensors = tuple[torch.Tensor, ...]
 # A copy of this file beside a checkpoint and the installed package may meet in one process: the newer one serves both.
 VERSION = 1
 
-# What runs a plan, by the type of the device; `block_sparse_attention` of attention_torch.py on all others. Each takes
-# the same arguments, and wraps itself as an operator of its own.
+# What runs a plan instead of the operator of attention_torch.py, by the type of the device; same arguments. (On "cuda"
+# the operator itself runs attention_triton.py.)
 EXECUTORS: dict[str, Callable[..., torch.Tensor]] = {}
 
 
@@ -434,3 +435,4 @@ def _in_one_dtype(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 register()
+register_triton()

@@ -1,0 +1,62 @@
+"""Sizes of tiles for the Triton kernels: chosen by table, never tuned at run time.
+
+Each entry compiles without register spills for its compute capability and fits its shared memory;
+`python -m tests.modeling.compile_kernels` compiles all of them without a GPU and prints what they take.
+"""
+
+from typing import NamedTuple
+
+
+class Tile(NamedTuple):
+    """Queries and keys of a tile, warps, and stages of the software pipeline."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+FORWARD, QUERY_GRAD, KEY_GRAD = "forward", "query_grad", "key_grad"
+# How a pass walks: many keys for each query, few keys, few queries, over a table, over any of these with a bias.
+WIDE, NARROW, FEW, TABLE, BIASED = "wide", "narrow", "few", "table", "biased"
+HEAD_DIMS = (16, 32, 64, 128)  # others are padded to the next
+
+# (kernel, walk) -> tile for head dimensions up to 64, and for 128; float16 and bfloat16. Tables take square tiles.
+HALF = {
+    (FORWARD, WIDE): ((128, 64, 8, 3), (128, 64, 8, 2)),
+    (FORWARD, NARROW): ((64, 64, 4, 3), (64, 64, 4, 2)),
+    (FORWARD, FEW): ((16, 64, 4, 3), (16, 64, 4, 3)),
+    (FORWARD, TABLE): ((64, 64, 4, 3), (64, 64, 4, 2)),
+    (FORWARD, BIASED): ((64, 32, 4, 2), (32, 32, 4, 1)),
+    (QUERY_GRAD, WIDE): ((128, 64, 8, 2), (128, 64, 8, 2)),
+    (QUERY_GRAD, NARROW): ((64, 64, 4, 2), (64, 64, 8, 2)),
+    (QUERY_GRAD, FEW): ((16, 64, 4, 2), (16, 64, 4, 2)),
+    (QUERY_GRAD, TABLE): ((64, 64, 8, 2), (64, 64, 8, 2)),
+    (QUERY_GRAD, BIASED): ((64, 32, 4, 2), (32, 32, 4, 1)),
+    (KEY_GRAD, WIDE): ((64, 64, 8, 2), (32, 64, 8, 2)),
+    (KEY_GRAD, NARROW): ((64, 64, 8, 2), (32, 64, 8, 2)),
+    (KEY_GRAD, FEW): ((16, 64, 4, 2), (16, 64, 8, 2)),
+    (KEY_GRAD, TABLE): ((64, 64, 8, 2), (32, 32, 4, 2)),
+    (KEY_GRAD, BIASED): ((32, 64, 8, 2), (32, 32, 4, 1)),
+}
+# Where compute capability 8 needs smaller ones.
+HALF_OLDER = {
+    (FORWARD, WIDE): ((128, 64, 8, 3), (64, 64, 8, 2)),
+    (FORWARD, NARROW): ((64, 64, 4, 3), (64, 64, 8, 2)),
+    (FORWARD, TABLE): ((64, 64, 4, 3), (64, 64, 8, 2)),
+    (QUERY_GRAD, WIDE): ((64, 64, 8, 2), (64, 64, 8, 2)),
+    (QUERY_GRAD, NARROW): ((64, 64, 8, 2), (64, 64, 8, 2)),
+    (QUERY_GRAD, FEW): ((16, 64, 4, 2), (16, 32, 4, 2)),
+    (KEY_GRAD, WIDE): ((32, 64, 8, 2), (32, 64, 8, 2)),
+    (KEY_GRAD, NARROW): ((32, 64, 8, 2), (32, 64, 8, 2)),
+}
+# Products in full float32 precision need small tiles: for head dimensions up to 32, 64, 128.
+_FLOAT32 = ((32, 32, 4, 1), (32, 32, 4, 1), (16, 16, 4, 1))
+
+
+def tile_for(kernel: str, walk: str, head_dim: int, is_float32: bool, older: bool = False) -> Tile:
+    """The tile of a kernel whose larger head dimension is `head_dim`, one of HEAD_DIMS, on the GPU's generation."""
+    if is_float32:
+        return Tile(*_FLOAT32[(head_dim > 32) + (head_dim > 64)])
+    tiles = HALF_OLDER.get((kernel, walk), HALF[kernel, walk]) if older else HALF[kernel, walk]
+    return Tile(*tiles[head_dim > 64])

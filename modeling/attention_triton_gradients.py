@@ -1,0 +1,546 @@
+"""Gradients of block-sparse attention in Triton; the legend and the helpers are attention_triton_kernels.py's.
+
+With the LSE of all parts, P = exp(S - LSE) needs nothing from other parts, so each source stands alone. dQ, and with it
+the gradient of a bias, walks over keys as the forward does; dK and dV walk over queries, with scores transposed.
+"""
+
+from .attention_triton_kernels import (
+    FIELDS,
+    LENGTHS,
+    LOG2E,
+    PICKED,
+    RANGE,
+    TABLE,
+    bits_of,
+    distances_of,
+    dot,
+    load_rows,
+    places_of,
+    position_of,
+    store_rows,
+    tl,
+    tokens_of,
+    triton,
+)
+
+
+@triton.jit(do_not_specialize=["num_queries", "num_rows"])
+def delta_kernel(
+    grad_ptr,
+    output_ptr,
+    delta_ptr,
+    stride_gb,
+    stride_gt,
+    stride_gh,
+    stride_ob,
+    stride_ot,
+    stride_oh,
+    num_queries,
+    num_heads,
+    num_rows,
+    DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):
+    """delta = sum of dO * O over the head dimension, [B, T, H]."""
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    dims = tl.arange(0, BLOCK_DV)
+    head = rows % num_heads
+    token = (rows // num_heads) % num_queries
+    batch = (rows // num_heads // num_queries).to(tl.int64)
+    mask = (rows < num_rows)[:, None] & (dims < DV)[None, :]
+    grad_rows = batch * stride_gb + token * stride_gt + head * stride_gh
+    output_rows = batch * stride_ob + token * stride_ot + head * stride_oh
+    grad = tl.load(grad_ptr + grad_rows[:, None] + dims[None, :], mask=mask, other=0.0).to(tl.float32)
+    output = tl.load(output_ptr + output_rows[:, None] + dims[None, :], mask=mask, other=0.0).to(tl.float32)
+    tl.store(delta_ptr + rows, tl.sum(grad * output, 1), mask=rows < num_rows)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# dQ
+
+
+@triton.jit
+def query_grad_walk(
+    grad_query,
+    query,
+    grad_output,
+    lse,
+    delta,
+    keys,
+    values,
+    valid,
+    bias,
+    grad_bias,
+    low,
+    high,
+    rows,
+    row_tokens,
+    in_rows,
+    source,
+    first,
+    step,
+    listed,
+    slots,
+    bits,
+    stride_kt,
+    stride_vt,
+    stride_bt,
+    stride_br,
+    num_biases,
+    scale,
+    first_distance,
+    row_distance,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    KIND: tl.constexpr,
+    GRANULE: tl.constexpr,
+    HAS_VALID: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Add what the tiles of one source give to dQ; write the gradient of their biases."""
+    number = tl.load(source)
+    start = tl.load(source + 1)
+    left = tl.load(source + 2)
+    full = tl.load(source + 3)
+    count = full
+    if MASKED:
+        count = left + tl.load(source + 4)
+    for tile in range(0, count):
+        position = position_of(tile, left, full, MASKED)
+        places = places_of(position, start, listed, BLOCK_N, KIND, GRANULE)
+        inside = (places >= 0) & (places < number)
+        tokens = tokens_of(places, inside, first, step, listed, KIND)
+        key = load_rows(keys, tokens, stride_kt, inside, D, BLOCK_D, MASKED)
+        scores = dot(query, tl.trans(key), PRECISION, UPCAST) * scale
+        if HAS_BIAS:
+            distances = distances_of(rows, row_tokens, places, tokens, first_distance, row_distance, KIND)
+            biases = row_tokens[:, None] * stride_bt + distances * stride_br
+            mask = in_rows[:, None] & inside[None, :] & (distances >= 0) & (distances < num_biases)
+            scores += tl.load(bias + biases, mask=mask, other=0.0).to(tl.float32) * LOG2E
+        weights = tl.exp2(scores - lse[:, None])
+        if MASKED and KIND == TABLE:
+            seen = bits_of(position, start, slots, bits, BLOCK_M, BLOCK_N, GRANULE) & inside[None, :]
+            weights = tl.where(seen, weights, 0.0)
+        elif MASKED:
+            seen = (places[None, :] >= low[:, None]) & (places[None, :] < high[:, None])
+            weights = tl.where(seen, weights, 0.0)
+        if HAS_VALID:
+            shown = tl.load(valid + tokens, mask=inside, other=0)
+            weights = tl.where((shown != 0)[None, :], weights, 0.0)
+        value = load_rows(values, tokens, stride_vt, inside, DV, BLOCK_DV, MASKED)
+        grad_weights = dot(grad_output, tl.trans(value), PRECISION, UPCAST)
+        grad_scores = weights * (grad_weights - delta[:, None])
+        if HAS_BIAS:
+            if MASKED:
+                mask = mask & seen
+            tl.store(grad_bias + biases, grad_scores.to(grad_bias.dtype.element_ty), mask=mask)
+        grad_query += dot(grad_scores.to(key.dtype), key, PRECISION, UPCAST)
+    return grad_query
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def query_grad_kernel(
+    query_ptr,
+    key_ptr,
+    value_ptr,
+    grad_output_ptr,
+    lse_ptr,
+    delta_ptr,
+    grad_query_ptr,
+    valid_ptr,
+    bias_ptr,
+    grad_bias_ptr,
+    items_ptr,
+    low_ptr,
+    high_ptr,
+    listed_ptr,
+    slots_ptr,
+    bits_ptr,
+    other_low_ptr,
+    other_high_ptr,
+    other_listed_ptr,
+    stride_qb,
+    stride_qt,
+    stride_qh,
+    stride_kb,
+    stride_kt,
+    stride_kh,
+    stride_vb,
+    stride_vt,
+    stride_vh,
+    stride_ob,
+    stride_ot,
+    stride_oh,
+    stride_gb,
+    stride_gt,
+    stride_gh,
+    stride_valid,
+    stride_bb,
+    stride_bh,
+    stride_bt,
+    stride_br,
+    num_biases,
+    stride_listed,
+    stride_other,
+    scale,
+    score_scale,
+    num_queries,
+    num_heads,
+    ratio,
+    copies,
+    repeats,
+    period,
+    step,
+    first_distance,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    KIND: tl.constexpr,
+    OTHER: tl.constexpr,
+    GRANULE: tl.constexpr,
+    HAS_VALID: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ADD: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """dQ [B, T, H, D] of a tile of queries; if ADD added to what is there."""
+    program = tl.program_id(0)
+    item = items_ptr + (program // copies) * FIELDS
+    batch = ((program % copies) // repeats).to(tl.int64)
+    head = tl.load(item) + (program % repeats) * period
+    if head >= num_heads:
+        return
+    variant = tl.load(item + 1)
+    first_query = tl.load(item + 2)
+    first_key = tl.load(item + 3)
+    rows = tl.load(item + 4) + tl.arange(0, BLOCK_M)
+    in_rows = rows < tl.load(item + 5)
+    row_tokens = first_query + rows * step
+    row_distance = (first_distance + first_query - first_key) // step
+
+    key_head = head // ratio
+    keys = key_ptr + batch * stride_kb + key_head.to(tl.int64) * stride_kh
+    values = value_ptr + batch * stride_vb + key_head.to(tl.int64) * stride_vh
+    valid = valid_ptr + batch * stride_valid
+    bias = bias_ptr + batch * stride_bb + head.to(tl.int64) * stride_bh
+    grad_bias = grad_bias_ptr + batch * stride_bb + head.to(tl.int64) * stride_bh
+    queries = query_ptr + batch * stride_qb + head.to(tl.int64) * stride_qh
+    grad_outputs = grad_output_ptr + batch * stride_ob + head.to(tl.int64) * stride_oh
+    query = load_rows(queries, row_tokens, stride_qt, in_rows, D, BLOCK_D, True)
+    grad_output = load_rows(grad_outputs, row_tokens, stride_ot, in_rows, DV, BLOCK_DV, True)
+    flat = (batch * num_queries + row_tokens) * num_heads + head
+    lse = tl.load(lse_ptr + flat, mask=in_rows, other=float("inf")) * LOG2E
+    delta = tl.load(delta_ptr + flat, mask=in_rows, other=0.0)
+
+    grad_query = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    bounds = variant * num_queries + row_tokens
+    low = tl.load(low_ptr + bounds, mask=in_rows, other=0)
+    high = tl.load(high_ptr + bounds, mask=in_rows, other=0)
+    listed = listed_ptr + variant * stride_listed
+    if KIND == TABLE:
+        listed = listed_ptr
+    for phase in tl.static_range(2):
+        grad_query = query_grad_walk(
+            grad_query, query, grad_output, lse, delta, keys, values, valid, bias, grad_bias, low, high, rows,
+            row_tokens, in_rows, item + 6, first_key, step, listed, slots_ptr, bits_ptr, stride_kt, stride_vt,
+            stride_bt, stride_br, num_biases, score_scale, first_distance, row_distance, D, DV, BLOCK_M, BLOCK_N,
+            BLOCK_D, BLOCK_DV, KIND, GRANULE, HAS_VALID, HAS_BIAS, PRECISION, UPCAST, phase == 1,
+        )  # fmt: skip
+    if OTHER == PICKED:
+        low = tl.load(other_low_ptr + bounds, mask=in_rows, other=0)
+        high = tl.load(other_high_ptr + bounds, mask=in_rows, other=0)
+        listed = other_listed_ptr + variant * stride_other
+        for phase in tl.static_range(2):
+            grad_query = query_grad_walk(
+                grad_query, query, grad_output, lse, delta, keys, values, valid, bias, grad_bias, low, high, rows,
+                row_tokens, in_rows, item + 11, 0, 1, listed, slots_ptr, bits_ptr, stride_kt, stride_vt, stride_bt,
+                stride_br, num_biases, score_scale, first_distance, row_distance, D, DV, BLOCK_M, BLOCK_N, BLOCK_D,
+                BLOCK_DV, PICKED, GRANULE, HAS_VALID, HAS_BIAS, PRECISION, UPCAST, phase == 1,
+            )  # fmt: skip
+    grads = grad_query_ptr + batch * stride_gb + head.to(tl.int64) * stride_gh
+    store_rows(grads, row_tokens, stride_gt, in_rows, grad_query * scale, D, BLOCK_D, ADD)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# dK and dV
+
+
+@triton.jit
+def key_grad_walk(
+    grad_key,
+    grad_value,
+    key,
+    value,
+    queries,
+    grad_outputs,
+    lses,
+    deltas,
+    bias,
+    lows,
+    highs,
+    key_places,
+    key_tokens,
+    in_keys,
+    source,
+    first,
+    step,
+    listed,
+    slots,
+    bits,
+    stride_qt,
+    stride_ot,
+    stride_bt,
+    stride_br,
+    num_biases,
+    scale,
+    first_distance,
+    row_distance,
+    num_heads,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    KIND: tl.constexpr,
+    GRANULE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Add what the tiles of queries of one head give to dK and dV (before the scale)."""
+    number = tl.load(source)
+    start = tl.load(source + 1)
+    left = tl.load(source + 2)
+    full = tl.load(source + 3)
+    count = full
+    if MASKED:
+        count = left + tl.load(source + 4)
+    for tile in range(0, count):
+        position = position_of(tile, left, full, MASKED)
+        rows = places_of(position, start, listed, BLOCK_M, KIND, GRANULE)
+        inside = (rows >= 0) & (rows < number)
+        tokens = rows
+        if KIND != TABLE:
+            tokens = first + rows * step
+        query = load_rows(queries, tokens, stride_qt, inside, D, BLOCK_D, MASKED)
+        scores = dot(key, tl.trans(query), PRECISION, UPCAST) * scale
+        if HAS_BIAS:
+            distances = (tokens + first_distance)[None, :] - key_tokens[:, None]
+            if KIND == RANGE:
+                distances = (rows + row_distance)[None, :] - key_places[:, None]
+            pointers = bias + tokens[None, :] * stride_bt + distances * stride_br
+            mask = in_keys[:, None] & inside[None, :] & (distances >= 0) & (distances < num_biases)
+            scores += tl.load(pointers, mask=mask, other=0.0).to(tl.float32) * LOG2E
+        lse = tl.load(lses + tokens * num_heads, mask=inside, other=float("inf")) * LOG2E
+        weights = tl.exp2(scores - lse[None, :])
+        if MASKED and KIND == TABLE:
+            seen = bits_of(position, start, slots, bits, BLOCK_N, BLOCK_M, GRANULE) & inside[None, :]
+            weights = tl.where(seen, weights, 0.0)
+        elif MASKED:
+            low = tl.load(lows + tokens, mask=inside, other=0)
+            high = tl.load(highs + tokens, mask=inside, other=0)
+            seen = (key_places[:, None] >= low[None, :]) & (key_places[:, None] < high[None, :])
+            weights = tl.where(seen, weights, 0.0)
+        grad_output = load_rows(grad_outputs, tokens, stride_ot, inside, DV, BLOCK_DV, MASKED)
+        grad_value += dot(weights.to(grad_output.dtype), grad_output, PRECISION, UPCAST)
+        delta = tl.load(deltas + tokens * num_heads, mask=inside, other=0.0)
+        grad_weights = dot(value, tl.trans(grad_output), PRECISION, UPCAST)
+        grad_scores = weights * (grad_weights - delta[None, :])
+        grad_key += dot(grad_scores.to(query.dtype), query, PRECISION, UPCAST)
+    return grad_key, grad_value
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def key_grad_kernel(
+    query_ptr,
+    key_ptr,
+    value_ptr,
+    grad_output_ptr,
+    lse_ptr,
+    delta_ptr,
+    grad_key_ptr,
+    grad_value_ptr,
+    workspace_ptr,
+    valid_ptr,
+    bias_ptr,
+    items_ptr,
+    low_ptr,
+    high_ptr,
+    listed_ptr,
+    slots_ptr,
+    bits_ptr,
+    stride_qb,
+    stride_qt,
+    stride_qh,
+    stride_kb,
+    stride_kt,
+    stride_kh,
+    stride_vb,
+    stride_vt,
+    stride_vh,
+    stride_ob,
+    stride_ot,
+    stride_oh,
+    stride_gkb,
+    stride_gkt,
+    stride_gkh,
+    stride_gvb,
+    stride_gvt,
+    stride_gvh,
+    stride_valid,
+    stride_bb,
+    stride_bh,
+    stride_bt,
+    stride_br,
+    num_biases,
+    stride_listed,
+    scale,
+    score_scale,
+    num_queries,
+    num_heads,
+    ratio,
+    group,  # query heads of one program
+    copies,
+    repeats,
+    period,
+    step,
+    first_distance,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    KIND: tl.constexpr,
+    GRANULE: tl.constexpr,
+    HAS_VALID: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    ADD: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """dK [B, S, heads, D] and dV [B, S, heads, Dv] of a tile of keys; if ADD added to what is there.
+
+    `heads` are the key heads, or where heads differ in their pattern the query heads (then `group` is 1). If SPLIT the
+    item covers some of the queries only, and its sums go to the workspace [items, B, repeats, N, D + Dv].
+    """
+    program = tl.program_id(0)
+    item = items_ptr + (program // copies) * FIELDS
+    batch = ((program % copies) // repeats).to(tl.int64)
+    head = tl.load(item) + (program % repeats) * period
+    if head * group >= num_heads:
+        return
+    variant = tl.load(item + 1)
+    first_query = tl.load(item + 2)
+    first_key = tl.load(item + 3)
+    places = tl.load(item + 4) + tl.arange(0, BLOCK_N)
+    in_keys = places < tl.load(item + 5)
+    listed = listed_ptr + variant * stride_listed
+    tokens = tokens_of(places, in_keys, first_key, step, listed, KIND)
+    row_distance = (first_distance + first_query - first_key) // step
+
+    key_head = ((head * group) // ratio).to(tl.int64)
+    key = load_rows(key_ptr + batch * stride_kb + key_head * stride_kh, tokens, stride_kt, in_keys, D, BLOCK_D, True)
+    value = load_rows(
+        value_ptr + batch * stride_vb + key_head * stride_vh, tokens, stride_vt, in_keys, DV, BLOCK_DV, True
+    )
+    grad_key = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    grad_value = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+    for member in range(0, group):
+        query_head = (head * group + member).to(tl.int64)
+        queries = query_ptr + batch * stride_qb + query_head * stride_qh
+        grad_outputs = grad_output_ptr + batch * stride_ob + query_head * stride_oh
+        bias = bias_ptr + batch * stride_bb + query_head * stride_bh
+        flat = batch * num_queries * num_heads + query_head
+        for phase in tl.static_range(2):
+            grad_key, grad_value = key_grad_walk(
+                grad_key, grad_value, key, value, queries, grad_outputs, lse_ptr + flat, delta_ptr + flat, bias,
+                low_ptr + variant * num_queries, high_ptr + variant * num_queries, places, tokens, in_keys, item + 6,
+                first_query, step, listed_ptr, slots_ptr, bits_ptr, stride_qt, stride_ot, stride_bt, stride_br,
+                num_biases, score_scale, first_distance, row_distance, num_heads, D, DV, BLOCK_M, BLOCK_N, BLOCK_D,
+                BLOCK_DV, KIND, GRANULE, HAS_BIAS, PRECISION, UPCAST, phase == 1,
+            )  # fmt: skip
+    grad_key *= scale
+    if HAS_VALID:
+        shown = tl.load(valid_ptr + batch * stride_valid + tokens, mask=in_keys, other=0) != 0
+        grad_key = tl.where(shown[:, None], grad_key, 0.0)
+        grad_value = tl.where(shown[:, None], grad_value, 0.0)
+    if SPLIT:
+        rows = tl.arange(0, BLOCK_N)
+        sums = workspace_ptr + program.to(tl.int64) * BLOCK_N * (D + DV)
+        store_rows(sums, rows, D + DV, rows >= 0, grad_key, D, BLOCK_D, False)
+        store_rows(sums + D, rows, D + DV, rows >= 0, grad_value, DV, BLOCK_DV, False)
+    else:
+        grads = grad_key_ptr + batch * stride_gkb + head.to(tl.int64) * stride_gkh
+        store_rows(grads, tokens, stride_gkt, in_keys, grad_key, D, BLOCK_D, ADD)
+        grads = grad_value_ptr + batch * stride_gvb + head.to(tl.int64) * stride_gvh
+        store_rows(grads, tokens, stride_gvt, in_keys, grad_value, DV, BLOCK_DV, ADD)
+
+
+@triton.jit(do_not_specialize=["num_out_heads", "copies", "repeats", "period", "step", "stride_listed"])
+def key_grad_sum_kernel(
+    workspace_ptr,
+    grad_key_ptr,
+    grad_value_ptr,
+    items_ptr,
+    listed_ptr,
+    stride_gkb,
+    stride_gkt,
+    stride_gkh,
+    stride_gvb,
+    stride_gvt,
+    stride_gvh,
+    stride_listed,
+    num_out_heads,
+    copies,
+    repeats,
+    period,
+    step,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    KIND: tl.constexpr,
+):
+    """Add up, always in the same order, what the items of one tile of keys left in the workspace; add it to dK, dV."""
+    program = tl.program_id(0)
+    item = items_ptr + (program // copies) * FIELDS
+    copy = program % copies
+    batch = (copy // repeats).to(tl.int64)
+    head = tl.load(item) + (copy % repeats) * period
+    if head >= num_out_heads:
+        return
+    places = tl.load(item + 4) + tl.arange(0, BLOCK_N)
+    in_keys = places < tl.load(item + 5)
+    listed = listed_ptr + tl.load(item + 1) * stride_listed
+    tokens = tokens_of(places, in_keys, tl.load(item + 3), step, listed, KIND)
+    first = tl.load(item + 6)
+    count = tl.load(item + 7)
+
+    rows = tl.arange(0, BLOCK_N)
+    grad_key = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    grad_value = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+    for slot in range(0, count):
+        sums = workspace_ptr + ((first + slot).to(tl.int64) * copies + copy) * BLOCK_N * (D + DV)
+        grad_key += load_rows(sums, rows, D + DV, rows >= 0, D, BLOCK_D, True)
+        grad_value += load_rows(sums + D, rows, D + DV, rows >= 0, DV, BLOCK_DV, True)
+    grads = grad_key_ptr + batch * stride_gkb + head.to(tl.int64) * stride_gkh
+    store_rows(grads, tokens, stride_gkt, in_keys, grad_key, D, BLOCK_D, True)
+    grads = grad_value_ptr + batch * stride_gvb + head.to(tl.int64) * stride_gvh
+    store_rows(grads, tokens, stride_gvt, in_keys, grad_value, DV, BLOCK_DV, True)
