@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from .attention_patterns import Block1D, Block2D, FixedBlock, FixedSummary, Full, Local, Pattern, Strided
 
 _CHUNK = 32  # queries of a tile in a band: a window of w keys costs w + 31
-_SUMMARY_QUERIES, _SUMMARY_KEYS = 1024, 128  # of a group of blocks
+_SUMMARY_QUERIES, _SUMMARY_KEYS = 1024, 256  # of a group of blocks; flash kernels are fastest from 768 queries on
 _MAX_MASK = 1 << 22  # elements of a mask shared by tiles; beyond it a table is cheaper
 _TABLE_ROWS = 64  # queries that share one list of keys
 _TABLE_KEYS = 1 << 13  # keys gathered at once

@@ -128,7 +128,7 @@ def test_writes(pattern):
         (FixedBlock(128), 1.0),
         (Union([Local(128), Strided(128)]), 1.3),
         (Fixed(128, 8, sub_blocks=4), 1.15),
-        (Fixed(128, 32, sub_blocks=4), 1.1),
+        (Fixed(128, 32, sub_blocks=4), 1.15),
         (PerHead([Local(128), Strided(128)]), 1.3),
     ],
     ids=str,

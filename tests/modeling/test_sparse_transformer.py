@@ -268,7 +268,7 @@ def test_a_class_as_start_token_fills_every_position():
 
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("implementation", ["eager", "sdpa", "block_sparse"])
 def test_sampling_in_half_precision_has_float32_products(implementation, dtype, autocast):
     """Each query-key product is 160,000 and the same for all keys, so it changes nothing unless it overflows."""
 
