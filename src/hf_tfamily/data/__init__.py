@@ -15,6 +15,7 @@ from ..modeling.attention_patterns import nearest
 from .audio import audio_files, mu_law_decode, mu_law_encode, write_wav
 from .enlargement import EnlargementPairs, photo_enlargements
 from .images import digits, fashion_mnist, hub_images, photo_crops
+from .masked import MaskedTexts, bible_masked
 from .sequences import LoadedData, MissingPackageError, NextTokenCollator, TokenSequences
 from .streams import SegmentCollator, StreamDataset, TextStreams, bible_stream, hub_word_stream, text_file_stream
 from .text import bible, byte_tokenizer, hub_text, text_file
@@ -27,6 +28,7 @@ SOURCES: dict[str, Callable[..., LoadedData]] = {
         *(bible, text_file, hub_text, audio_files),
         *(bible_stream, text_file_stream, hub_word_stream),
         *(libreoffice_help, translation_files),
+        bible_masked,
     )
 }
 
@@ -61,6 +63,7 @@ __all__ = [
     "SOURCES",
     "EnlargementPairs",
     "LoadedData",
+    "MaskedTexts",
     "MissingPackageError",
     "NextTokenCollator",
     "SegmentCollator",

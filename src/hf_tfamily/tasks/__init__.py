@@ -10,12 +10,19 @@ from collections.abc import Iterator
 from ..data import SOURCES
 from ..recipes import Recipe
 from .base import Task
+from .masked_text import MaskedTextTask
 from .recurrent_text import RecurrentTextTask
 from .super_resolution import SuperResolutionTask
 from .token_sequences import TokenSequenceTask
 from .translation import TranslationTask
 
-TASKS: tuple[Task, ...] = (TokenSequenceTask(), RecurrentTextTask(), TranslationTask(), SuperResolutionTask())
+TASKS: tuple[Task, ...] = (
+    TokenSequenceTask(),
+    RecurrentTextTask(),
+    TranslationTask(),
+    SuperResolutionTask(),
+    MaskedTextTask(),
+)
 
 
 def task_of(recipe: Recipe) -> Task:
