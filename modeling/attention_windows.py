@@ -59,7 +59,8 @@ def window_layout(pattern: Window2D, grid: tuple[int, int], device: torch.device
 
     def place(row: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
         """Where the token of a row and column of the padded grid goes."""
-        row, column = (row[:, None] - shift) % padded[0], (column - shift) % padded[1]  # cyclic shift
+        # The cyclic shift; nothing is below 0, which torch.compile's index arithmetic could not take.
+        row, column = (row[:, None] + padded[0] - shift) % padded[0], (column + padded[1] - shift) % padded[1]
         number = row // window[0] * (padded[1] // window[1]) + column // window[1]
         return (number * window[0] + row % window[0]) * window[1] + column % window[1]
 
