@@ -291,7 +291,8 @@ def main() -> int:
     bench = Benchmark(
         "Attention under a pattern on the CPU", __doc__, SECTIONS, {"--threads": {"type": int, "default": 2}}
     )
-    torch.set_num_threads(bench.args.threads)
+    if not bench.cpu_time:
+        torch.set_num_threads(bench.args.threads)
     quick = bench.quick
     runs: dict[str, Callable[[], None]] = {
         "4,096 tokens": lambda: against_dense(bench, 1024 if quick else 4096, 2 if quick else 7),
