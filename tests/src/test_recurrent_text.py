@@ -96,3 +96,32 @@ def test_says_what_does_not_fit(tmp_path):
 def test_options_of_other_tasks_are_refused(finished_once):
     with pytest.raises(ValueError, match="This model cannot be evaluated with --attention-length; options here: none"):
         evaluate(finished_once, attention_length=20, progress=False)
+
+
+BIBLE = ("transformer_xl/bible", "compressive_transformer/bible", "xl_sparse/bible", "rope_decoder/bible")
+BASELINE = "sparse_transformer/bible_no_memory"
+PAPER_MILLIONS = {
+    "transformer_xl/enwik8_12l": 41.06,
+    "transformer_xl/enwik8_24l": 277.2,
+    "transformer_xl/wikitext103_base": 151.1,
+    "transformer_xl/wikitext103_large": 285.2,
+}
+
+
+def test_recipes_on_the_bible_share_one_budget():
+    """As many steps, bytes in a step, and parameters to 0.1 %, the baseline without memory included."""
+    recipes = [load_recipe(name) for name in (*BIBLE, BASELINE)]
+    assert len({recipe.training["max_steps"] for recipe in recipes}) == 1
+    rows = [recipe.training["per_device_train_batch_size"] for recipe in recipes]
+    assert {recipe.data["length"] * count for recipe, count in zip(recipes, rows)} == {2048}
+    parameters = [recipe.parameters for recipe in recipes]
+    assert max(parameters) / min(parameters) < 1.001
+    assert len({tuple(load_data(recipe.data).eval[:100]) for recipe in recipes}) == 1
+
+
+@pytest.mark.parametrize(("name", "millions"), PAPER_MILLIONS.items())
+def test_paper_recipes_read_streams_and_say_their_size(name, millions):
+    recipe = load_recipe(name)
+    assert recipe.parameters / 1e6 == pytest.approx(millions, abs=0.05)
+    assert f"{millions}M" in recipe.notes[0]
+    assert recipe.data["length"] == recipe.model["mem_len"]
