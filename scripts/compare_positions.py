@@ -211,6 +211,7 @@ def page(runs: list[Run], tasks: list[Setting], record: dict, plot: Path | None)
     ]
     if plot is not None:
         lines += ["", f"![figures at each length, and losses while training]({plot.name})"]
+    lines += ["", "## What the papers claim", "", *findings(runs, tasks)]
     for setting in tasks:
         seeds = f"{len(setting.seeds)} seeds" if len(setting.seeds) > 1 else "one seed"
         lines += ["", f"## {setting.name.capitalize()}: {setting.figure}", ""]
@@ -228,6 +229,36 @@ def page(runs: list[Run], tasks: list[Setting], record: dict, plot: Path | None)
             ]
             lines.append(f"| {encoding} | {parameters:,} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def findings(runs: list[Run], tasks: list[Setting]) -> list[str]:
+    """What the papers claim, and what these runs say to it."""
+    text = tasks[-1]
+    trained, longest = text.lengths[0], text.lengths[-1]
+    bits_of = {
+        encoding: {length: mean for length, (mean, *_) in summary(runs, text.name, encoding).items()}
+        for encoding in POSITION_ENCODINGS
+    }
+    curves = {run.encoding: run.curve for run in runs if run.task == text.name}
+    last = curves["sinusoidal"][-1][1]
+    caught_up = next((step for step, loss in curves["rotary"] if loss <= last), None)
+
+    def compared(better: str, worse: str) -> str:
+        one, other = bits_of[better][trained], bits_of[worse][trained]
+        return f"They {'do' if one < other else 'do not'} here: {one:.3f} and {other:.3f} bits per byte."
+
+    def longer(encoding: str) -> str:
+        return f"{encoding} {bits_of[encoding][longest] - bits_of[encoding][trained]:+.3f}"
+
+    others = ", ".join(longer(encoding) for encoding in POSITION_ENCODINGS)
+    when = "not within these steps" if caught_up is None else f"at step {caught_up} of {text.steps}"
+    return [
+        f"- Shaw et al. 2018: relative positions do better than sinusoidal ones. {compared('relative', 'sinusoidal')}",
+        "- Su et al. 2021: rotary positions converge faster. Here they reach the last training loss of sinusoidal ones "
+        f"{when}.",
+        f"- Dai et al. 2019: absolute positions do not carry over to longer texts, relative ones do. From {trained} to "
+        f"{longest} tokens the bits per byte change by: {others}.",
+    ]
 
 
 @plots.styled
@@ -260,14 +291,28 @@ def main() -> None:
     for option, what in (("--json", "all runs"), ("--page", "the tables"), ("--plot", "the picture")):
         parser.add_argument(option, type=Path, metavar="FILE", help=f"write {what} there")
     parser.add_argument("--quick", action="store_true", help="few steps: does it run?")
+    parser.add_argument("--runs", type=Path, metavar="FILE", help="what an earlier --json wrote, instead of new runs")
     args = parser.parse_args()
-    tasks, runs, start = settings(args.quick), [], time.monotonic()
+    tasks = settings(args.quick)
+    record = json.loads(args.runs.read_text()) if args.runs else compare(tasks)
+    runs = [Run(**{**kept, "figures": {int(n): f for n, f in kept["figures"].items()}}) for kept in record["runs"]]
+    if args.json:
+        write(args.json, json.dumps(record, indent=1) + "\n")
+    if args.plot:
+        draw(runs, tasks, args.plot)
+    if args.page:
+        write(args.page, page(runs, tasks, record, args.plot))
+
+
+def compare(tasks: list[Setting]) -> dict:
+    """Every encoding on every task; the runs, and where they were made."""
+    runs, start = [], time.monotonic()
     for setting in tasks:
         for encoding in POSITION_ENCODINGS:
             runs += [run(setting, encoding, seed) for seed in setting.seeds]
             means = "  ".join(f"{n}: {mean:.3f}" for n, (mean, *_) in summary(runs, setting.name, encoding).items())
             print(f"{time.monotonic() - start:6.0f} s  {setting.name:8}{encoding:20}{means}", flush=True)
-    record = {
+    return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
         "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
@@ -276,12 +321,6 @@ def main() -> None:
         "model": MODEL,
         "runs": [asdict(run) for run in runs],
     }
-    if args.json:
-        write(args.json, json.dumps(record, indent=1) + "\n")
-    if args.plot:
-        draw(runs, tasks, args.plot)
-    if args.page:
-        write(args.page, page(runs, tasks, record, args.plot))
 
 
 if __name__ == "__main__":
