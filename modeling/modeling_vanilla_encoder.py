@@ -1,5 +1,5 @@
-"""The Transformer's encoder alone, as BERT uses it: Devlin, Chang, Lee and Toutanova 2018, "BERT: Pre-training of Deep
-Bidirectional Transformers for Language Understanding" (arXiv:1810.04805).
+"""Vanilla encoder: the Transformer's encoder alone, as Devlin, Chang, Lee and Toutanova 2018 use it in "BERT:
+Pre-training of Deep Bidirectional Transformers for Language Understanding" (arXiv:1810.04805).
 
 "BERT's model architecture is a multi-layer bidirectional Transformer encoder based on the original implementation"
 (section 3): blocks (vanilla_stacks.py) and attention (layers.py, with its call of

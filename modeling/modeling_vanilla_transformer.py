@@ -1,5 +1,5 @@
-"""The Transformer: Vaswani, Shazeer, Parmar, Uszkoreit, Jones, Gomez, Kaiser and Polosukhin 2017, "Attention Is All You
-Need".
+"""Vanilla Transformer: Vaswani, Shazeer, Parmar, Uszkoreit, Jones, Gomez, Kaiser and Polosukhin 2017, "Attention Is All
+You Need".
 
 An encoder reads the source, a decoder writes the target one token after the other and attends to what the encoder made
 of the source. How order enters either stack is a choice of the config. The blocks are in vanilla_stacks.py, the

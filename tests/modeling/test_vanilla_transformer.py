@@ -226,6 +226,23 @@ def test_half_precision(encoding, dtype):
 
 
 @encodings
+def test_mixed_precision(encoding):
+    """Autocast mixes dtypes where a bias or a rotation is in float32; losses stay near and gradients flow."""
+    batch = padded_batch()
+    batch["labels"] = ids(3, 7).masked_fill(batch["decoder_attention_mask"] == 0, -100)
+    for implementation in backends_of(encoding):
+        if implementation == "flex_attention":  # has no backward on the CPU
+            continue
+        model = translator(encoding, implementation).train()
+        expected = model(**batch).loss
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = model(**batch).loss
+        found.backward()
+        assert found == pytest.approx(expected.item(), rel=0.02)
+        assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@encodings
 @patterns
 @torch.no_grad()
 def test_padding_changes_no_real_token(encoding, pattern):
@@ -345,7 +362,10 @@ def test_encoder_outputs_may_be_a_tuple():
         torch.testing.assert_close(model(encoder_outputs=given, decoder_input_ids=target).logits, expected)
 
 
-@pytest.mark.parametrize("encoding", ["learned", "relative", "transformer_xl"])
+@pytest.mark.parametrize(
+    "encoding",
+    ["transformer_xl", *(pytest.param(name, marks=pytest.mark.slow) for name in ("learned", "relative", "rotary"))],
+)
 def test_compiles_without_graph_breaks(encoding):
     model, source, labels = translator(encoding), ids(2, 6), ids(2, 5)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
