@@ -188,6 +188,8 @@ class ImageTokenProcessor(BaseImageProcessor):
                 raise ValueError("The list of images is empty.")
             return np.concatenate([self._batch(image) for image in images])
         values = self._picture_levels(images) if hasattr(images, "getbands") else _integers(images, "images")
+        if values.size == 0:
+            raise ValueError(f"images is an empty batch: got shape {list(values.shape)}.")
         self._check_levels(values, "images")
         one = (self.height, self.width, self.channels)
         for shape in [one, one[:2]] if self.channels == 1 else [one]:

@@ -129,6 +129,7 @@ def test_decode_names_bad_ids(colours, ids, message):
         (Image.new("L", (3, 2)), r"mode 'RGB', got 'L'; use image.convert\('RGB'\)"),
         (Image.new("RGB", (2, 3)), r"must be \[2, 3, 3\]"),
         ([], "list of images is empty"),
+        (np.zeros((0, 2, 3, 3), int), r"empty batch: got shape \[0, 2, 3, 3\]"),
     ],
 )
 def test_images_that_do_not_fit_are_refused(colours, image, message):
