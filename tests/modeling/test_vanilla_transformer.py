@@ -238,7 +238,7 @@ def test_mixed_precision(encoding):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             found = model(**batch).loss
         found.backward()
-        assert found == pytest.approx(expected.item(), rel=0.02)
+        assert found.item() == pytest.approx(expected.item(), rel=0.02)
         assert all(parameter.grad is not None for parameter in model.parameters())
 
 
