@@ -130,10 +130,78 @@ def window_attention(
         mask: [L, N, N] bool, True where a key is seen; None if all are.
         dropout: of the attention weights.
     """
-    bias = position_bias
-    if mask is not None:
-        bias = position_bias.masked_fill(~mask[:, None], torch.finfo(position_bias.dtype).min)
-    scores = (query * scaling) @ key.transpose(-1, -2)  # [B * L, H, N, N]
-    scores = (scores.view(-1, *bias.shape) + bias).view_as(scores)
+    bias = position_bias.to(query.dtype)
+    if mask is not None:  # [L, H, N, N]; a window's own token is always seen
+        bias = bias.masked_fill(~mask[:, None], torch.finfo(bias.dtype).min)
+    learns = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value, bias))
+    if not learns and not dropout:
+        return _attend_fused(query, key, value, bias, scaling)
+    if learns and not dropout and query.device.type == "cpu" and not torch.compiler.is_compiling():
+        return _WindowAttention.apply(query, key, value, bias, scaling)
+    scores = _scores(query, key, bias, scaling)
     weights = F.dropout(scores.softmax(dim=-1, dtype=torch.float32).to(value.dtype), dropout)
     return (weights @ value).transpose(1, 2)
+
+
+def _scores(query: torch.Tensor, key: torch.Tensor, bias: torch.Tensor, scaling: float) -> torch.Tensor:
+    """Q K^T / sqrt(d) + B of equation 4, [B * L, H, N, N]; the bias is [H, N, N], or [L, H, N, N] for each window."""
+    products = query @ key.transpose(-1, -2)
+    return torch.add(bias, products.view(-1, *bias.shape), alpha=scaling).view_as(products)
+
+
+def _attend_fused(query, key, value, bias: torch.Tensor, scaling: float) -> torch.Tensor:
+    """Without gradients: PyTorch's fused attention. Biases of windows are repeated for a few pictures at a time."""
+    if bias.ndim == 3:
+        return F.scaled_dot_product_attention(query, key, value, bias[None], scale=scaling).transpose(1, 2)
+    step = _whole_pictures(64, bias)
+    bias = bias.repeat(step // len(bias), 1, 1, 1)
+    outputs = [
+        F.scaled_dot_product_attention(*part, bias[: len(part[0])], scale=scaling).transpose(1, 2)
+        for part in zip(query.split(step), key.split(step), value.split(step))
+    ]
+    return torch.cat(outputs)
+
+
+def _whole_pictures(windows: int, bias: torch.Tensor) -> int:
+    """The least multiple of a picture's windows that is about as many as `windows`."""
+    of_picture = len(bias) if bias.ndim == 4 else 1
+    return max(1, windows // of_picture) * of_picture
+
+
+class _WindowAttention(torch.autograd.Function):
+    """Attention of some hundred windows at a time, forward and backward, so that scores stay in the processor's cache.
+
+    The gradient of the bias is summed over windows while they are there; as a mask it would be dense.
+    """
+
+    @staticmethod
+    def forward(ctx, query, key, value, bias, scaling):
+        step = _whole_pictures(256, bias)
+        weights, outputs = [], []
+        with torch.autocast("cpu", enabled=False):
+            for q, k, v in zip(query.split(step), key.split(step), value.split(step)):
+                scores = _scores(q, k, bias, scaling)
+                weights.append(scores.softmax(dim=-1, dtype=torch.float32).to(v.dtype))
+                outputs.append((weights[-1] @ v).transpose(1, 2))
+            output = torch.cat(outputs)
+        ctx.save_for_backward(query, key, value, *weights)
+        ctx.step, ctx.scaling, ctx.bias_shape = step, scaling, bias.shape
+        return output
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        query, key, value, *weights = ctx.saved_tensors
+        # Memory runs as the projections want it, [B * L, N, H, D].
+        gradients = [torch.empty_like(x.transpose(1, 2)).transpose(1, 2) for x in (query, key, value)]
+        bias_gradient = 0
+        parts = zip(*(x.split(ctx.step) for x in (query, key, value, *gradients)), gradient.split(ctx.step), weights)
+        for q, k, v, to_query, to_key, to_value, g, w in parts:
+            g = g.transpose(1, 2).contiguous()
+            to_value.copy_(w.transpose(-1, -2) @ g)
+            to_scores = torch._softmax_backward_data(g @ v.transpose(-1, -2), w, -1, w.dtype)
+            bias_gradient = bias_gradient + to_scores.view(-1, *ctx.bias_shape).sum(dim=0, dtype=torch.float32)
+            to_scores *= ctx.scaling
+            to_query.copy_(to_scores @ k)
+            to_key.copy_(to_scores.transpose(-1, -2) @ q)
+        return *gradients, bias_gradient.to(gradient.dtype), None

@@ -99,6 +99,14 @@ class SwinTransformerMLP(nn.Module):
         self.fc2 = nn.Linear(int(config.mlp_ratio * width), width)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """[B, T, C] -> [B, T, C]. On a CPU some tokens at a time, so that the wide layer stays in its cache."""
+        tokens = hidden_states.flatten(0, -2)
+        step = 4096 if torch.is_grad_enabled() else 1024
+        if torch.compiler.is_compiling() or tokens.device.type != "cpu" or len(tokens) < 2 * step:
+            return self._feed(hidden_states)
+        return torch.cat([self._feed(part) for part in tokens.split(step)]).view_as(hidden_states)
+
+    def _feed(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.fc2(self.activation_fn(self.fc1(hidden_states)))
 
 
