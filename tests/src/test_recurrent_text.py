@@ -36,6 +36,7 @@ training:
 MODELS = {
     "transformer_xl": "mem_len: 12",
     "compressive_transformer": "mem_len: 12",
+    "xl_sparse": "mem_len: 12",
     "rope_decoder": "max_position_embeddings: 32",
 }
 
