@@ -1,0 +1,153 @@
+"""Write the parts of docs/systems/*.md that follow from the code, and draw the pictures there.
+
+    python scripts/make_docs.py
+
+Each page is written by hand above the line MARK; below it stand the places of the paper that the code names, the fields
+of the config, and the recipes.
+"""
+
+import ast
+import io
+import re
+import tokenize
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+
+from hf_tfamily import plots
+from hf_tfamily.auto import SYSTEMS
+from hf_tfamily.modeling.attention_patterns import Window2D
+from hf_tfamily.pattern_views import parse_pattern, pattern_panels
+from hf_tfamily.recipes import list_recipes, load_recipe
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs" / "systems"
+MARK = "<!-- What follows is made by scripts/make_docs.py -->"
+PLACE = re.compile(r"\b(?:equations?|sections?|algorithms?|figures?) \d[\d.]*(?:(?:, | and | to )\d[\d.]*)*")
+# Patterns that a system is about, in the short form of `hf-tfamily show`.
+PICTURES = {
+    "sparse_transformer": ("local:window=8", "strided:stride=8", "fixed:block=8,summary=2"),
+    "transformer_xl": ("local:window=8",),
+    "xl_sparse": ("local:window=6+strided:stride=6",),
+    "rope_decoder": ("full", "local:window=8"),
+    "image_transformer": ("block_1d:block=6,flange=6", "block_2d:height=3,width=3,flange_height=1,flange_width=2"),
+}
+
+
+def make_page(name: str, prefix: str) -> None:
+    """Replace what stands below the mark of one page."""
+    page = DOCS / f"{name}.md"
+    written = page.read_text(encoding="utf-8").partition(MARK)[0]
+    parts = [_paper(name), _fields(name, prefix), _recipes(name)]
+    page.write_text(f"{written}{MARK}\n\n" + "\n\n".join(filter(None, parts)) + "\n", encoding="utf-8")
+
+
+def _paper(name: str) -> str:
+    """A table of the places of the paper that the modeling file names."""
+    path = ROOT / "modeling" / f"modeling_{name}.py"
+    rows = [f"| {place} | `{where}` | {text} |" for place, where, text in _mentions(path)]
+    if not rows:
+        return ""
+    file = f"[modeling/{path.name}](../../modeling/{path.name})"
+    return "\n".join(
+        ["## From the paper to the code", "", f"All in {file}.", "", "| paper | code | |", "|---|---|---|", *rows]
+    )
+
+
+def _mentions(path: Path) -> Iterator[tuple[str, str, str]]:
+    """(place in the paper, class and function, what is said there) for comments and docstrings, in order."""
+    source = path.read_text(encoding="utf-8")
+    scopes = list(_scopes(ast.parse(source)))
+    said = [
+        (scope.body[0].lineno, ast.get_docstring(scope).split("\n\n")[0])
+        for _, scope in scopes
+        if _has_docstring(scope)
+    ]
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            said.append((token.start[0], token.string.lstrip("# ")))
+    for line, text in sorted(said):
+        where = [name for name, scope in scopes if scope.lineno <= line <= scope.end_lineno]
+        places = dict.fromkeys(PLACE.findall(text))
+        if places and where:
+            yield ", ".join(places), where[-1], " ".join(text.split()).replace("|", "\\|")
+
+
+def _scopes(tree: ast.AST, outside: str = "") -> Iterator[tuple[str, ast.AST]]:
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
+            yield outside + node.name, node
+            yield from _scopes(node, f"{outside}{node.name}.")
+
+
+def _has_docstring(scope: ast.AST) -> bool:
+    return ast.get_docstring(scope) is not None
+
+
+def _fields(name: str, prefix: str) -> str:
+    """The `Args:` of the config's docstring as a table."""
+    module = import_module(f"hf_tfamily.modeling.configuration_{name}")
+    text = ast.get_docstring(ast.parse(f"class X:\n    '''{getattr(module, prefix + 'Config').__doc__}'''").body[0])
+    rows, inside = [], text.partition("Args:\n")[2]
+    for entry in re.split(r"\n(?=    \w)", inside):
+        names, colon, meaning = entry.strip().partition(":")
+        if colon and re.fullmatch(r"[\w, ]+", names):
+            quoted = ", ".join(f"`{field.strip()}`" for field in names.split(","))
+            rows.append(f"| {quoted} | {' '.join(meaning.split()).replace('|', chr(92) + '|')} |")
+    if not rows:
+        return ""
+    parent = getattr(module, prefix + "Config").__mro__[1]
+    own = parent.__module__.startswith("hf_tfamily.") and parent.__name__.removesuffix("Config")
+    system = next((system.name for system in SYSTEMS if system.prefix == own), None)
+    further = [f"And those of [`{parent.__name__}`]({system}.md).", ""] if system else []
+    return "\n".join([f"## Fields of `{prefix}Config`", "", *further, "| field | meaning |", "|---|---|", *rows])
+
+
+def _recipes(name: str) -> str:
+    """The recipes of a system, with the command that trains one."""
+    recipes = [load_recipe(recipe) for recipe in list_recipes() if recipe.startswith(f"{name}/")]
+    if not recipes:
+        return ""
+    rows = [f"| `{r.name}` | {r.parameters or 0:,} | {r.title} | {r.reference} |" for r in recipes]
+    heading = [
+        "## Recipes",
+        "",
+        "`hf-tfamily train RECIPE` trains one; the card of the finished folder has its figures.",
+        "",
+    ]
+    return "\n".join([*heading, "| recipe | parameters | what it is | reference |", "|---|---|---|---|", *rows])
+
+
+def draw(name: str) -> None:
+    """The picture at the head of a page."""
+    file = ROOT / "docs" / "pictures" / f"{name}.png"
+    panels = [panel for text in PICTURES[name] for panel in pattern_panels(parse_pattern(text))]
+    plots.pattern_pictures(panels, file)
+
+
+@plots.styled
+def draw_windows(file: Path) -> None:
+    """Windows of 4 x 4 on a grid of 12 x 12, and the same moved by 2; a token sees those of its own colour."""
+    figure = plots.new_figure(5.2, 2.8)
+    for axes, shift in zip(figure.subplots(1, 2), (0, 2)):
+        pattern = Window2D(4, shift).bind((12, 12))
+        numbers = np.array([pattern.window(token) for token in range(144)]).reshape(12, 12)
+        order = {number: place for place, number in enumerate(dict.fromkeys(numbers.flat))}
+        axes.imshow(np.vectorize(order.get)(numbers) * 7 % 16, cmap="tab20c")
+        axes.set_title(f"windows of 4, moved by {shift}", **plots.PANEL_TITLE)
+        axes.set_axis_off()
+    plots.save(figure, file)
+
+
+def main() -> None:
+    for system in SYSTEMS:
+        make_page(system.name, system.prefix)
+        if system.name in PICTURES:
+            draw(system.name)
+    draw_windows(ROOT / "docs" / "pictures" / "swin_transformer.png")
+
+
+if __name__ == "__main__":
+    main()
