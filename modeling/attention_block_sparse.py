@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
 from inspect import getclosurevars, signature
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -36,20 +36,6 @@ VERSION = 1
 EXECUTORS: dict[str, Callable[..., torch.Tensor]] = {}
 
 
-class RelativeScores(NamedTuple):
-    """Scores of the distances between queries and keys, yet to be computed: a position_bias for block_sparse.
-
-    Attributes:
-        position_query: [B, H, T, D].
-        relative_key: [H, L, D].
-        distances: [L] on the CPU, the distance that each row of relative_key is for; all that the pattern can meet.
-    """
-
-    position_query: torch.Tensor
-    relative_key: torch.Tensor
-    distances: torch.Tensor
-
-
 def executor(device: torch.device) -> Callable[..., torch.Tensor]:
     """What runs a plan on `device`: a function with the arguments of attention_torch.block_sparse_attention."""
     return EXECUTORS.get(device.type, block_sparse_attention)
@@ -68,7 +54,7 @@ def block_sparse_attention_forward(
 ) -> tuple[torch.Tensor, None]:
     """Attention [B, T, H, Dv] of queries [B, H, T, D] to keys [B, Hk, S, D] and values [B, Hk, S, Dv].
 
-    A bias comes as what it is computed from, `position_bias` being a RelativeScores.
+    A bias comes as what it is computed from, `position_bias` being a positions.RelativeScores.
 
     Raises:
         ValueError: for what the backend cannot do, naming what can.

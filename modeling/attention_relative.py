@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .attention_patterns import Pattern
 from .attention_plan import Group, Part, Tokens
-from .attention_relative_plan import EvenPart, ListedPart, RelativePlan, plan_relative_attention
+from .attention_relative_plan import EvenPart, ListedPart, RelativePlan, period, plan_relative_attention
 from .attention_torch import _from_json, _to_json
 
 _MASKED = -1e30  # not -inf: a row without keys then keeps a finite LSE, far below any real one
@@ -50,6 +50,8 @@ def relative_attention(
     Returns [B, T, H, D]. A query that sees no key gets 0, and gives gradient 0. Can be differentiated once.
     """
     _check(query, position_query, key, value, relative_key, distances, key_valid)
+    repeats = period(pattern)  # as near to 0 as may be, so that segment after segment has the same plan
+    start = 0 if repeats is None else kv_offset // repeats * repeats
     output, _ = torch.ops.hf_tfamily.relative_attention(
         query,
         position_query,
@@ -60,8 +62,8 @@ def relative_attention(
         key_valid,
         _to_json(pattern),
         scale,
-        q_offset,
-        kv_offset,
+        q_offset - start,
+        kv_offset - start,
     )
     return output
 

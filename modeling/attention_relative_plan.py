@@ -8,6 +8,7 @@ up there (`ListedPart`).
 Legend: H heads, A tiles of a part, I queries and J keys of a tile, U distances that it meets.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -15,8 +16,21 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .attention_patterns import FixedBlock, Intersection, Local, Pattern, PerHead, Strided, Union
+from .attention_patterns import (
+    Fixed,
+    FixedBlock,
+    FixedSummary,
+    Full,
+    Intersection,
+    Local,
+    Pattern,
+    PerHead,
+    Strided,
+    Union,
+)
 from .attention_plan import Group, Part, Tokens, plan_attention
+
+_ROWS = 256  # queries of a tile without a mask
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +99,7 @@ def plan_relative_attention(
     plan = plan_attention(pattern, num_queries, num_keys, **where)
     groups = []
     for group in plan.groups:
-        parts = group.parts if group.index is None else _by_phase(group, pattern, first_query)
+        parts = _in_rows(group) if group.index is None else _by_phase(group, pattern, first_query)
         parts = tuple(_relative(part, group, num_heads, first_query, first_key) for part in parts)
         groups.append(RelativeGroup(group, parts))
     return RelativePlan(tuple(groups), plan.complete)
@@ -103,6 +117,19 @@ def rows_by_distance(distances: Tensor, wanted: Tensor) -> Tensor:
     rows = distances.new_zeros(int(distances.max()) + 1)
     rows[distances] = torch.arange(len(distances), device=distances.device)
     return rows[wanted.clamp(0, len(rows) - 1)]
+
+
+def period(pattern: Pattern) -> int | None:
+    """By how many positions queries and keys can be moved without a change; None if that is not known."""
+    match pattern:
+        case Full() | Local() | Strided():
+            return 1
+        case FixedBlock() | FixedSummary() | Fixed():
+            return pattern.block
+        case Union() | PerHead() | Intersection():
+            periods = [period(inner) for inner in pattern.patterns]
+            return None if None in periods else math.lcm(*periods)
+    return None
 
 
 def _meets(pattern: Pattern, distance: Tensor) -> Tensor:
@@ -211,6 +238,27 @@ def _spread(by_head: Tensor, group: Group, num_heads: int) -> Tensor:
     spread = by_head[:, :1].repeat(1, num_heads, *[1] * (by_head.dim() - 2))
     spread[:, group.heads.start : group.heads.stop : group.heads.step] = by_head
     return spread
+
+
+def _in_rows(group: Group) -> Iterator[Part]:
+    """Parts whose large tiles are cut into rows of queries; under causality each row has its earlier keys apart."""
+    for part in group.parts:
+        if part.mask is not None or part.queries.count <= _ROWS:
+            yield part
+            continue
+        for start in range(0, part.queries.count, _ROWS):
+            queries = _some(part.queries, start, min(_ROWS, part.queries.count - start))
+            if not part.causal:
+                yield replace(part, queries=queries)
+                continue
+            if start:
+                yield replace(part, queries=queries, keys=_some(part.keys, 0, start), causal=False)
+            own = _some(part.keys, start, queries.count)
+            yield replace(part, queries=queries, keys=own, writes=part.writes and start == 0)
+
+
+def _some(tokens: Tokens, first: int, count: int) -> Tokens:
+    return replace(tokens, start=tokens.start + first * tokens.stride, count=count)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

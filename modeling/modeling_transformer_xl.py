@@ -24,6 +24,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .adaptive_softmax import AdaptiveEmbedding, AdaptiveSoftmax
 from .attention import eager_attention_forward, lower_mask
+from .attention_block_sparse import NAME as BLOCK_SPARSE
 from .attention_masks import VisibleKeys, visible_keys
 from .attention_patterns import Full, Local
 from .checks import check_one_input, check_token_ids
@@ -72,7 +73,7 @@ class TransformerXLAttention(nn.Module):
             self.layer_idx, positions.states, lambda states: self.split_heads(self.r_proj(states))
         )  # [H, L, D]
         # (a) + (c) of section 3.3 are (q + u) k, (b) + (d) are (q + v) W R.
-        position_bias = positions.scores((query + biases.position[:, None]) * self.scaling, relative_key)
+        position_bias = positions.bias(query + biases.position[:, None], relative_key, self.scaling)
         if positions.hidden is not None:  # then the bias is a mask as well, and sdpa reads that without a copy
             attention_mask, position_bias = position_bias, None
 
@@ -190,7 +191,7 @@ class TransformerXLPreTrainedModel(PreTrainedModel):
 class TransformerXLModel(TransformerXLPreTrainedModel):
     """The decoder without a head: ids or embeddings in, hidden states [B, T, hidden] out."""
 
-    backends = ("eager", "sdpa", "flex_attention")
+    backends = ("eager", "sdpa", "flex_attention", BLOCK_SPARSE)
     memory_class = SegmentMemory
     block_class = TransformerXLBlock
 
@@ -278,7 +279,7 @@ class TransformerXLModel(TransformerXLPreTrainedModel):
         heads = self.config.num_attention_heads
         seen = visible_keys(self.pattern, heads, inputs_embeds, valid, past_length=memory.held)
         implementation, device = self.config._attn_implementation, inputs_embeds.device
-        mask, hidden = None, None
+        mask, hidden, lazy = None, None, implementation == BLOCK_SPARSE
         if implementation == "sdpa" and valid is None:  # a bias that hides keys itself saves it reading another mask
             reach = self.config.mem_len if self.config.same_length else None
             hidden = hidden_columns(length, seen.key_length, reach, device)
@@ -287,9 +288,10 @@ class TransformerXLModel(TransformerXLPreTrainedModel):
         positions = RelativePositions(
             states=self.dropout(self.positions(memory.distances_wanted(seen.key_length + 1), inputs_embeds)),
             key_length=seen.key_length,
-            distances=_distances(seen),
-            blind=None if valid is None else ~seen.dense(device).any(dim=-1)[:, 0],
+            distances=None if lazy else _distances(seen),
+            blind=None if valid is None or lazy else ~seen.dense(device).any(dim=-1)[:, 0],
             hidden=hidden,
+            lazy=lazy,
         )
         return valid, mask, positions
 

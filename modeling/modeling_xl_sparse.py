@@ -20,7 +20,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .attention import eager_attention_forward, lower_mask
 from .attention_block_sparse import NAME as BLOCK_SPARSE
-from .attention_block_sparse import BlockSparseByDefault, RelativeScores, key_distances
+from .attention_block_sparse import BlockSparseByDefault, key_distances
 from .attention_masks import VisibleKeys
 from .attention_patterns import Pattern
 from .attention_relative_plan import distances_met, rows_by_distance
@@ -34,7 +34,7 @@ from .modeling_transformer_xl import (
     TransformerXLModel,
     TransformerXLPreTrainedModel,
 )
-from .positions import RelativeBiases
+from .positions import RelativeBiases, RelativeScores
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,6 @@ class XLSparsePreTrainedModel(BlockSparseByDefault, TransformerXLPreTrainedModel
 class XLSparseModel(XLSparsePreTrainedModel, TransformerXLModel):
     """The decoder without a head: ids or embeddings in, hidden states [B, T, hidden] out."""
 
-    backends = (BLOCK_SPARSE, "eager", "sdpa", "flex_attention")
     memory_class = SparseSegmentMemory
     block_class = XLSparseBlock
 

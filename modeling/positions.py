@@ -6,6 +6,7 @@ Shapes: B batch, T tokens.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -188,6 +189,20 @@ class RelativeBiases(nn.Module):
         self.position = nn.Parameter(torch.zeros(num_heads, head_dim))
 
 
+class RelativeScores(NamedTuple):
+    """Scores of the distances between queries and keys, yet to be computed: what block_sparse takes as position_bias.
+
+    Attributes:
+        position_query: [B, H, T, D].
+        relative_key: [H, L, D].
+        distances: [L] on the CPU, the distance that each row of relative_key is for; all that the pattern can meet.
+    """
+
+    position_query: torch.Tensor
+    relative_key: torch.Tensor
+    distances: torch.Tensor
+
+
 @dataclass(frozen=True)
 class RelativePositions:
     """Where the queries stand to the keys, for every layer of one call.
@@ -205,6 +220,13 @@ class RelativePositions:
     distances: torch.Tensor | None = None
     blind: torch.Tensor | None = None
     hidden: torch.Tensor | None = None
+    lazy: bool = False
+
+    def bias(self, query: torch.Tensor, relative_key: torch.Tensor, scaling: float) -> torch.Tensor | RelativeScores:
+        """Scaled `scores`, or where the backend computes them itself what they are computed from."""
+        if not self.lazy:
+            return self.scores(query * scaling, relative_key)
+        return RelativeScores(query, relative_key, torch.arange(relative_key.shape[1] - 1, -1, -1))
 
     def scores(self, query: torch.Tensor, relative_key: torch.Tensor) -> torch.Tensor:
         """What queries [B, H, T, D] and projected distances [H, L, D] have in common, as [B, H, T, S].
