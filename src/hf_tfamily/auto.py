@@ -7,7 +7,6 @@ from typing import NamedTuple
 from transformers import (
     AutoBackbone,
     AutoConfig,
-    AutoImageProcessor,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
@@ -18,6 +17,9 @@ from transformers import (
     AutoModelForTokenClassification,
     ViTImageProcessorPil,
 )
+
+# Transformers 5.17 itself exports a stand-in that asks for torchvision.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from .modeling.image_processing_tokens import ImageTokenProcessor
 

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from .data import load_data
 from .recipes import Recipe, load_recipe

@@ -41,12 +41,14 @@ PULL = (
     CHECK
     + """
 import hf_tfamily
+from transformers.models.auto import image_processing_auto, tokenization_auto
 
 results = {}
 for name, (repo, head, processor_class) in json.loads(sys.argv[1]).items():
     auto_class = getattr(transformers, head)
     tagged, newest = (auto_class.from_pretrained(repo, revision=revision) for revision in ("v1", "main"))
-    processor = getattr(transformers, processor_class).from_pretrained(repo)
+    auto = tokenization_auto if processor_class == "AutoTokenizer" else image_processing_auto
+    processor = getattr(auto, processor_class).from_pretrained(repo)
     results[name] = {
         "tagged": difference(name, tagged),
         "newest": difference(name, newest),

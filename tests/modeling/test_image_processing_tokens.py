@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 import hf_tfamily  # noqa: F401
 from hf_tfamily.modeling.image_processing_tokens import ImageTokenProcessor
@@ -189,7 +189,7 @@ WITHOUT_PACKAGE = """
 import sys
 sys.modules["hf_tfamily"] = None  # importing it fails
 import numpy as np
-from transformers import AutoImageProcessor
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 processor = AutoImageProcessor.from_pretrained(sys.argv[1], trust_remote_code=True)
 assert processor.__module__.startswith("transformers_modules"), processor.__module__
 ids = processor(np.full((8, 8), 16), classes=[3], return_tensors="pt")["input_ids"]

@@ -291,7 +291,7 @@ def test_conditions_of_the_vllm_transformers_backend(tmp_path, monkeypatch):
         ({"num_attention_heads": 3}, "hidden_size=256 is not a multiple of num_attention_heads=3"),
         ({"num_key_value_heads": 3}, "num_key_value_heads=3 must divide num_attention_heads=4"),
         ({"intermediate_size": 0}, "intermediate_size must be at least 1, got 0"),
-        ({"head_dim": 5}, "even rotary dimension, but got `head_dim`=5"),
+        ({"head_dim": 5}, "even rotary dimension, but got `head_dim`=5|head_dim=5 .* must be even"),
         ({"attention_dropout": 1.5}, "attention_dropout must be at least 0 and below 1, got 1.5"),
         ({"rotary_layout": "halves"}, "rotary_layout='halves' is unknown; did you mean 'half'"),
         ({"rope_parameters": {"rope_type": "jarn"}}, "rope_type='jarn'; did you mean 'yarn'"),
