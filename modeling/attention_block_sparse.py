@@ -9,7 +9,7 @@ Shapes: B batch, H heads, T queries, S keys, D head dim of queries and keys, Dv 
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import cache
+from functools import cache, lru_cache
 from inspect import getclosurevars, signature
 from typing import Any
 
@@ -314,12 +314,11 @@ def _attend_one(
 ) -> torch.Tensor:
     """One query [B, 1, H, D] in each row, which reads only keys that it sees and scores only their distances."""
     mask = None
+    key, value = key.transpose(1, 2), value.transpose(1, 2)  # [B, H, S, D], as memories store them
     if seen.query_positions is None and seen.key_valid is None and seen.pattern.head_period == 1:
-        places = torch.arange(seen.key_offset, min(seen.key_offset + seen.key_length, seen.query_offset + 1))
-        chosen = seen.pattern.visible(0, seen.query_offset, places).nonzero()[:, 0]
-        distance = seen.query_offset - places[None, chosen]
+        chosen, distance = _seen_by_one(seen.pattern, seen.query_offset, seen.key_offset, seen.key_length)
         if len(chosen) < seen.key_length:
-            key, value = (tensor.index_select(1, chosen.to(tensor.device)) for tensor in (key, value))
+            key, value = (tensor.index_select(2, chosen.to(tensor.device)) for tensor in (key, value))
     else:
         mask = seen.dense(query.device)
         distance = key_distances(seen, query.device)[:, 0]
@@ -328,11 +327,18 @@ def _attend_one(
     bias = scores.gather(3, rows[:, None, None].expand(*scores.shape[:3], -1))
     if mask is not None:
         bias = bias.masked_fill(~mask, torch.finfo(bias.dtype).min)
-    query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
-    output = nn.functional.scaled_dot_product_attention(query, key, value, bias, scale=scaling)
+    output = nn.functional.scaled_dot_product_attention(query.transpose(1, 2), key, value, bias, scale=scaling)
     if mask is not None:
         output = output.masked_fill(~mask.any(dim=-1, keepdim=True), 0.0)
     return output.transpose(1, 2)
+
+
+@lru_cache(maxsize=16)  # for the layers of a step
+def _seen_by_one(pattern: Pattern, query: int, first_key: int, num_keys: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which keys a query at a position sees [J], and their distances [1, J]."""
+    positions = torch.arange(first_key, min(first_key + num_keys, query + 1))
+    chosen = pattern.visible(0, query, positions).nonzero()[:, 0]
+    return chosen, query - positions[None, chosen]
 
 
 def key_distances(seen: VisibleKeys, device: torch.device) -> torch.Tensor:
