@@ -1,0 +1,38 @@
+"""modeling/ can be saved beside weights: Transformers' own tools see in it what test_import_rules.py reads there."""
+
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+from transformers.dynamic_module_utils import get_imports, get_relative_import_files
+
+from hf_tfamily.auto import SYSTEMS
+from tests.test_import_rules import FILES, MODELING, THIRD_PARTY, own_imports
+
+each_system = pytest.mark.parametrize("system", SYSTEMS, ids=lambda system: system.name)
+
+
+@each_system
+def test_transformers_copies_all_that_a_model_reaches(system):
+    wanted, reached = {f"modeling_{system.name}"}, set()
+    while new := wanted - reached:
+        reached |= new
+        wanted = {module for name in new for module in own_imports(name)}
+    copied = {Path(file).stem for file in get_relative_import_files(MODELING / f"modeling_{system.name}.py")}
+    assert copied | {f"modeling_{system.name}"} == reached
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_transformers_asks_for_no_optional_package(name):
+    """A repository's file that needs a package is refused where it is missing, unless it is imported inside a try."""
+    packages = {package.partition(".")[0] for package in get_imports(MODELING / f"{name}.py")}
+    assert packages <= THIRD_PARTY | sys.stdlib_module_names
+
+
+@each_system
+def test_attention_implementations_can_be_set(system):
+    """Transformers decides it by reading the file that a class is from, also where it is a checkpoint's own."""
+    modeling = import_module(f"hf_tfamily.modeling.modeling_{system.name}")
+    for suffix in system.heads.values():
+        assert getattr(modeling, system.prefix + suffix)._can_set_attn_implementation()
