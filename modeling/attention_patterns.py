@@ -429,7 +429,7 @@ class PerHead(_Composite):
 
     @property
     def head_period(self) -> int:
-        return math.lcm(len(self.patterns), super().head_period)
+        return math.lcm(len(self.patterns), *(p.head_period for p in self.patterns))
 
     def for_head(self, head: int) -> Pattern:
         return self.patterns[head % len(self.patterns)].for_head(head)
