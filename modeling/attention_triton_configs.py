@@ -32,7 +32,7 @@ HALF = {
     (QUERY_GRAD, NARROW): ((64, 64, 4, 2), (64, 64, 8, 2)),
     (QUERY_GRAD, FEW): ((16, 64, 4, 2), (16, 64, 4, 2)),
     (QUERY_GRAD, TABLE): ((64, 64, 8, 2), (64, 64, 8, 2)),
-    (QUERY_GRAD, BIASED): ((64, 32, 4, 2), (32, 32, 4, 1)),
+    (QUERY_GRAD, BIASED): ((64, 32, 4, 2), (32, 32, 8, 1)),
     (KEY_GRAD, WIDE): ((64, 64, 8, 2), (32, 64, 8, 2)),
     (KEY_GRAD, NARROW): ((64, 64, 8, 2), (32, 64, 8, 2)),
     (KEY_GRAD, FEW): ((16, 64, 4, 2), (16, 64, 8, 2)),
@@ -47,16 +47,19 @@ HALF_OLDER = {
     (QUERY_GRAD, WIDE): ((64, 64, 8, 2), (64, 64, 8, 2)),
     (QUERY_GRAD, NARROW): ((64, 64, 8, 2), (64, 64, 8, 2)),
     (QUERY_GRAD, FEW): ((16, 64, 4, 2), (16, 32, 4, 2)),
-    (KEY_GRAD, WIDE): ((32, 64, 8, 2), (32, 64, 8, 2)),
-    (KEY_GRAD, NARROW): ((32, 64, 8, 2), (32, 64, 8, 2)),
+    (KEY_GRAD, WIDE): ((32, 32, 4, 2), (32, 64, 8, 2)),
+    (KEY_GRAD, NARROW): ((32, 32, 4, 2), (32, 64, 8, 2)),
+    (KEY_GRAD, TABLE): ((32, 32, 4, 2), (64, 64, 8, 2)),
+    **{(kernel, BIASED): ((32, 32, 4, 1), (32, 32, 4, 1)) for kernel in (FORWARD, QUERY_GRAD, KEY_GRAD)},
 }
-# Products in full float32 precision need small tiles: for head dimensions up to 32, 64, 128.
-_FLOAT32 = ((32, 32, 4, 1), (32, 32, 4, 1), (16, 16, 4, 1))
+# float32 products need small tiles: for head dimensions up to 64, and for 128.
+_FLOAT32 = ((16, 16, 4, 1), (16, 16, 8, 1))
+_FLOAT32_OLDER = {QUERY_GRAD: ((16, 16, 4, 1), (16, 16, 4, 1))}
 
 
 def tile_for(kernel: str, walk: str, head_dim: int, is_float32: bool, older: bool = False) -> Tile:
     """The tile of a kernel whose larger head dimension is `head_dim`, one of HEAD_DIMS, on the GPU's generation."""
-    if is_float32:
-        return Tile(*_FLOAT32[(head_dim > 32) + (head_dim > 64)])
     tiles = HALF_OLDER.get((kernel, walk), HALF[kernel, walk]) if older else HALF[kernel, walk]
+    if is_float32:
+        tiles = _FLOAT32_OLDER.get(kernel, _FLOAT32) if older else _FLOAT32
     return Tile(*tiles[head_dim > 64])

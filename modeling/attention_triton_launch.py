@@ -201,7 +201,7 @@ def _padded(dim: int) -> int:
 
 
 def _precision() -> str:
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
 def unit_stride(x: Tensor) -> Tensor:

@@ -102,7 +102,7 @@ def build_table(
         if chosen is masked:
             slot[place] = slots
     items = _items(heads, tiles, start, canvas)
-    bits = bits.unflatten(-1, (side, -1)) if len(bits) else bits.new_zeros(1, side, 1)
+    bits = bits.unflatten(-1, (side, -1)) if len(bits) else bits.new_zeros(1, side, 2)
     return Table(items, listed.int(), slot.int(), bits.contiguous(), granule)
 
 

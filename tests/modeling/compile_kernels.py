@@ -1,6 +1,6 @@
 """Compiles every entry of the kernels' configuration table without a GPU, and reads what it takes from the binary.
 
-    python -m tests.modeling.compile_kernels [--arch 80 90] [--quick]
+    python -m tests.modeling.compile_kernels [--arch 80 90] [--dims 64,64 64,128] [--quick]
 
 prints one line for each: kernel, walk, dtype, head dimensions, options, registers, bytes on the stack (spills), shared
 memory. Ends with status 1 if anything spills or does not fit.
@@ -60,7 +60,7 @@ class Usage(NamedTuple):
     shared: int
 
 
-def cases(arch: int, quick: bool = False) -> Iterator[Case]:
+def cases(arch: int, all_dims: list[tuple[int, int]], quick: bool = False) -> Iterator[Case]:
     """Every tile of the table, with padding and with both kinds of columns that suit the kernel.
 
     `quick`: head dimension 64 in bf16, one kind of columns.
@@ -73,11 +73,11 @@ def cases(arch: int, quick: bool = False) -> Iterator[Case]:
         else:
             kinds = [(RANGE, PICKED, 16), (PICKED, NONE, 16)]
         for kind in kinds[:1] if quick else kinds:
-            for dims in [(64, 64)] if quick else DIMS:
+            for dims in [(64, 64)] if quick else all_dims:
                 yield Case(arch, kernel, walk, "bf16", dims, *kind)
     if quick:
         return
-    for kernel, dims in product(FUNCTIONS, DIMS):
+    for kernel, dims in product(FUNCTIONS, all_dims):
         source = (RANGE, NONE) if kernel == configs.KEY_GRAD else (RANGE, PICKED)
         yield Case(arch, kernel, configs.WIDE, "fp16", dims, *source, has_valid=False)
         yield Case(arch, kernel, configs.WIDE, "fp32", dims, *source)
@@ -104,7 +104,7 @@ def compile_case(case: Case) -> Usage:
         "FINAL": True,
         "ADD": False,
         "SPLIT": False,
-        "PRECISION": "ieee",
+        "PRECISION": "tf32x3",
         "UPCAST": False,
     }
     signature, attributes, values = {}, {}, {}
@@ -153,10 +153,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", type=int, nargs="+", default=[80, 90], choices=SHARED_MEMORY)
     parser.add_argument("--quick", action="store_true", help="head dimension 64 in bfloat16 only")
+    parser.add_argument("--dims", nargs="+", default=DIMS, type=lambda text: tuple(map(int, text.split(","))))
     options = parser.parse_args()
     bad = count = 0
     for arch in options.arch:
-        for case in cases(arch, options.quick):
+        for case in cases(arch, options.dims, options.quick):
             usage = compile_case(case)
             good = usage.stack == 0 and usage.shared <= SHARED_MEMORY[arch]
             count, bad = count + 1, bad + (not good)
