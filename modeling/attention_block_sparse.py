@@ -373,15 +373,17 @@ def _slots(positions: torch.Tensor, valid: torch.Tensor | None, bound: int) -> t
 
 
 def _attend_packed(seen: VisibleKeys, queries: Tensors, key, value, execute: Callable) -> torch.Tensor:
-    """Each document becomes a row; documents of similar length, up to a power of two, are computed together."""
+    """Each document becomes a row; those that end at similar positions, up to a power of two, are computed together."""
     documents = seen.key_documents
     numbers = documents + torch.arange(len(documents), device=documents.device)[:, None] * (documents.max() + 1)
     numbers = numbers.masked_fill(documents < 0, -1)  # the free end of a static cache belongs to none
-    lengths = torch.bincount(numbers[numbers >= 0])
-    bounds = 2 ** lengths.clamp(min=1).log2().ceil().long()
+    real = numbers >= 0
+    ends = numbers.new_zeros(int(numbers.max()) + 1)  # a document's first position need not be 0
+    ends = ends.scatter_reduce(0, numbers[real], seen.key_positions[real] + 1, "amax")
+    bounds = 2 ** ends.clamp(min=1).log2().ceil().long()
     output = 0
-    for bound in bounds[lengths > 0].unique().tolist():
-        chosen = (bounds == bound) & (lengths > 0)
+    for bound in bounds[ends > 0].unique().tolist():
+        chosen = (bounds == bound) & (ends > 0)
         rows = chosen.cumsum(0) - 1
         slots = rows[numbers] * bound + seen.key_positions
         slots = slots.masked_fill(~chosen[numbers] | (numbers < 0), -1)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Trainer, TrainingArguments, set_seed
 
 import hf_tfamily  # noqa: F401
@@ -385,9 +386,10 @@ def test_stock_trainer_takes_a_step(tmp_path):
     assert torch.equal(reloaded.lm_head.weight, model.lm_head.weight)
 
 
+@pytest.mark.parametrize("implementation", ["sdpa", "block_sparse"])
 @pytest.mark.parametrize("pattern", ["interleaved", "per_head"])
-def test_compiles_into_one_graph(pattern):
-    model, ids = tiny_model(pattern, "sdpa", num_hidden_layers=2), random_ids(2, LENGTH)
+def test_compiles_into_one_graph(pattern, implementation):
+    model, ids = tiny_model(pattern, implementation, num_hidden_layers=2), random_ids(2, LENGTH)
     mask = torch.ones_like(ids)
     mask[0, :3] = 0
     compiled = torch.compile(model, fullgraph=True, backend="eager")
@@ -395,8 +397,35 @@ def test_compiles_into_one_graph(pattern):
     torch.testing.assert_close(compiled(ids, attention_mask=mask).logits[:, 3:], expected[:, 3:])
 
 
-def test_exports_for_any_length():
-    model, ids = tiny_model("interleaved", "sdpa", num_hidden_layers=2), random_ids(2, LENGTH)
+def test_lengths_do_not_compile_anew():
+    model = tiny_model("interleaved", "block_sparse", num_hidden_layers=2)
+    counter = CompileCounter()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    for length in (8, 9, 11, 14, 16, 20):
+        ids = random_ids(2, length)
+        expected = model(ids, use_cache=False).logits
+        torch.testing.assert_close(compiled(ids, use_cache=False).logits, expected)
+    assert counter.frame_count <= 2  # the first length, and all others
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_block_sparse_trains_under_autocast(dtype):
+    """Gradients are as near to those in float32 as eager's are."""
+    torch.manual_seed(0)
+    model, ids = tiny_model("interleaved", "eager"), random_ids(2, LENGTH)
+    exact = flat(gradients(model, ids))
+    errors = []
+    for implementation in ("eager", "block_sparse"):
+        model.set_attn_implementation(implementation)
+        with torch.autocast("cpu", dtype=dtype):
+            errors.append((flat(gradients(model, ids)) - exact).norm() / exact.norm())
+    assert errors[1] <= 2 * errors[0]
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "block_sparse"])
+def test_exports_for_any_length(implementation):
+    model, ids = tiny_model("interleaved", implementation, num_hidden_layers=2), random_ids(2, LENGTH)
     shapes = {
         "input_ids": {0: torch.export.Dim("batch"), 1: torch.export.Dim("tokens", min=2, max=20)},
         "use_cache": None,
