@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from huggingface_hub.errors import StrictDataclassError
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -287,6 +288,7 @@ def info() -> None:
         _quiet()
         console.print(_table(["package", "version"], system_info.versions()))
         console.print(_table(["device", "what it is"], system_info.devices()))
+        console.print(_table(["device", "what runs block_sparse"], system_info.block_sparse_executors()))
         with console.status("Trying every attention implementation ..."):
             rows = system_info.attention_implementations()
         console.print(_table(["attention", "device", "forward", "backward"], rows))
@@ -315,7 +317,7 @@ def _one_line_errors() -> Iterator[None]:
     """A refused value, a missing package or file: one line and exit code 2."""
     try:
         yield
-    except (ValueError, ImportError, OSError) as error:
+    except (ValueError, ImportError, OSError, StrictDataclassError) as error:
         if show_traceback:
             raise
         errors.print(f"[bold red]Error:[/] {escape(str(error))}", soft_wrap=True)
