@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .modeling.attention_triton_views import dense_kernel
 from .modeling.configuration_sparse_transformer import SparseTransformerConfig
 
 PACKAGES = ("hf-tfamily", "torch", "transformers", "huggingface_hub", "accelerate", "triton", "datasets", "matplotlib")
@@ -43,6 +44,19 @@ def attention_implementations() -> list[tuple[str, str, str, str]]:
     known = ["eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()]
     tried = [name for name in IMPLEMENTATIONS if name in known]
     return [(name, kind, *_try(name, kind)) for name in tried for kind in kinds]
+
+
+def block_sparse_executors() -> list[tuple[str, str]]:
+    """(device, what runs block_sparse there)."""
+    return [(name, _executor(name)) for name, _ in devices()]
+
+
+def _executor(device: str) -> str:
+    kind = device.partition(":")[0]
+    if kind == "cuda":
+        view = torch.empty(1, 1, 1, 64, dtype=torch.bfloat16, device=device)
+        return f"Triton kernels (triton {_version('triton')}); views by {dense_kernel(view, view)}"
+    return "PyTorch: " + ("the flash kernel of CPUs" if kind == "cpu" else "matrix products")
 
 
 def _try(implementation: str, device: str) -> tuple[str, str]:
