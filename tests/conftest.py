@@ -16,3 +16,10 @@ if not torch.cuda.is_available():  # read when triton is first imported
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler(request):
+    """What earlier tests of the same worker compiled counts towards torch.compile's limit of recompilations."""
+    if "compile" in request.node.name:
+        torch.compiler.reset()
