@@ -148,7 +148,7 @@ def test_one_query_reads_what_it_can_reach(monkeypatch):
     monkeypatch.setattr(attention_triton_launch, "_row_walk", lambda *a: walks.append(original(*a)) or walks[-1])
     for pattern, tiles in ((Local(100), 2), (Strided(64), 1), (Union([Local(64), Strided(64)]), 2), (Fixed(64, 4), 2)):
         walks.clear()
-        inputs = make_inputs(1, 1000, dim=16, value_dim=16, key_heads=2, batch=1)
+        inputs = make_inputs(1, 1000, dtype=torch.bfloat16, dim=16, value_dim=16, key_heads=2, batch=1)
         assert_as_exact_as_dense(pattern, inputs, causal=True, scale=0.25, q_offset=999)
         items = torch.cat([walk.items for walk in walks[: len(walks) // 2]])  # the forward; the rest is the backward
         assert int(items[:, [8, 9, 10, 13, 14, 15]].sum()) <= tiles
