@@ -25,7 +25,7 @@ HEAD_DIMS = (16, 32, 64, 128)  # others are padded to the next
 HALF = {
     (FORWARD, WIDE): ((128, 64, 8, 3), (128, 64, 8, 2)),
     (FORWARD, NARROW): ((64, 64, 4, 3), (64, 64, 4, 2)),
-    (FORWARD, FEW): ((16, 64, 4, 3), (16, 64, 4, 3)),
+    (FORWARD, FEW): ((16, 64, 4, 2), (16, 64, 4, 2)),
     (FORWARD, TABLE): ((64, 64, 4, 3), (64, 64, 4, 2)),
     (FORWARD, BIASED): ((64, 32, 4, 2), (32, 32, 4, 1)),
     (QUERY_GRAD, WIDE): ((128, 64, 8, 2), (128, 64, 8, 2)),
@@ -33,7 +33,7 @@ HALF = {
     (QUERY_GRAD, FEW): ((16, 64, 4, 2), (16, 64, 4, 2)),
     (QUERY_GRAD, TABLE): ((64, 64, 8, 2), (64, 64, 8, 2)),
     (QUERY_GRAD, BIASED): ((64, 32, 4, 2), (32, 32, 8, 1)),
-    (KEY_GRAD, WIDE): ((64, 64, 8, 2), (32, 64, 8, 2)),
+    (KEY_GRAD, WIDE): ((64, 128, 8, 2), (32, 64, 8, 2)),
     (KEY_GRAD, NARROW): ((64, 64, 8, 2), (32, 64, 8, 2)),
     (KEY_GRAD, FEW): ((16, 64, 4, 2), (16, 64, 8, 2)),
     (KEY_GRAD, TABLE): ((64, 64, 8, 2), (32, 32, 4, 2)),
@@ -41,7 +41,7 @@ HALF = {
 }
 # Where compute capability 8 needs smaller ones.
 HALF_OLDER = {
-    (FORWARD, WIDE): ((128, 64, 8, 3), (64, 64, 8, 2)),
+    (FORWARD, WIDE): ((64, 64, 4, 3), (64, 64, 8, 2)),
     (FORWARD, NARROW): ((64, 64, 4, 3), (64, 64, 8, 2)),
     (FORWARD, TABLE): ((64, 64, 4, 3), (64, 64, 8, 2)),
     (FORWARD, FEW): ((16, 64, 4, 3), (16, 32, 4, 3)),
@@ -51,10 +51,13 @@ HALF_OLDER = {
     (KEY_GRAD, WIDE): ((32, 32, 4, 2), (32, 64, 8, 2)),
     (KEY_GRAD, NARROW): ((32, 32, 4, 2), (32, 64, 8, 2)),
     (KEY_GRAD, TABLE): ((32, 32, 4, 2), (64, 64, 8, 2)),
-    **{(kernel, BIASED): ((32, 32, 4, 1), (32, 32, 4, 1)) for kernel in (FORWARD, QUERY_GRAD, KEY_GRAD)},
+    (FORWARD, BIASED): ((32, 32, 2, 1), (32, 32, 4, 1)),
+    (QUERY_GRAD, BIASED): ((32, 32, 8, 1), (32, 32, 4, 1)),
+    (KEY_GRAD, BIASED): ((32, 32, 4, 1), (32, 32, 4, 1)),
 }
 # float32 products need small tiles: for head dimensions up to 64, and for 128.
 _FLOAT32 = ((16, 16, 4, 1), (16, 16, 8, 1))
+_FLOAT32_TABLE = {FORWARD: ((16, 16, 1, 1), (16, 16, 8, 1))}
 _FLOAT32_OLDER = {QUERY_GRAD: ((16, 16, 4, 1), (16, 16, 4, 1))}
 
 
@@ -62,5 +65,6 @@ def tile_for(kernel: str, walk: str, head_dim: int, is_float32: bool, older: boo
     """The tile of a kernel whose larger head dimension is `head_dim`, one of HEAD_DIMS, on the GPU's generation."""
     tiles = HALF_OLDER.get((kernel, walk), HALF[kernel, walk]) if older else HALF[kernel, walk]
     if is_float32:
-        tiles = _FLOAT32_OLDER.get(kernel, _FLOAT32) if older else _FLOAT32
+        special = _FLOAT32_TABLE if walk == TABLE else _FLOAT32_OLDER if older else {}
+        tiles = special.get(kernel, _FLOAT32)
     return Tile(*tiles[head_dim > 64])

@@ -413,7 +413,6 @@ def key_grad_kernel(
     num_queries,
     num_heads,
     ratio,
-    group,  # query heads of one program
     copies,
     repeats,
     period,
@@ -436,14 +435,14 @@ def key_grad_kernel(
 ):
     """dK [B, S, heads, D] and dV [B, S, heads, Dv] of a tile of keys; if ADD added to what is there.
 
-    `heads` are the key heads, or where heads differ in their pattern the query heads (then `group` is 1). If SPLIT the
-    item covers some of the queries only, and its sums go to the workspace [items, B, repeats, N, D + Dv].
+    `heads` are the query heads: their key head's gradient is a sum over them (a loop here would spill registers). If
+    SPLIT the item covers some of the queries only, and its sums go to the workspace [items, B, repeats, N, D + Dv].
     """
     program = tl.program_id(0)
     item = items_ptr + (program // copies) * FIELDS
     batch = ((program % copies) // repeats).to(tl.int64)
     head = tl.load(item) + (program % repeats) * period
-    if head * group >= num_heads:
+    if head >= num_heads:
         return
     variant = tl.load(item + 1)
     first_query = tl.load(item + 2)
@@ -454,27 +453,26 @@ def key_grad_kernel(
     tokens = tokens_of(places, in_keys, first_key, step, listed, KIND)
     row_distance = (first_distance + first_query - first_key) // step
 
-    key_head = ((head * group) // ratio).to(tl.int64)
+    key_head = (head // ratio).to(tl.int64)
     key = load_rows(key_ptr + batch * stride_kb + key_head * stride_kh, tokens, stride_kt, in_keys, D, BLOCK_D, True)
     value = load_rows(
         value_ptr + batch * stride_vb + key_head * stride_vh, tokens, stride_vt, in_keys, DV, BLOCK_DV, True
     )
     grad_key = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     grad_value = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
-    for member in range(0, group):
-        query_head = (head * group + member).to(tl.int64)
-        queries = query_ptr + batch * stride_qb + query_head * stride_qh
-        grad_outputs = grad_output_ptr + batch * stride_ob + query_head * stride_oh
-        bias = bias_ptr + batch * stride_bb + query_head * stride_bh
-        flat = batch * num_queries * num_heads + query_head
-        for phase in tl.static_range(2):
-            grad_key, grad_value = key_grad_walk(
-                grad_key, grad_value, key, value, queries, grad_outputs, lse_ptr + flat, delta_ptr + flat, bias,
-                low_ptr + variant * num_queries, high_ptr + variant * num_queries, places, tokens, in_keys, item + 6,
-                first_query, step, listed_ptr, slots_ptr, bits_ptr, stride_qt, stride_ot, stride_bt, stride_br,
-                num_biases, score_scale, first_distance, row_distance, num_heads, D, DV, BLOCK_M, BLOCK_N, BLOCK_D,
-                BLOCK_DV, KIND, GRANULE, HAS_BIAS, PRECISION, UPCAST, phase == 1,
-            )  # fmt: skip
+    query_head = head.to(tl.int64)
+    queries = query_ptr + batch * stride_qb + query_head * stride_qh
+    grad_outputs = grad_output_ptr + batch * stride_ob + query_head * stride_oh
+    bias = bias_ptr + batch * stride_bb + query_head * stride_bh
+    flat = batch * num_queries * num_heads + query_head
+    for phase in tl.static_range(2):
+        grad_key, grad_value = key_grad_walk(
+            grad_key, grad_value, key, value, queries, grad_outputs, lse_ptr + flat, delta_ptr + flat, bias,
+            low_ptr + variant * num_queries, high_ptr + variant * num_queries, places, tokens, in_keys, item + 6,
+            first_query, step, listed_ptr, slots_ptr, bits_ptr, stride_qt, stride_ot, stride_bt, stride_br,
+            num_biases, score_scale, first_distance, row_distance, num_heads, D, DV, BLOCK_M, BLOCK_N, BLOCK_D,
+            BLOCK_DV, KIND, GRANULE, HAS_BIAS, PRECISION, UPCAST, phase == 1,
+        )  # fmt: skip
     grad_key *= scale
     if HAS_VALID:
         shown = tl.load(valid_ptr + batch * stride_valid + tokens, mask=in_keys, other=0) != 0

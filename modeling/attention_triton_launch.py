@@ -80,11 +80,6 @@ class Call:
         return self.query.shape[2] // self.key.shape[2]
 
     @property
-    def heads_apart(self) -> bool:
-        """Whether the query heads of one key head differ in their pattern."""
-        return self.ratio > 1 and self.pattern.head_period > 1
-
-    @property
     def view(self) -> View | None:
         """The view on which the pattern is dense attention, if there is one that a dense kernel takes."""
         if self.key_valid is not None or self.biases:
@@ -459,7 +454,6 @@ def launch_key_grad(call, launch, source: Source | None, grad_output, lse, delta
         call.scale * _LOG2E,
         call.extent.num_queries,
         call.query.shape[2],
-        group=call.query.shape[2] // grads.key.shape[2],
         **rest,
         **call.constants,
         BLOCK_M=tile.block_m,
@@ -516,10 +510,9 @@ def delta_of(grad_output: Tensor, output: Tensor) -> Tensor:
 
 
 class Gradients:
-    """Where gradients are summed up: in float32 where more than one launch adds to them.
+    """Where gradients are summed up: in float32 where several launches or heads add to them.
 
-    `key` and `value` are [B, S, heads, ...] with the key heads, or where the query heads of one key head differ in
-    their pattern with the query heads.
+    `key` and `value` are [B, S, H, ...], one for each query head.
     """
 
     def __init__(self, call: Call) -> None:
@@ -527,11 +520,11 @@ class Gradients:
         several = any(len(launches) > 1 for launches in call.launches)
         self.shapes = [(x.shape, x.dtype) for x in (query, key, value)]
         self.direct = not any(_leaves_keys_out(launches) for launches in call.launches)
-        heads = query.shape[2] if call.heads_apart else key.shape[2]
         self.query = query.new_empty(query.shape, dtype=torch.float32 if several else query.dtype)
-        make, dtype = (torch.empty, key.dtype) if self.direct else (torch.zeros, torch.float32)
+        make = torch.empty if self.direct else torch.zeros
+        dtype = key.dtype if self.direct and call.ratio == 1 else torch.float32
         self.key, self.value = (
-            make((*x.shape[:2], heads, x.shape[3]), dtype=dtype, device=x.device) for x in (key, value)
+            make((*x.shape[:2], query.shape[2], x.shape[3]), dtype=dtype, device=x.device) for x in (key, value)
         )
         self.biases = tuple(torch.zeros_like(bias) for bias in call.biases)
 
