@@ -57,7 +57,7 @@ HALF_OLDER = {
 }
 # float32 products need small tiles: for head dimensions up to 64, and for 128.
 _FLOAT32 = ((16, 16, 4, 1), (16, 16, 8, 1))
-_FLOAT32_TABLE = {FORWARD: ((16, 16, 1, 1), (16, 16, 8, 1))}
+_FLOAT32_TABLE = {FORWARD: ((16, 16, 2, 2), (16, 16, 8, 1))}
 _FLOAT32_OLDER = {QUERY_GRAD: ((16, 16, 4, 1), (16, 16, 4, 1))}
 
 
