@@ -1,7 +1,7 @@
 """Sizes of tiles for the Triton kernels: chosen by table, never tuned at run time.
 
-For head dimensions 64 and 128 each entry compiles without register spills for compute capabilities 8.0 and 9.0, and fits
-their shared memory. Some entries spill a few bytes at 16, 32, and (64, 128), which share the tiles of those two.
+For head dimensions 64 and 128 each entry compiles without register spills for compute capabilities 8.0 and 9.0 and
+fits their shared memory. Some entries spill a few bytes at 16, 32, and (64, 128), which share the tiles of those two.
 `python -m tests.modeling.compile_kernels` compiles all of them without a GPU and prints what they take.
 """
 
