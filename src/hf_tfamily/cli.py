@@ -73,12 +73,10 @@ def train(
 
 def _report(folder: Path) -> None:
     """What a finished run has to say."""
-    from .finished import RECIPE_FILE
-    from .recipes import load_recipe
-    from .tasks import task_of
+    from .finished import task_in
 
     metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-    task = task_of(load_recipe(folder / RECIPE_FILE))
+    task = task_in(folder)
     console.print(
         f"\n[bold]{escape(task.summary(metrics))}[/]\n"
         f"{metrics['parameters']:,} parameters, {metrics['steps']:,} steps in {metrics['seconds']:.0f} s"
@@ -113,16 +111,12 @@ def evaluate(
     """Figures of a finished model on held-out data, its own or what --set data.… says."""
     with _one_line_errors():
         from . import finished
-        from .recipes import load_recipe
-        from .tasks import task_of
 
         _quiet()
         contexts = _integers(context, "--context") if context is not None else None
-        options = {"attention_length": attention_length, "context": contexts, "plot": plot}
-        options = {name: value for name, value in options.items() if value is not None}
+        options = _given(attention_length=attention_length, context=contexts, plot=plot)
         metrics = finished.evaluate(folder, overrides, batch_size, **options)
-        task = task_of(load_recipe(folder / finished.RECIPE_FILE))
-        console.print(f"[bold]{escape(task.summary(metrics))}[/]")
+        console.print(f"[bold]{escape(finished.task_in(folder).summary(metrics))}[/]")
         if plot is not None:
             console.print(f"Picture: {escape(str(plot))}")
 
@@ -143,19 +137,23 @@ def sample(
     with _one_line_errors():
         from transformers import set_seed
 
-        from .finished import check_options, load_finished
+        from .finished import check_options, load_finished, task_in
 
         _quiet()
         chosen = _integers(classes, "--classes") if classes is not None else None
-        options = {"classes": chosen, "count": count, "temperature": temperature, "pictures": pictures}
-        options = {name: value for name, value in options.items() if value is not None}
+        options = _given(classes=chosen, count=count, temperature=temperature, pictures=pictures)
+        check_options(options, task_in(folder).sampling_options, "sampled")
         finished = load_finished(folder)
-        check_options(options, finished.task.sampling_options, "sampled")
         set_seed(seed)
         for text in finished.task.sample(finished.model, finished.processor, output, **options):
             if "\n" in text:
                 console.rule()
             console.print(text, markup=False, soft_wrap=True)
+
+
+def _given(**options: object) -> dict[str, object]:
+    """The options that were given."""
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def _integers(text: str, flag: str) -> list[int]:

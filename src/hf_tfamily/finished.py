@@ -41,6 +41,11 @@ def load_finished(folder: str | Path, overrides: Iterable[str] = ()) -> Finished
     return Finished(recipe, task, model, load_processor(folder))
 
 
+def task_in(folder: str | Path) -> Task:
+    """The task of the finished model in `folder`, which is not loaded."""
+    return task_of(load_recipe(Path(folder) / RECIPE_FILE))
+
+
 def evaluate(
     folder: str | Path, overrides: Iterable[str] = (), batch_size: int = 32, progress: bool = True, **options: Any
 ) -> dict[str, float]:
@@ -50,8 +55,8 @@ def evaluate(
         overrides: as in `load_finished`.
         options: what the model's task takes beyond (its `evaluation_options`).
     """
+    check_options(options, task_in(folder).evaluation_options, "evaluated")
     finished = load_finished(folder, overrides)
-    check_options(options, finished.task.evaluation_options, "evaluated")
     data = load_data(finished.recipe.data)
     return finished.task.evaluate(finished.model, data, batch_size=batch_size, progress=progress, **options)
 

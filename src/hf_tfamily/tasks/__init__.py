@@ -5,7 +5,6 @@ A new one is a module here with a subclass of `Task`, a place in `TASKS`, and a 
 """
 
 import inspect
-from collections.abc import Iterator
 
 from ..data import SOURCES
 from ..recipes import Recipe
@@ -28,11 +27,7 @@ TASKS: tuple[Task, ...] = (
 def task_of(recipe: Recipe) -> Task:
     """The task that the recipe's data is for; nothing is loaded."""
     data_class = inspect.signature(SOURCES[recipe.data["source"]]).return_annotation
-    return next(task for task in _most_special_first() if issubclass(data_class, task.data_class))
-
-
-def _most_special_first() -> Iterator[Task]:
-    return iter(sorted(TASKS, key=lambda task: len(task.data_class.__mro__), reverse=True))
+    return next(task for task in TASKS if task.data_class is data_class)
 
 
 __all__ = ["TASKS", "Task", "task_of"]

@@ -60,6 +60,30 @@ class Task:
         """Write pictures to `output`, and return texts to print. Raises ValueError where there is nothing to show."""
         raise ValueError(f"{type(model).__name__} does not generate anything.")
 
+    def summary_with_uniform(self, metrics: dict[str, Any]) -> str:
+        """The same line, and what a uniform guess would cost."""
+        return f"{Task.summary(self, metrics)} (a uniform guess: {metrics['uniform_' + self.metric]:.4f})"
+
     def usage(self, data: LoadedData) -> str:
         """How inputs and outputs are to be read, for the model card."""
         return ""
+
+
+def check_sizes(config: PreTrainedConfig, ids: int, length: int, whose_ids: str, whose_length: str) -> None:
+    """Raise ValueError if a model has fewer ids or positions than its data.
+
+    Args:
+        ids, length: what the data needs.
+        whose_ids, whose_length: the same in words, with {} for the number, such as "an example has {} values".
+    """
+    if config.vocab_size < ids:
+        raise ValueError(f"vocab_size={config.vocab_size} is too small: {whose_ids.format(ids)}.")
+    if num_positions(config) < length:
+        raise ValueError(
+            f"max_position_embeddings={num_positions(config)} is too small: {whose_length.format(length)}."
+        )
+
+
+def num_positions(config: PreTrainedConfig) -> float:
+    """How many positions a model has; infinitely many where its config says nothing of it."""
+    return getattr(config, "max_position_embeddings", None) or math.inf

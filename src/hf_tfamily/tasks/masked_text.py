@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from ..data import MaskedTexts
-from .base import Task
+from .base import Task, check_sizes
 
 SAMPLES, HIDDEN_PLACE = 6, "\N{LOW LINE}"
 EVALUATION_SEED = 0
@@ -38,11 +38,7 @@ class MaskedTextTask(Task):
     loss_unit = "bits per hidden token"
 
     def build_model(self, config: PreTrainedConfig, data: MaskedTexts) -> PreTrainedModel:
-        if config.vocab_size < data.vocab_size:
-            raise ValueError(f"vocab_size={config.vocab_size} is too small: the data has {data.vocab_size} ids.")
-        positions = getattr(config, "max_position_embeddings", None) or math.inf
-        if positions < data.length:
-            raise ValueError(f"max_position_embeddings={positions} is too small: an example has {data.length} ids.")
+        check_sizes(config, data.vocab_size, data.length, "the data has {} ids", "an example has {} ids")
         return super().build_model(config, data)
 
     def build_trainer(self, model: PreTrainedModel, arguments: TrainingArguments, data: MaskedTexts) -> Trainer:

@@ -30,7 +30,7 @@ from ..stream_evaluation import (
     stream_losses,
     with_attention_length,
 )
-from .base import Task
+from .base import Task, check_sizes
 
 PROMPTS, PROMPT_LENGTH, CONTINUATION_LENGTH = 4, 160, 240
 GOES_ON, BETWEEN_TEXTS = "\n--- the model goes on ---\n", "\n\n==========\n\n"
@@ -50,11 +50,7 @@ class RecurrentTextTask(Task):
     sampling_options = ("count", "temperature")
 
     def build_model(self, config: PreTrainedConfig, data: TextStreams) -> PreTrainedModel:
-        if config.vocab_size < data.vocab_size:
-            raise ValueError(f"vocab_size={config.vocab_size} is too small: the data has {data.vocab_size} ids.")
-        positions = getattr(config, "max_position_embeddings", None) or math.inf
-        if positions < data.length:
-            raise ValueError(f"max_position_embeddings={positions} is too small: a segment has {data.length} tokens.")
+        check_sizes(config, data.vocab_size, data.length, "the data has {} ids", "a segment has {} tokens")
         model = super().build_model(config, data)
         model.generation_config = GenerationConfig(do_sample=True, max_new_tokens=CONTINUATION_LENGTH)
         return model

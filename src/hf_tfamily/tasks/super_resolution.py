@@ -83,7 +83,7 @@ class SuperResolutionTask(Task):
         }
 
     def summary(self, metrics: dict[str, Any]) -> str:
-        return f"{super().summary(metrics)} (a uniform guess: {metrics['uniform_bits_per_dim']:.4f})"
+        return self.summary_with_uniform(metrics)
 
     def write_samples(self, model: PreTrainedModel, data: EnlargementPairs, folder: Path) -> None:
         """samples.png: held-out pictures before, after and as they were, beside what plain interpolation makes."""

@@ -18,7 +18,7 @@ from .. import plots
 from ..data import NextTokenCollator, TokenSequences
 from ..evaluation import bits_per_dim
 from ..sampling import makes_pictures, sample, start_ids, texts
-from .base import Task
+from .base import Task, check_sizes
 
 SAMPLES_PER_CLASS = 8
 SAMPLES_WITHOUT_CLASSES = 16
@@ -36,11 +36,7 @@ class TokenSequenceTask(Task):
     sampling_options = ("classes", "count", "temperature")
 
     def build_model(self, config: PreTrainedConfig, data: TokenSequences) -> PreTrainedModel:
-        if config.vocab_size < data.vocab_size:
-            raise ValueError(f"vocab_size={config.vocab_size} is too small: the data has {data.vocab_size} ids.")
-        positions = getattr(config, "max_position_embeddings", None) or math.inf
-        if positions < data.dims:
-            raise ValueError(f"max_position_embeddings={positions} is too small: an example has {data.dims} values.")
+        check_sizes(config, data.vocab_size, data.dims, "the data has {} ids", "an example has {} values")
         check_order(config, data.processor)
         model = super().build_model(config, data)
         model.generation_config = generation_config(config, data)
@@ -65,7 +61,7 @@ class TokenSequenceTask(Task):
         }
 
     def summary(self, metrics: dict[str, Any]) -> str:
-        return f"{super().summary(metrics)} (a uniform guess: {metrics['uniform_bits_per_dim']:.4f})"
+        return self.summary_with_uniform(metrics)
 
     def write_samples(self, model: PreTrainedModel, data: TokenSequences, folder: Path) -> None:
         if data.processor is None:

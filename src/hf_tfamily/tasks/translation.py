@@ -24,7 +24,7 @@ from transformers import (
 
 from ..data import TranslationPairs
 from ..data.sequences import require
-from .base import Task
+from .base import Task, check_sizes, num_positions
 
 SAMPLES, BEAMS, LENGTH_PENALTY, EXTRA_TOKENS = 12, 4, 0.6, 50
 IDS = ("input_ids", "labels")
@@ -41,17 +41,13 @@ class TranslationTask(Task):
 
     def build_model(self, config: PreTrainedConfig, data: TranslationPairs) -> PreTrainedModel:
         tokenizer = data.processor
-        if config.vocab_size < len(tokenizer):
-            raise ValueError(f"vocab_size={config.vocab_size} is too small: the tokenizer has {len(tokenizer)} ids.")
-        positions = getattr(config, "max_position_embeddings", None) or math.inf
-        if positions < data.longest:
-            raise ValueError(f"max_position_embeddings={positions} is too small: a text has {data.longest} tokens.")
+        check_sizes(config, len(tokenizer), data.longest, "the tokenizer has {} ids", "a text has {} tokens")
         for name in ("pad_token_id", "eos_token_id"):
             ours, theirs = getattr(tokenizer, name), getattr(config, name)
             if ours != theirs:
                 raise ValueError(f"{name}={theirs}, but the tokenizer of the data has {ours}.")
         model = super().build_model(config, data)
-        model.generation_config = generation_config(config, min(positions, data.longest + EXTRA_TOKENS))
+        model.generation_config = generation_config(config, min(num_positions(config), data.longest + EXTRA_TOKENS))
         return model
 
     def build_trainer(self, model: PreTrainedModel, arguments: TrainingArguments, data: TranslationPairs) -> Trainer:
