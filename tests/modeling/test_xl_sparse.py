@@ -76,7 +76,7 @@ def test_equals_the_loops_with_gradients(pattern, fields, attention):
     direction = torch.randn_like(expected)
     parameters = list(model.parameters())
     expected_gradients = torch.autograd.grad(expected, parameters, direction)
-    tolerance = 1e-5 if attention == "eager" else 1e-10  # eager's softmax is float32 by design
+    tolerance = 1e-10
 
     output, memory = read(model, segments)
     assert not memory.projected
