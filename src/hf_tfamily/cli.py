@@ -69,6 +69,7 @@ def train(
             raise typer.Exit(130) from None
     if PartialState().is_main_process:
         _report(output)
+    PartialState().destroy_process_group()  # its threads would otherwise outlive what they use
 
 
 def _report(folder: Path) -> None:
