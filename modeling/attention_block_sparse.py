@@ -25,6 +25,7 @@ from .attention_relative import relative_attention
 from .attention_relative_plan import rows_by_distance
 from .attention_torch import block_sparse_attention
 from .attention_triton import register as register_triton
+from .attention_triton_relative import register as register_triton_relative
 
 NAME = "block_sparse"
 Tensors = tuple[torch.Tensor, ...]
@@ -32,7 +33,7 @@ Tensors = tuple[torch.Tensor, ...]
 VERSION = 1
 
 # What runs a plan instead of the operator of attention_torch.py, by the type of the device; same arguments. (On "cuda"
-# the operator itself runs attention_triton.py.)
+# the operators themselves run attention_triton.py and attention_triton_relative.py.)
 EXECUTORS: dict[str, Callable[..., torch.Tensor]] = {}
 
 
@@ -430,3 +431,4 @@ def _in_one_dtype(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 register()
 register_triton()
+register_triton_relative()

@@ -8,23 +8,14 @@ that remote code loads, and other devices run, without it.
 Legend: B batch, H heads, Hk key heads, T queries, S keys, D head dimension (Dv of values).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from .attention_triton_launch import (
-    Call,
-    Gradients,
-    delta_of,
-    launch_forward,
-    launch_key_grad,
-    launch_query_grad,
-    unit_stride,
-)
+from .attention_triton_call import Bias, Call, unit_stride
+from .attention_triton_launch import Gradients, delta_of, launch_forward, launch_key_grad, launch_query_grad
 from .attention_triton_views import view_backward, view_forward
-
-_OPERATOR = "hf_tfamily::block_sparse_attention"
 
 
 def forward(
@@ -37,14 +28,13 @@ def forward(
     scale: float,
     q_offset: int,
     kv_offset: int,
-    biases: Sequence[Tensor] = (),
+    bias: Bias | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Output [B, T, H, Dv] and LSE [B, T, H]; the LSE is +inf where a query sees nothing.
 
-    `biases` holds one tensor [B or 1, H, T, distances] for each pass of `Call.launches`, added to the scaled scores:
-    entry r is for the key r steps (of the pass's column) behind the query. Otherwise as in attention_torch.py.
+    `bias` is added to the scaled scores. Otherwise as in attention_torch.py.
     """
-    call = Call.of(query, key, value, key_valid, pattern, causal, scale, q_offset, kv_offset, biases)
+    call = Call.of(query, key, value, key_valid, pattern, causal, scale, q_offset, kv_offset, bias)
     output = query.new_empty((*query.shape[:3], value.shape[3]))
     lse = query.new_empty(query.shape[:3], dtype=torch.float32)
     if not (query.shape[1] and key.shape[1]):
@@ -54,7 +44,8 @@ def forward(
         return view_forward(view, call.query, call.key, call.value, causal, scale)
     for launches in call.launches:
         for number, launch in enumerate(launches):
-            launch_forward(call, launch, output, lse, number > 0, number == len(launches) - 1)
+            of_pass = None if bias is None else bias.of(launch)
+            launch_forward(call, launch, of_pass, output, lse, number > 0, number == len(launches) - 1)
     return output, lse
 
 
@@ -71,12 +62,12 @@ def backward(
     scale: float,
     q_offset: int,
     kv_offset: int,
-    biases: Sequence[Tensor] = (),
-) -> tuple[Tensor, ...]:
-    """Gradients of query, key and value, and of each bias. The same sums in the same order each time."""
-    call = Call.of(query, key, value, key_valid, pattern, causal, scale, q_offset, kv_offset, biases)
+    bias: Bias | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value; the bias takes its own. The same sums in the same order each time."""
+    call = Call.of(query, key, value, key_valid, pattern, causal, scale, q_offset, kv_offset, bias)
     if not (query.shape[1] and key.shape[1]):
-        return *(torch.zeros_like(x) for x in (query, key, value)), *(torch.zeros_like(bias) for bias in biases)
+        return tuple(torch.zeros_like(x) for x in (query, key, value))
     grad_output = unit_stride(grad_output)
     view = call.view
     if view is not None:
@@ -85,17 +76,26 @@ def backward(
     grads = Gradients(call)
     for launches in call.launches:
         for number, launch in enumerate(launches):
-            launch_query_grad(call, launch, grad_output, lse, delta, grads, number > 0)
+            of_pass = None if bias is None else bias.of(launch)
+            grad_bias = None if bias is None else torch.zeros_like(of_pass)
+            launch_query_grad(call, launch, of_pass, grad_bias, grad_output, lse, delta, grads, number > 0)
             for source in getattr(launch, "sources", (None,)):
-                launch_key_grad(call, launch, source, grad_output, lse, delta, grads)
+                launch_key_grad(call, launch, source, of_pass, grad_output, lse, delta, grads)
+            if bias is not None:
+                bias.take_gradient(launch, grad_bias)
     return grads.finished()
 
 
 def register(device: str = "cuda") -> None:
     """Make this the operator's implementation on `device`, unless there is one (of another copy of this file)."""
-    if not torch._C._dispatch_has_kernel_for_dispatch_key(_OPERATOR, device.upper()):
-        torch.library.register_kernel(_OPERATOR, device, forward_operator)
-        torch.library.register_kernel(f"{_OPERATOR}_backward", device, backward_operator)
+    register_implementation("hf_tfamily::block_sparse_attention", device, forward_operator, backward_operator)
+
+
+def register_implementation(operator: str, device: str, forward: Callable, backward: Callable) -> None:
+    """Of an operator and its backward, on `device`; the first copy of these files does it for all."""
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(operator, device.upper()):
+        torch.library.register_kernel(operator, device, forward)
+        torch.library.register_kernel(f"{operator}_backward", device, backward)
 
 
 def forward_operator(query, key, value, key_valid, pattern, causal, scale, q_offset, kv_offset):

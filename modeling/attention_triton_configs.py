@@ -18,8 +18,8 @@ class Tile(NamedTuple):
 
 
 FORWARD, QUERY_GRAD, KEY_GRAD = "forward", "query_grad", "key_grad"
-# How a pass walks: many keys for each query, few keys, few queries, over a table, over any of these with a bias.
-WIDE, NARROW, FEW, TABLE, BIASED = "wide", "narrow", "few", "table", "biased"
+# How a pass walks: many keys for each query, few keys, few queries, over a table; the last two with a bias.
+WIDE, NARROW, FEW, TABLE, BIASED, BIASED_TABLE = "wide", "narrow", "few", "table", "biased", "biased table"
 HEAD_DIMS = (16, 32, 64, 128)  # others are padded to the next
 
 # (kernel, walk) -> tile for head dimensions up to 64, and for 128; float16 and bfloat16. Tables take square tiles.
@@ -29,16 +29,19 @@ HALF = {
     (FORWARD, FEW): ((16, 64, 4, 2), (16, 64, 4, 2)),
     (FORWARD, TABLE): ((64, 64, 4, 3), (64, 64, 4, 2)),
     (FORWARD, BIASED): ((64, 32, 4, 2), (32, 32, 4, 1)),
+    (FORWARD, BIASED_TABLE): ((32, 32, 4, 1), (32, 32, 4, 1)),
     (QUERY_GRAD, WIDE): ((128, 64, 8, 2), (128, 64, 8, 2)),
     (QUERY_GRAD, NARROW): ((64, 64, 4, 2), (64, 64, 8, 2)),
     (QUERY_GRAD, FEW): ((16, 64, 4, 2), (16, 64, 4, 2)),
     (QUERY_GRAD, TABLE): ((64, 64, 8, 2), (64, 64, 8, 2)),
     (QUERY_GRAD, BIASED): ((64, 32, 4, 2), (32, 32, 8, 1)),
+    (QUERY_GRAD, BIASED_TABLE): ((32, 32, 8, 1), (32, 32, 8, 1)),
     (KEY_GRAD, WIDE): ((64, 128, 8, 2), (32, 64, 8, 2)),
     (KEY_GRAD, NARROW): ((64, 64, 8, 2), (32, 64, 8, 2)),
     (KEY_GRAD, FEW): ((16, 64, 4, 2), (16, 64, 8, 2)),
     (KEY_GRAD, TABLE): ((64, 64, 8, 2), (32, 32, 4, 2)),
     (KEY_GRAD, BIASED): ((32, 64, 8, 2), (32, 32, 4, 1)),
+    (KEY_GRAD, BIASED_TABLE): ((32, 32, 4, 1), (32, 32, 4, 1)),
 }
 # Where compute capability 8 needs smaller ones.
 HALF_OLDER = {
@@ -66,6 +69,6 @@ def tile_for(kernel: str, walk: str, head_dim: int, is_float32: bool, older: boo
     """The tile of a kernel whose larger head dimension is `head_dim`, one of HEAD_DIMS, on the GPU's generation."""
     tiles = HALF_OLDER.get((kernel, walk), HALF[kernel, walk]) if older else HALF[kernel, walk]
     if is_float32:
-        special = _FLOAT32_TABLE if walk == TABLE else _FLOAT32_OLDER if older else {}
+        special = _FLOAT32_TABLE if walk in (TABLE, BIASED_TABLE) else _FLOAT32_OLDER if older else {}
         tiles = special.get(kernel, _FLOAT32)
     return Tile(*tiles[head_dim > 64])

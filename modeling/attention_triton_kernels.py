@@ -73,6 +73,26 @@ def dot(a, b, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
 
 
 @triton.jit
+def item_of(items, copies, repeats, period):
+    """What a program works on: its item, its batch entry, its head."""
+    program = tl.program_id(0)
+    item = items + (program // copies) * FIELDS
+    copy = program % copies
+    return item, (copy // repeats).to(tl.int64), tl.load(item) + (copy % repeats) * period
+
+
+@triton.jit
+def walk_of(source, MASKED: tl.constexpr):
+    """A source of an item: its number of places, where its walk starts, tiles left and full, and how many to take."""
+    left = tl.load(source + 2)
+    full = tl.load(source + 3)
+    count = full
+    if MASKED:
+        count = left + tl.load(source + 4)
+    return tl.load(source), tl.load(source + 1), left, full, count
+
+
+@triton.jit
 def position_of(tile, left, full, MASKED: tl.constexpr):
     """Where the tile-th of the tiles that need a mask (or of those that need none) stands in the walk."""
     if MASKED:  # noqa: SIM108
@@ -129,6 +149,84 @@ def distances_of(rows, row_tokens, places, tokens, first_distance, row_distance,
 
 
 @triton.jit
+def bias_of(bias, distances, query_tokens, inside, stride_bt, stride_br, num_biases):
+    """Where the bias of [rows, columns] lies, which of them have one, and what it is, in base 2."""
+    places = query_tokens * stride_bt + distances * stride_br
+    mask = inside & (distances >= 0) & (distances < num_biases)
+    return places, mask, tl.load(bias + places, mask=mask, other=0.0).to(tl.float32) * LOG2E
+
+
+@triton.jit
+def scores_of(
+    position,
+    number,
+    start,
+    query,
+    keys,
+    valid,
+    bias,
+    low,
+    high,
+    rows,
+    row_tokens,
+    in_rows,
+    first,
+    step,
+    listed,
+    slots,
+    bits,
+    stride_kt,
+    stride_bt,
+    stride_br,
+    num_biases,
+    scale,
+    first_distance,
+    row_distance,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    KIND: tl.constexpr,
+    GRANULE: tl.constexpr,
+    HAS_VALID: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """A tile of keys: its tokens, which of them are there, the keys, their scores in base 2 (-inf where not seen).
+
+    At the end, where their biases lie and which have one that is seen (without a bias, anything).
+    """
+    places = places_of(position, start, listed, BLOCK_N, KIND, GRANULE)
+    inside = (places >= 0) & (places < number)
+    tokens = tokens_of(places, inside, first, step, listed, KIND)
+    key = load_rows(keys, tokens, stride_kt, inside, D, BLOCK_D, MASKED)
+    scores = dot(query, tl.trans(key), PRECISION, UPCAST) * scale
+    bias_places = tokens
+    has_bias = inside
+    if HAS_BIAS:
+        distances = distances_of(rows, row_tokens, places, tokens, first_distance, row_distance, KIND)
+        both = in_rows[:, None] & inside[None, :]
+        bias_places, has_bias, added = bias_of(
+            bias, distances, row_tokens[:, None], both, stride_bt, stride_br, num_biases
+        )
+        scores += added
+    if MASKED:
+        if KIND == TABLE:
+            seen = bits_of(position, start, slots, bits, BLOCK_M, BLOCK_N, GRANULE) & inside[None, :]
+        else:
+            seen = (places[None, :] >= low[:, None]) & (places[None, :] < high[:, None])
+        scores = tl.where(seen, scores, float("-inf"))
+        if HAS_BIAS:
+            has_bias = has_bias & seen
+    if HAS_VALID:
+        shown = tl.load(valid + tokens, mask=inside, other=0)
+        scores = tl.where((shown != 0)[None, :], scores, float("-inf"))
+    return tokens, inside, key, scores, bias_places, has_bias
+
+
+@triton.jit
 def forward_walk(
     accumulated,
     peak,
@@ -172,34 +270,14 @@ def forward_walk(
     MASKED: tl.constexpr,
 ):
     """Take the tiles of one source into the running softmax: the accumulated output, the peak and the total."""
-    number = tl.load(source)
-    start = tl.load(source + 1)
-    left = tl.load(source + 2)
-    full = tl.load(source + 3)
-    count = full
-    if MASKED:
-        count = left + tl.load(source + 4)
+    number, start, left, full, count = walk_of(source, MASKED)
     for tile in range(0, count):
         position = position_of(tile, left, full, MASKED)
-        places = places_of(position, start, listed, BLOCK_N, KIND, GRANULE)
-        inside = (places >= 0) & (places < number)
-        tokens = tokens_of(places, inside, first, step, listed, KIND)
-        key = load_rows(keys, tokens, stride_kt, inside, D, BLOCK_D, MASKED)
-        scores = dot(query, tl.trans(key), PRECISION, UPCAST) * scale
-        if HAS_BIAS:
-            distances = distances_of(rows, row_tokens, places, tokens, first_distance, row_distance, KIND)
-            pointers = bias + row_tokens[:, None] * stride_bt + distances * stride_br
-            mask = in_rows[:, None] & inside[None, :] & (distances >= 0) & (distances < num_biases)
-            scores += tl.load(pointers, mask=mask, other=0.0).to(tl.float32) * LOG2E
-        if MASKED and KIND == TABLE:
-            seen = bits_of(position, start, slots, bits, BLOCK_M, BLOCK_N, GRANULE) & inside[None, :]
-            scores = tl.where(seen, scores, float("-inf"))
-        elif MASKED:
-            seen = (places[None, :] >= low[:, None]) & (places[None, :] < high[:, None])
-            scores = tl.where(seen, scores, float("-inf"))
-        if HAS_VALID:
-            shown = tl.load(valid + tokens, mask=inside, other=0)
-            scores = tl.where((shown != 0)[None, :], scores, float("-inf"))
+        tokens, inside, _, scores, _, _ = scores_of(
+            position, number, start, query, keys, valid, bias, low, high, rows, row_tokens, in_rows, first, step,
+            listed, slots, bits, stride_kt, stride_bt, stride_br, num_biases, scale, first_distance, row_distance, D,
+            BLOCK_M, BLOCK_N, BLOCK_D, KIND, GRANULE, HAS_VALID, HAS_BIAS, PRECISION, UPCAST, MASKED,
+        )  # fmt: skip
         new_peak = tl.maximum(peak, tl.max(scores, 1))
         base = tl.where(new_peak == float("-inf"), 0.0, new_peak)  # nothing seen so far: exp2(-inf - 0) = 0
         weights = tl.exp2(scores - base[:, None])
@@ -278,10 +356,7 @@ def forward_kernel(
 
     A query that sees nothing has output 0 and LSE -inf, in the end (FINAL) +inf.
     """
-    program = tl.program_id(0)
-    item = items_ptr + (program // copies) * FIELDS
-    batch = ((program % copies) // repeats).to(tl.int64)
-    head = tl.load(item) + (program % repeats) * period
+    item, batch, head = item_of(items_ptr, copies, repeats, period)
     if head >= num_heads:
         return
     variant = tl.load(item + 1)

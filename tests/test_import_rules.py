@@ -18,8 +18,9 @@ FILES = sorted(path.stem for path in MODELING.glob("*.py") if path.stem != "__in
 
 MASKS = {"attention_masks", "attention_patterns"}
 PLAN = {"attention_plan", "attention_patterns"}
-EXECUTORS = {"attention_torch", "attention_triton"}
-TRITON = {f"attention_triton_{name}" for name in ("configs", "gradients", "kernels", "layout", "tables", "views")}
+EXECUTORS = {"attention_torch", "attention_triton", "attention_triton_relative"}
+KERNELS = {f"attention_triton_{name}" for name in ("kernels", "key_gradients", "query_gradients")}
+TRITON = {f"attention_triton_{name}" for name in ("call", "configs", "layout", "tables")}
 SHARED = {name for name in FILES if not name.startswith(("modeling_", "configuration_"))}
 
 # The first line that fits a file holds. Modules without a line of their own import nothing of ours.
@@ -27,11 +28,16 @@ MAY_IMPORT = {
     "attention_masks": {"attention_patterns"},
     "attention_plan": {"attention_patterns"},
     "attention_relative_plan": PLAN,
-    "attention_relative": PLAN | {"attention_relative_plan", "attention_torch"},
+    "attention_products": {"attention_plan"},
+    "attention_relative": PLAN | {"attention_products", "attention_relative_plan", "attention_torch"},
     "attention_torch": PLAN,
-    "attention_triton": {"attention_triton_launch", "attention_triton_views"},
-    "attention_triton_gradients": {"attention_triton_kernels"},
-    "attention_triton_launch": {"attention_patterns"} | TRITON,
+    "attention_triton": {"attention_triton_call", "attention_triton_launch", "attention_triton_views"},
+    "attention_triton_*_gradients": {"attention_triton_kernels"},
+    "attention_triton_call": {"attention_patterns", "attention_triton_views"} | KERNELS | TRITON,
+    "attention_triton_launch": TRITON,
+    "attention_triton_relative": {"attention_relative", "attention_relative_plan", "attention_patterns"}
+    | {"attention_triton"}
+    | TRITON,
     "attention_triton_layout": {"attention_patterns"},
     "attention_triton_tables": {"attention_patterns", "attention_triton_layout"},
     "attention_triton_views": {"attention_patterns", "attention_triton_layout"},

@@ -24,14 +24,15 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from hf_tfamily.modeling import attention_triton_configs as configs
-from hf_tfamily.modeling import attention_triton_gradients as gradients
 from hf_tfamily.modeling import attention_triton_kernels as kernels
+from hf_tfamily.modeling.attention_triton_key_gradients import key_grad_kernel
+from hf_tfamily.modeling.attention_triton_query_gradients import query_grad_kernel
 
 SHARED_MEMORY = {80: 99 << 10, 90: 227 << 10}  # 99 KiB: what all of compute capability 8 have
 FUNCTIONS = {
     configs.FORWARD: kernels.forward_kernel,
-    configs.QUERY_GRAD: gradients.query_grad_kernel,
-    configs.KEY_GRAD: gradients.key_grad_kernel,
+    configs.QUERY_GRAD: query_grad_kernel,
+    configs.KEY_GRAD: key_grad_kernel,
 }
 DIMS = [(16, 16), (32, 32), (64, 64), (96, 96), (128, 128), (64, 128)]
 RANGE, PICKED, TABLE, NONE = (kind.value for kind in (kernels.RANGE, kernels.PICKED, kernels.TABLE, kernels.NONE))
@@ -66,7 +67,7 @@ def cases(arch: int, all_dims: list[tuple[int, int]], quick: bool = False) -> It
     `quick`: head dimension 64 in bf16, one kind of columns.
     """
     for kernel, walk in configs.HALF:
-        if walk == configs.TABLE:
+        if walk in (configs.TABLE, configs.BIASED_TABLE):
             kinds = [(TABLE, NONE, 16), (TABLE, NONE, 32)]
         elif kernel == configs.KEY_GRAD:
             kinds = [(RANGE, NONE, 16), (PICKED, NONE, 16)]
@@ -99,7 +100,7 @@ def compile_case(case: Case) -> Usage:
         "OTHER": case.other,
         "GRANULE": case.granule,
         "HAS_VALID": case.has_valid,
-        "HAS_BIAS": case.walk == configs.BIASED,
+        "HAS_BIAS": case.walk in (configs.BIASED, configs.BIASED_TABLE),
         "MERGE": False,
         "FINAL": True,
         "ADD": False,

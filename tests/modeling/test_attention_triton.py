@@ -8,7 +8,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from hf_tfamily.modeling import attention_triton, attention_triton_launch
+from hf_tfamily.modeling import attention_triton, attention_triton_call, attention_triton_launch
 from hf_tfamily.modeling.attention_patterns import (
     Block1D,
     Block2D,
@@ -26,7 +26,7 @@ from hf_tfamily.modeling.attention_patterns import (
 from hf_tfamily.modeling.attention_triton_configs import Tile
 from tests.modeling.test_attention_plan import EXTENTS, HEADS
 from tests.modeling.test_attention_torch import make_inputs, poisoned_memory, with_gradients
-from tests.modeling.triton_support import DEVICE, triton_attention
+from tests.modeling.triton_support import DEVICE, GivenBias, triton_attention
 from tests.reference.attention import dense_attention
 
 PATTERNS = [
@@ -77,10 +77,10 @@ def small_tiles(monkeypatch):
     """Tiles so small that short sequences have many of them; and no view takes the work away."""
 
     def tile_for(kernel, walk, *_):
-        return Tile(16, 16 if walk == "table" else 32, 4, 1)
+        return Tile(16, 16 if "table" in walk else 32, 4, 1)
 
-    monkeypatch.setattr(attention_triton_launch, "tile_for", tile_for)
-    monkeypatch.setattr(attention_triton_launch, "view_of", lambda *_: None)
+    monkeypatch.setattr(attention_triton_call, "tile_for", tile_for)
+    monkeypatch.setattr(attention_triton_call, "view_of", lambda *_: None)
 
 
 @pytest.mark.usefixtures("small_tiles")
@@ -128,7 +128,7 @@ def test_views_equal_dense():
     """Full, Strided and FixedBlock go to a dense kernel, whatever the strides, with grouped heads."""
     for pattern, causal in ((Full(), True), (Strided(4), True), (Strided(4), False), (FixedBlock(8), True)):
         inputs = make_inputs(64, 64, dim=16, value_dim=16, key_heads=2)
-        call = attention_triton.Call.of(*inputs, None, text(pattern), causal, 0.5, 0, 0, ())
+        call = attention_triton.Call.of(*inputs, None, text(pattern), causal, 0.5, 0, 0)
         assert call.view is not None
         assert_as_exact_as_dense(pattern, inputs, causal=causal, scale=0.5, q_offset=0)
 
@@ -223,7 +223,7 @@ def test_bias_by_distance(pattern):
     """A bias of each distance, read by strides, and its gradient: Transformer-XL's relative scores."""
     length, memory = 40, 17
     inputs = make_inputs(length, length + memory, batch=2)
-    call = attention_triton.Call.of(*inputs, None, text(pattern), True, 0.5, memory, 0, (inputs[0],))
+    call = attention_triton.Call.of(*inputs, None, text(pattern), True, 0.5, memory, 0)
     launches = [launch for launches in call.launches for launch in launches]
     biases = [torch.randn(2, HEADS, length, (length + memory) // launch.step + 1) for launch in launches]
     wide = [bias.double().requires_grad_() for bias in biases]
@@ -245,9 +245,8 @@ def test_bias_by_distance(pattern):
     exact = oracle(*exact_inputs)
     exact_grads = torch.autograd.grad(exact, [*exact_inputs, *wide], grad_output.double())
     biases = [bias.to(DEVICE) for bias in biases]
-    ours = with_gradients(
-        triton_attention, inputs, grad_output, pattern=pattern, causal=True, scale=0.5, q_offset=memory, biases=biases
-    )
+    where = {"causal": True, "scale": 0.5, "q_offset": memory, "bias": GivenBias(biases)}
+    ours = with_gradients(triton_attention, inputs, grad_output, pattern=pattern, **where)
     for mine, true in zip((*ours, *(bias.grad.double().cpu() for bias in biases)), (exact.detach(), *exact_grads)):
         torch.testing.assert_close(mine, true, atol=2e-5, rtol=2e-5)
 
@@ -272,7 +271,7 @@ def test_wrong_inputs():
     with pytest.raises(ValueError, match="PerHead deals out 3 patterns"):
         call(make_inputs(5, 5), PerHead([Local(3), Local(4), Local(5)]))
     with pytest.raises(ValueError, match="counts the elements of one sequence in 32 bits"):
-        attention_triton_launch._check(*(torch.empty(1, 1 << 16, 1, 1 << 15, device="meta")[..., :8],) * 3)
+        attention_triton_call._check(*(torch.empty(1, 1 << 16, 1, 1 << 15, device="meta")[..., :8],) * 3)
 
 
 def run(code, **environment):
@@ -334,8 +333,8 @@ compiled = torch.compile(model, backend="aot_eager")
 torch.testing.assert_close(compiled(ids).logits, model(ids).logits)
 with torch.autocast("cpu", torch.bfloat16):
     assert torch.isfinite(model(ids, labels=ids).loss)
-from hf_tfamily.modeling import attention_triton_launch
-assert attention_triton_launch._kernels.cache_info().hits > 3
+from hf_tfamily.modeling import attention_triton_call
+assert attention_triton_call.kernels.cache_info().hits > 3
 print("equal")
 """
     output = run(code, TRITON_INTERPRET="1")

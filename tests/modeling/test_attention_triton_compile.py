@@ -12,7 +12,7 @@ WITHOUT_INTERPRETER = {name: value for name, value in os.environ.items() if name
 RECOMPILATIONS = """
 import torch, triton
 from triton.backends.compiler import GPUTarget
-from hf_tfamily.modeling import attention_triton, attention_triton_launch as launch
+from hf_tfamily.modeling import attention_triton, attention_triton_call as call, attention_triton_launch as launch
 from hf_tfamily.modeling.attention_patterns import Fixed, Local, Strided, Union
 from hf_tfamily.modeling.attention_torch import _to_json
 
@@ -22,8 +22,8 @@ class Driver:  # a GPU that is not there: enough to compile for
     def get_current_stream(self, device): return 0
 
 triton.runtime.driver.set_active(Driver())
-launch._check = lambda *_: None
-launch.view_of = lambda *_: None
+call._check = lambda *_: None
+call.view_of = lambda *_: None
 
 def only_compile(kernel):
     class Kernel:
@@ -31,10 +31,10 @@ def only_compile(kernel):
             return lambda *args, **kwargs: kernel.warmup(*args, grid=grid, **kwargs)
     return Kernel()
 
-kernels = launch._kernels()
+kernels = call.kernels()
 names = ("forward", "delta", "query_grad", "key_grad", "key_grad_sum")
 launched = kernels._replace(**{name: only_compile(getattr(kernels, name)) for name in names})
-launch._kernels = lambda: launched
+launch.kernels = call.kernels = lambda: launched
 
 def compiled():
     return sum(len(cache[0]) for name in names for cache in getattr(kernels, name).device_caches.values())

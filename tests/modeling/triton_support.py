@@ -10,27 +10,44 @@ from hf_tfamily.modeling.attention_patterns import grid_of
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
+class GivenBias:
+    """A bias [B, H, T, distances] for each pass, in their order; gradients are left in their `.grad`."""
+
+    def __init__(self, biases):
+        self.biases = biases
+        self.launches = []
+
+    def of(self, launch):
+        if not any(launch is known for known in self.launches):
+            self.launches.append(launch)
+        return self.biases[self._number(launch)]
+
+    def take_gradient(self, launch, gradient):
+        self.biases[self._number(launch)].grad = gradient
+
+    def _number(self, launch):
+        return next(number for number, known in enumerate(self.launches) if known is launch)
+
+
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query, key, value, key_valid, biases, *rest):
-        output, lse = attention_triton.forward(query, key, value, key_valid, *rest, biases)
+    def forward(ctx, query, key, value, key_valid, bias, *rest):
+        output, lse = attention_triton.forward(query, key, value, key_valid, *rest, bias)
         ctx.save_for_backward(query, key, value, key_valid, output, lse)
-        ctx.rest, ctx.biases = rest, biases
+        ctx.rest, ctx.bias = rest, bias
         return output
 
     @staticmethod
     def backward(ctx, grad_output):
-        grads = attention_triton.backward(grad_output, *ctx.saved_tensors, *ctx.rest, ctx.biases)
-        for bias, grad in zip(ctx.biases, grads[3:]):
-            bias.grad = grad
-        return *grads[:3], *[None] * 7
+        grads = attention_triton.backward(grad_output, *ctx.saved_tensors, *ctx.rest, ctx.bias)
+        return *grads, *[None] * 7
 
 
 def triton_attention(
-    query, key, value, pattern, *, causal, scale, q_offset, kv_offset=0, key_valid=None, biases=()
+    query, key, value, pattern, *, causal, scale, q_offset, kv_offset=0, key_valid=None, bias=None
 ) -> torch.Tensor:
-    """As attention_torch.block_sparse_attention; gradients of `biases` are left in their `.grad`."""
+    """As attention_torch.block_sparse_attention."""
     text = json.dumps([pattern.to_dict(), grid_of(pattern)])
     where = (text, causal, scale, q_offset, kv_offset)
     inputs = (x if x is None else x.to(DEVICE) for x in (query, key, value, key_valid))
-    return _Attention.apply(*inputs, biases, *where).to(query.device)
+    return _Attention.apply(*inputs, bias, *where).to(query.device)
