@@ -29,6 +29,7 @@ PIPELINES = {
 IMAGE_GENERATION = "unconditional-image-generation"
 PICTURES = {
     "samples.png": "## Samples",
+    "confusion.png": "## What is taken for what",
     "patterns.png": "## What each query sees",
     "loss.png": "## Training",
 }

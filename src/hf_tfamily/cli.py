@@ -82,9 +82,9 @@ def _report(folder: Path) -> None:
         f"\n[bold]{escape(task.summary(metrics))}[/]\n"
         f"{metrics['parameters']:,} parameters, {metrics['steps']:,} steps in {metrics['seconds']:.0f} s"
     )
-    for name in ("samples.png", "samples.txt", "loss.png"):
+    for name in ("samples.png", "samples.txt", "confusion.png", "loss.png"):
         if (folder / name).exists():
-            console.print(f"{name.partition('.')[0].capitalize() + ':':9}{escape(str(folder / name))}")
+            console.print(f"{name.partition('.')[0].capitalize() + ':':11}{escape(str(folder / name))}")
     auto_class = task.auto_class.__name__
     console.print(
         "\nLoad it:\n"
@@ -106,7 +106,10 @@ def evaluate(
         str | None, typer.Option(help="Streams of text: also measure single tokens with so much context, 100,200 say.")
     ] = None,
     plot: Annotated[
-        Path | None, typer.Option(help="Streams of text: draw the loss at each place in a segment.")
+        Path | None,
+        typer.Option(
+            help="Streams of text: draw the loss at each place in a segment. Classes: what is taken for what."
+        ),
     ] = None,
 ) -> None:
     """Figures of a finished model on held-out data, its own or what --set data.… says."""
@@ -131,10 +134,11 @@ def sample(
     seed: Seed = 0,
     temperature: Annotated[float | None, typer.Option(min=1e-3, help="Below 1: likelier, less varied.")] = None,
     pictures: Annotated[
-        list[Path] | None, typer.Option("--pictures", help="Picture to enlarge, as often as you like.", exists=True)
+        list[Path] | None,
+        typer.Option("--pictures", help="Picture to enlarge or to classify, as often as you like.", exists=True),
     ] = None,
 ) -> None:
-    """Sample a finished model: pictures as a PNG, text to the terminal."""
+    """Sample a finished model: pictures as a PNG, text and classes to the terminal."""
     with _one_line_errors():
         from transformers import set_seed
 

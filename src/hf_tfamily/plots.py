@@ -17,6 +17,8 @@ TRAINING_LINE = {"color": BLUE, "alpha": 0.6}
 HELD_OUT_LINE = {"color": ORANGE, "marker": "o", "markersize": 3}
 VIEW_COLOURS = ("#0b2f57", "#e8ecf0", "#2f6fb7", "#9dc3ea", "#d9730d", "#f3bf8f")  # query, unseen, parts 1, 2, ...
 PANEL_TITLE = {"fontsize": 9, "loc": "center", "fontweight": "normal"}
+WRITTEN_CLASSES = 40  # beyond, a confusion matrix has no room for names and numbers
+CAPTION_LETTERS = 18
 CORNER = {"ha": "right", "va": "top", "fontsize": 8, "color": GREY}
 STYLE = {
     "font.size": 10,
@@ -79,6 +81,55 @@ def sample_grid(pictures: Sequence, path: str | Path, columns: int, row_names: S
     axes.set_yticks([(height - 1) / 2 + row * (height + gap) for row in range(len(row_names))], row_names)
     axes.tick_params(length=0)
     save(figure, path)
+
+
+@styled
+def captioned_pictures(
+    pictures: Sequence, captions: Sequence[str], corrections: Sequence[str | None], path: str | Path, columns: int
+) -> None:
+    """Write PIL `pictures` in rows of `columns`; below each what it is taken for and, if that is wrong, what it is."""
+    rows = math.ceil(len(pictures) / columns)
+    figure = new_figure(1.3 * columns, 1.65 * rows)
+    cells = figure.subplots(rows, columns, squeeze=False)
+    for axes in cells.flat:
+        axes.set_axis_off()
+    for axes, picture, caption, correction in zip(cells.flat, pictures, captions, corrections):
+        axes.imshow(np.asarray(picture.convert("RGB")), interpolation="nearest")
+        lines, colour = [shorten(caption)], INK
+        if correction is not None:
+            lines, colour = [*lines, f"is: {shorten(correction)}"], ORANGE
+        axes.text(
+            0.5, -0.04, "\n".join(lines), transform=axes.transAxes, ha="center", va="top", fontsize=8, color=colour
+        )
+    save(figure, path)
+
+
+@styled
+def confusion_matrix(counts: np.ndarray, names: Sequence[str], path: str | Path) -> None:
+    """Write counts [K, K] of true classes (rows) taken for classes (columns), coloured by their share of the row."""
+    few = len(names) <= WRITTEN_CLASSES
+    side = max(4.5, 0.55 * len(names)) if few else 9
+    figure = new_figure(side + 1.2, side)
+    axes = figure.subplots()
+    shares = counts / np.maximum(1, counts.sum(axis=1, keepdims=True))
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+    axes.set_xlabel("taken for")
+    axes.set_ylabel("is")
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
+    if few:
+        labels = [shorten(name) for name in names]
+        axes.set_xticks(range(len(names)), labels, rotation=45, ha="right", rotation_mode="anchor")
+        axes.set_yticks(range(len(names)), labels)
+        for (row, column), count in np.ndenumerate(counts):
+            colour = "white" if shares[row, column] > 0.5 else INK if count else GREY
+            axes.text(column, row, f"{count:,}", ha="center", va="center", fontsize=8, color=colour)
+    save(figure, path)
+
+
+def shorten(name: str) -> str:
+    """A class's name in at most so many letters as a caption has room for."""
+    return textwrap.shorten(name, CAPTION_LETTERS, placeholder=" …") if " " in name else name[:CAPTION_LETTERS]
 
 
 @styled

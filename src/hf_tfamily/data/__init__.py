@@ -15,6 +15,7 @@ from ..modeling.attention_patterns import nearest
 from .audio import audio_files, mu_law_decode, mu_law_encode, write_wav
 from .enlargement import EnlargementPairs, photo_enlargements
 from .images import digits, fashion_mnist, hub_images, photo_crops
+from .labelled_images import LabelledImages, digit_classes, emoji, fashion_mnist_classes, hub_labelled_images
 from .masked import MaskedTexts, bible_masked
 from .sequences import LoadedData, MissingPackageError, NextTokenCollator, TokenSequences
 from .streams import SegmentCollator, StreamDataset, TextStreams, bible_stream, hub_word_stream, text_file_stream
@@ -25,6 +26,7 @@ SOURCES: dict[str, Callable[..., LoadedData]] = {
     source.__name__: source
     for source in (
         *(digits, photo_crops, fashion_mnist, hub_images, photo_enlargements),
+        *(digit_classes, emoji, fashion_mnist_classes, hub_labelled_images),
         *(bible, text_file, hub_text, audio_files),
         *(bible_stream, text_file_stream, hub_word_stream),
         *(libreoffice_help, translation_files),
@@ -62,6 +64,7 @@ def check_data(data: Mapping[str, Any]) -> None:
 __all__ = [
     "SOURCES",
     "EnlargementPairs",
+    "LabelledImages",
     "LoadedData",
     "MaskedTexts",
     "MissingPackageError",

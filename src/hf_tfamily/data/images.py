@@ -110,8 +110,9 @@ def fashion_mnist(
         raise ValueError(f"size must be a divisor of 28, got {size}.")
     if not 2 <= levels <= 256:
         raise ValueError(f"levels must be from 2 to 256, got {levels}.")
-    read = _fashion_mnist_files if Path(path).is_dir() else _fashion_mnist_hub
-    train, held_out = [(_quantise(_shrink(values, size), levels)[..., None], labels) for values, labels in read(path)]
+    train, held_out = [
+        (_quantise(_shrink(values, size), levels)[..., None], labels) for values, labels in read_fashion_mnist(path)
+    ]
     return _image_data(
         train=train,
         held_out=held_out,
@@ -152,7 +153,7 @@ def hub_images(
     """
     datasets = require("datasets")
     parts = [datasets.load_dataset(dataset, name, split=s, revision=revision) for s in (train_split, eval_split)]
-    _check_columns(parts[0], [image_column, label_column], dataset)
+    check_columns(parts[0], [image_column, label_column], dataset)
     class_names = _class_names(parts[0], label_column)
     order = "raster" if block is None else "blocks"
     processor = ImageTokenProcessor(height, width, channels, levels, len(class_names), order, block)
@@ -220,6 +221,12 @@ def _crops(picture: np.ndarray, size: int, stride: int) -> np.ndarray:
     return windows.transpose(0, 1, 3, 4, 2).reshape(-1, size, size, 3)
 
 
+def read_fashion_mnist(path: str) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(pictures [n, 28, 28], labels [n]) to train on, and held out; of the folder `path`, or if it is none the Hub."""
+    read = _fashion_mnist_files if Path(path).is_dir() else _fashion_mnist_hub
+    return read(path)
+
+
 def _fashion_mnist_files(path: str) -> list[tuple[np.ndarray, np.ndarray]]:
     return [
         (_read_idx(Path(path) / f"{part}-images-idx3-ubyte.gz"), _read_idx(Path(path) / f"{part}-labels-idx1-ubyte.gz"))
@@ -265,7 +272,8 @@ def _quantise(brightness: np.ndarray, levels: int) -> np.ndarray:
     return (brightness * (levels - 1) + 127) // 255
 
 
-def _check_columns(part, columns: list[str | None], dataset: str) -> None:
+def check_columns(part, columns: list[str | None], dataset: str) -> None:
+    """Raise ValueError unless a data set has the columns (None: not asked for)."""
     for column in columns:
         if column is not None and column not in part.column_names:
             raise ValueError(f"{dataset} has no column {column!r}; it has {', '.join(part.column_names)}.")

@@ -9,6 +9,7 @@ import inspect
 from ..data import SOURCES
 from ..recipes import Recipe
 from .base import Task
+from .image_classification import ImageClassificationTask
 from .masked_text import MaskedTextTask
 from .recurrent_text import RecurrentTextTask
 from .super_resolution import SuperResolutionTask
@@ -20,6 +21,7 @@ TASKS: tuple[Task, ...] = (
     RecurrentTextTask(),
     TranslationTask(),
     SuperResolutionTask(),
+    ImageClassificationTask(),
     MaskedTextTask(),
 )
 

@@ -1,0 +1,214 @@
+"""Image classification: a picture in, a class out.
+
+Shapes: B pictures, C channels, H height, W width, K classes, N held-out pictures.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import (
+    AutoModelForImageClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+)
+
+from .. import plots
+from ..data import LabelledImages
+from ..data.sequences import require
+from .base import Task
+
+PICTURES, PICTURE_COLUMNS = 32, 8
+BEST = 5  # classes that top-5 accuracy and `sample` look at
+
+
+class ImageClassificationTask(Task):
+    """Telling classes of pictures apart, measured by accuracy."""
+
+    data_class = LabelledImages
+    auto_class = AutoModelForImageClassification
+    metric = "accuracy"
+    metric_title = "Held-out accuracy"
+    loss_unit = "nats per picture"
+    nats = 1.0
+    evaluation_options = ("plot",)
+    sampling_options = ("pictures",)
+
+    def build_model(self, config: PreTrainedConfig, data: LabelledImages) -> PreTrainedModel:
+        fields = {"num_labels": len(data.class_names), "num_channels": 3}
+        for name, value in fields.items():
+            if getattr(config, name) != value:
+                raise ValueError(f"{name}={getattr(config, name)} does not fit the data; it needs {value}.")
+        patch = config.patch_size if isinstance(config.patch_size, (list, tuple)) else [config.patch_size] * 2
+        if any(side < length for side, length in zip(data.size, patch)):
+            raise ValueError(f"patch_size={config.patch_size} is larger than the pictures, {data.size}.")
+        config.id2label = dict(enumerate(data.class_names))
+        config.label2id = {name: number for number, name in config.id2label.items()}
+        return super().build_model(config, data)
+
+    def build_trainer(self, model: PreTrainedModel, arguments: TrainingArguments, data: LabelledImages) -> Trainer:
+        arguments.remove_unused_columns = False  # pictures become pixels only when they are asked for
+        return Trainer(
+            model=model,
+            args=arguments,
+            data_collator=default_data_collator,
+            train_dataset=data.train.with_transform(TrainingPixels(data, arguments.label_smoothing_factor)),
+            eval_dataset=data.eval.with_transform(HeldOutPixels(data.processor)),
+            compute_loss_func=cross_entropy_of_shares,
+        )
+
+    def uniform_loss(self, data: LabelledImages) -> float:
+        return float(np.log(len(data.class_names)))
+
+    def evaluate(
+        self, model, data: LabelledImages, batch_size: int, progress: bool, plot: Path | None = None
+    ) -> dict[str, float]:
+        """Figures of held-out pictures; `plot` is where a picture of what is taken for what shall go."""
+        logits, labels = held_out_logits(model, data, batch_size, progress)
+        if plot is not None:
+            draw_confusion(logits, labels, data, plot)
+        return figures(logits, labels)
+
+    def summary(self, metrics: dict[str, Any]) -> str:
+        best = (
+            f", one of the best {BEST} in {100 * metrics['top_5_accuracy']:.1f} %"
+            if "top_5_accuracy" in metrics
+            else ""
+        )
+        return (
+            f"{self.metric_title}: {100 * metrics['accuracy']:.2f} % "
+            f"(mean over classes {100 * metrics['balanced_accuracy']:.2f} %{best})"
+        )
+
+    def write_samples(self, model: PreTrainedModel, data: LabelledImages, folder: Path) -> None:
+        """samples.png: held-out pictures, what they are and what they are taken for; confusion.png: counts of that."""
+        logits, labels = held_out_logits(model, data, batch_size=64, progress=True)
+        draw_confusion(logits, labels, data, folder / "confusion.png")
+        chosen = np.linspace(0, len(labels) - 1, min(PICTURES, len(labels))).astype(int)
+        predicted = logits.argmax(axis=-1)
+        plots.captioned_pictures(
+            [data.eval[int(number)]["image"] for number in chosen],
+            [data.class_names[predicted[number]] for number in chosen],
+            [None if predicted[number] == labels[number] else data.class_names[labels[number]] for number in chosen],
+            folder / "samples.png",
+            columns=PICTURE_COLUMNS,
+        )
+
+    @torch.inference_mode()
+    def sample(self, model: PreTrainedModel, processor: Any, output: Path, pictures: Sequence[Path] = ()) -> list[str]:
+        """The likeliest classes of picture files."""
+        if not pictures:
+            raise ValueError("Give pictures to classify: --pictures FILE, as often as you like.")
+        image, names = require("PIL.Image"), model.config.id2label
+        pixels = processor([image.open(path).convert("RGB") for path in pictures], return_tensors="pt")["pixel_values"]
+        model.eval()
+        shares = model(pixel_values=pixels.to(model.device, model.dtype)).logits.float().softmax(dim=-1).cpu()
+        return [f"{path}: {_likeliest(row, names)}" for path, row in zip(pictures, shares)]
+
+    def usage(self, data: LabelledImages) -> str:
+        height, width = data.size
+        return (
+            f"The image processor beside the model makes pictures of any size {height}x{width} and RGB. "
+            '`pipeline("image-classification", model=...)` takes files and pictures, and names classes: '
+            f"{len(data.class_names)} of them, such as {', '.join(data.class_names[:5])}."
+        )
+
+
+@dataclass(frozen=True)
+class HeldOutPixels:
+    """Rows with pictures and labels -> `pixel_values` and `labels`, as the processor beside the model makes them."""
+
+    processor: Any
+
+    def __call__(self, rows: dict[str, list]) -> dict[str, Any]:
+        pictures = [picture.convert("RGB") for picture in rows["image"]]
+        return {"pixel_values": self.processor(pictures, return_tensors="pt")["pixel_values"], "labels": rows["label"]}
+
+
+@dataclass(frozen=True)
+class TrainingPixels:
+    """The same with pictures changed and mixed as `data.augmentation` says; labels are shares of classes, [B, K].
+
+    Without augmentation pixels are those of `HeldOutPixels`.
+    """
+
+    data: LabelledImages
+    label_smoothing: float = 0.0
+
+    def __call__(self, rows: dict[str, list]) -> dict[str, torch.Tensor]:
+        augmentation, processor = self.data.augmentation, self.data.processor
+        pictures, ready = [picture.convert("RGB") for picture in rows["image"]], {}
+        if augmentation.resized_crop is not None:
+            pictures = [augmentation.cut(picture, self.data.size) for picture in pictures]
+            ready = {"do_resize": False, "do_center_crop": False}
+        pixels = processor(pictures, return_tensors="pt", **ready)["pixel_values"]
+        classes = len(self.data.class_names)
+        shares = F.one_hot(torch.as_tensor(rows["label"]), classes) * (1 - self.label_smoothing)
+        pixels, shares = augmentation.mix(augmentation.change(pixels), shares + self.label_smoothing / classes)
+        return {"pixel_values": pixels, "labels": shares}
+
+
+def cross_entropy_of_shares(outputs, labels: torch.Tensor, num_items_in_batch=None) -> torch.Tensor:
+    """Mean loss over pictures; labels are classes [B], or shares of classes [B, K].
+
+    Args:
+        num_items_in_batch: how many entries the labels of a whole step have, over all devices and micro-batches.
+    """
+    total = F.cross_entropy(outputs.logits.float(), labels, reduction="sum")
+    if num_items_in_batch is None:
+        return total / len(labels)
+    return total * labels[0].numel() / num_items_in_batch
+
+
+@torch.inference_mode()
+def held_out_logits(
+    model: PreTrainedModel, data: LabelledImages, batch_size: int, progress: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Logits [N, K] and labels [N] of held-out pictures."""
+    model.eval()
+    pixels = data.eval.with_transform(HeldOutPixels(data.processor))
+    logits, labels = [], []
+    batches = DataLoader(pixels, batch_size, collate_fn=default_data_collator)
+    for batch in tqdm(batches, desc="Evaluating", disable=not progress, leave=False):
+        pixel_values = batch["pixel_values"].to(model.device, model.dtype)
+        logits.append(model(pixel_values=pixel_values).logits.float().cpu())
+        labels.append(batch["labels"])
+    return torch.cat(logits).numpy(), torch.cat(labels).numpy()
+
+
+def figures(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """Accuracy, its mean over classes, cross-entropy, and where there are more than five classes top-5 accuracy."""
+    measures = require("sklearn.metrics")
+    predicted = logits.argmax(axis=-1)
+    found = {
+        "accuracy": float(measures.accuracy_score(labels, predicted)),
+        "balanced_accuracy": float(measures.recall_score(labels, predicted, average="macro", labels=np.unique(labels))),
+        "loss": F.cross_entropy(torch.from_numpy(logits).double(), torch.from_numpy(labels)).item(),
+    }
+    if logits.shape[1] > BEST:
+        classes = np.arange(logits.shape[1])
+        found["top_5_accuracy"] = float(measures.top_k_accuracy_score(labels, logits, k=BEST, labels=classes))
+    return found
+
+
+def draw_confusion(logits: np.ndarray, labels: np.ndarray, data: LabelledImages, path: Path) -> None:
+    """A picture of how often each class is taken for each."""
+    classes = np.arange(len(data.class_names))
+    counts = require("sklearn.metrics").confusion_matrix(labels, logits.argmax(axis=-1), labels=classes)
+    plots.confusion_matrix(counts, data.class_names, path)
+
+
+def _likeliest(shares: torch.Tensor, names: dict[int, str]) -> str:
+    best = shares.topk(min(BEST, len(shares)))
+    return ", ".join(
+        f"{names[number]} {share:.3f}" for share, number in zip(best.values.tolist(), best.indices.tolist())
+    )
