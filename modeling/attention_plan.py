@@ -29,6 +29,8 @@ import torch.nn.functional as F
 from .attention_patterns import Block1D, Block2D, FixedBlock, FixedSummary, Full, Local, Pattern, Strided
 
 _CHUNK = 32  # queries of a tile in a band: a window of w keys costs w + 31
+_ALIGNED = 16  # products are faster where tiles are multiples of this wide
+_EDGE = 256  # queries of the tile before the first whole window of a band
 _SUMMARY_QUERIES, _SUMMARY_KEYS = 1024, 256  # of a group of blocks; flash kernels are fastest from 768 queries on
 _MAX_MASK = 1 << 22  # elements of a mask shared by tiles; beyond it a table is cheaper
 _TABLE_ROWS = 64  # queries that share one list of keys
@@ -232,8 +234,7 @@ def _view_groups(pattern: Pattern, heads: range, extent: _Extent) -> list[Group]
         chunk, low, high = _window(layout, extent.causal)
         if len(mask_heads) * chunk * (high - low) > _MAX_MASK:
             return None
-        mask = _band_mask(pattern, layout, mask_heads, extent.causal)
-        groups.append(Group(heads, _parts(_band(mask, layout, extent))))
+        groups.append(Group(heads, _parts(_band(pattern, layout, mask_heads, extent))))
     if isinstance(far, FixedSummary):
         groups.append(_summaries(far, heads, extent))
     return groups
@@ -420,29 +421,38 @@ def _window(layout: _Layout, causal: bool) -> tuple[int, int, int]:
     far, block, local = layout
     period = block.block if block else far.block if isinstance(far, FixedSummary) else 1
     chunk = period * math.ceil(_CHUNK / period)
-    around = local.window - 1 if local else 0
+    around = math.ceil((local.window - 1) / _ALIGNED) * _ALIGNED if local else 0
     return chunk, -around, chunk if causal else chunk + around
 
 
 @lru_cache(maxsize=64)
-def _band_mask(pattern: Pattern, layout: _Layout, heads: range, causal: bool) -> torch.Tensor:
-    """What a chunk of queries sees in its window, less what the far part shows: bool [heads, chunk, high - low]."""
-    chunk, low, high = _window(layout, causal)
-    start = math.ceil(-low / chunk) * chunk
-    head = torch.tensor(heads)[:, None, None]
-    query = torch.arange(start, start + chunk)[:, None]
-    key = torch.arange(start + low, start + high)
-    mask = pattern.visible(head, query, key).expand(len(heads), chunk, high - low)
+def _near_mask(
+    pattern: Pattern, layout: _Layout, heads: range, causal: bool, queries: range, keys: range
+) -> torch.Tensor:
+    """What queries see of keys, by their positions, less what the far part shows: bool [heads, queries, keys]."""
+    head, query, key = torch.tensor(heads)[:, None, None], torch.tensor(queries)[:, None], torch.tensor(keys)
+    mask = pattern.visible(head, query, key).expand(len(heads), len(queries), len(keys))
     if layout.far:
         mask = mask & ~layout.far_sees(causal, head, query, key)
     return mask & (key <= query) if causal else mask
 
 
-def _band(mask: torch.Tensor, layout: _Layout, extent: _Extent) -> Iterator[_Tile]:
-    """Chunks of queries, each with its window of keys."""
+def _band(pattern: Pattern, layout: _Layout, heads: range, extent: _Extent) -> Iterator[_Tile]:
+    """Chunks of queries, each with its window of keys; those whose windows the first key cuts short are one tile."""
     chunk, low, high = _window(layout, extent.causal)
     only_local = layout.block is None and not isinstance(layout.far, FixedSummary)
     origin = extent.first_query if only_local else extent.first_query // chunk * chunk
+    short = math.ceil((extent.first_key - low - origin) / chunk) * chunk
+    if extent.causal and only_local and chunk < short <= _EDGE:
+        edge = range(origin, min(origin + short, extent.end_query))
+        keys = range(extent.first_key, min(edge.stop, extent.end_key))
+        mask = _near_mask(pattern, layout, heads, True, edge, keys)
+        yield from _cutter(mask)(extent.queries(origin, edge.stop), extent.keys(extent.first_key, edge.stop), 0, 0)
+        origin = edge.stop
+    whole = math.ceil(-low / chunk) * chunk
+    mask = _near_mask(
+        pattern, layout, heads, extent.causal, range(whole, whole + chunk), range(whole + low, whole + high)
+    )
     cut = _cutter(mask)
     for start in range(origin, extent.end_query, chunk):
         queries, keys = extent.queries(start, start + chunk), extent.keys(start + low, start + high)
@@ -475,12 +485,13 @@ def _trim(mask: torch.Tensor) -> tuple[slice, slice, bool, torch.Tensor | None] 
     if not len(rows):
         return None
     rows, columns = slice(int(rows[0]), int(rows[-1]) + 1), slice(int(columns[0]), int(columns[-1]) + 1)
-    mask = mask[:, rows, columns]
-    if mask.all():
+    small = mask[:, rows, columns]
+    if small.all():
         return rows, columns, False, None
-    if torch.equal(mask, torch.ones_like(mask).tril()):
+    if torch.equal(small, torch.ones_like(small).tril()):
         return rows, columns, True, None
-    return rows, columns, False, mask[None]
+    columns = slice(columns.start // _ALIGNED * _ALIGNED, math.ceil(columns.stop / _ALIGNED) * _ALIGNED)
+    return rows, columns, False, mask[None, :, rows, columns]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

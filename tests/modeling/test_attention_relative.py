@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_tfamily.modeling import attention_relative
+from hf_tfamily.modeling import attention_products, attention_relative
 from hf_tfamily.modeling.attention_patterns import (
     Fixed,
     FixedSummary,
@@ -79,14 +79,6 @@ def assert_exact(pattern, num_queries, num_keys, q_offset=0, kv_offset=0, *, key
         assert (mine - other).abs().max() <= 1e-11 * (1 + other.abs().max()), name  # NaN fails too
 
 
-@pytest.fixture(params=["flash", "plain"])
-def kernel(request, monkeypatch):
-    """Both kernels, although on the CPU the plain one is not chosen."""
-    if request.param == "plain":
-        monkeypatch.setattr(attention_relative, "_flash", attention_relative._plain)
-
-
-@pytest.mark.usefixtures("kernel")
 @pytest.mark.parametrize("pattern", TEXT_PATTERNS, ids=str)
 def test_equals_dense(pattern):
     """Lengths, offsets and holes in the keys."""
@@ -103,7 +95,7 @@ def test_equals_dense(pattern):
 def test_pieces(pattern, monkeypatch):
     """However the work is cut: along heads, batch or tiles."""
     for size, batch in ((1 << 9, 2), (1 << 9, 7), (1 << 13, 1), (1 << 13, 7)):
-        monkeypatch.setattr(attention_relative, "_PIECE", size)
+        monkeypatch.setattr(attention_products, "_PIECE", size)
         assert_exact(pattern, 90, 130, 40, 0, batch=batch)
 
 
@@ -174,10 +166,9 @@ def test_a_query_scores_few_more_distances_than_it_sees_keys(pattern, most):
     assert scored.max() <= most
 
 
-@pytest.mark.usefixtures("kernel")
 @pytest.mark.parametrize("pattern", [Union([Local(16), Strided(32)]), Fixed(64, 8, sub_blocks=4)], ids=str)
 def test_never_length_times_length(pattern, monkeypatch):
-    monkeypatch.setattr(attention_relative, "_PIECE", 1 << 14)
+    monkeypatch.setattr(attention_products, "_PIECE", 1 << 14)
     length = 1024
     inputs, distances = make_inputs(pattern, length, length, batch=1)
     inputs = [x.detach() for x in inputs]

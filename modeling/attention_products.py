@@ -1,0 +1,348 @@
+"""A part of a plan (attention_plan.py) and its gradients by batched matrix products, some tiles at a time.
+
+Flash kernels are slow where tiles are small, and give no gradient to what is added to the scores. Here scores and their
+gradients lie in memory (`ScoreMemory`) such that sums along distances, and along the queries that share a key, are
+plain products as well.
+
+Legend: B batch, H heads, N tokens, D head dimension; of one part: A tiles, I queries and J keys of a tile; G tiles,
+batch entries or heads taken together.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from .attention_plan import Part, Tokens
+
+MASKED = -1e30  # not -inf: a row without keys then keeps a finite LSE, far below any real one
+LOG2_E = math.log2(math.e)
+_PIECE = 1 << 19  # scores taken together: few enough to stay in the processor's cache
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pieces: what is taken together
+
+
+class Piece(NamedTuple):
+    """Either one tile of all heads and batch entries, or of one head several batch entries or tiles."""
+
+    heads: range
+    batch: range
+    tiles: range
+
+    @property
+    def count(self) -> int:
+        return len(self.heads) * len(self.batch) * len(self.tiles)
+
+    def of_keys(self, q: Tensor, k: Tensor) -> "Piece":
+        """The same with key heads, each of which serves H / Hk heads."""
+        first = self.heads.start * k.shape[2] // q.shape[2]
+        return self._replace(heads=range(first, first + len(self.heads)))
+
+
+def pieces(part: Part, q: Tensor, k: Tensor) -> list[Piece]:
+    """How a part is cut, for queries [B, T, H, D] and keys [B, S, Hk, D]."""
+    batch, _, heads, _ = q.shape
+    at_once = max(1, _PIECE // (part.queries.count * part.keys.count))
+    if part.tiles <= heads * batch <= at_once and heads == k.shape[2]:
+        return [Piece(range(heads), range(batch), range(tile, tile + 1)) for tile in range(part.tiles)]
+    if batch > part.tiles:
+        one_head = [(some, tile) for tile in _split(part.tiles, 1) for some in _split(batch, at_once)]
+    else:
+        one_head = [(entry, some) for entry in _split(batch, 1) for some in _split(part.tiles, at_once)]
+    return [Piece(range(head, head + 1), *which) for head in range(heads) for which in one_head]
+
+
+def _split(count: int, at_once: int) -> Iterator[range]:
+    """Runs of at most `at_once`, as long as each other."""
+    size = math.ceil(count / math.ceil(count / at_once))
+    return (range(count)[start : start + size] for start in range(0, count, size))
+
+
+def tiles_of(x: Tensor, tokens: Tokens, piece: Piece) -> Tensor:
+    """[heads, batch, tiles, tokens of a tile, D] of a tensor [B, N, H, D]: a view, overlapping where the tiles do."""
+    batch, token, head, entry = x.stride()
+    sizes = (len(piece.heads), len(piece.batch), len(piece.tiles), tokens.count, x.shape[3])
+    strides = (head, batch, tokens.step * token, tokens.stride * token, entry)
+    first = piece.heads.start * head + piece.batch.start * batch
+    first += (tokens.start + piece.tiles.start * tokens.step) * token
+    return x.as_strided(sizes, strides, x.storage_offset() + first)
+
+
+class Space:
+    """Memory by name that pieces use one after another: fresh memory costs more than most of what is done in it."""
+
+    def __init__(self, like: Tensor):
+        self.like, self.flat = like, {}
+
+    def take(self, name: str, *shape: int) -> Tensor:
+        size = math.prod(shape)
+        if name not in self.flat or self.flat[name].numel() < size:
+            self.flat[name] = self.like.new_empty(size)
+        return self.flat[name][:size].view(shape)
+
+    def read(self, name: str, x: Tensor, tokens: Tokens, piece: Piece) -> Tensor:
+        """tiles_of(...) as [G, tokens of a tile, D]; a copy where that is no view."""
+        tiles = tiles_of(x, tokens, piece)
+        if len(piece.heads) > 1 and len(piece.batch) > 1:
+            tiles = self.take(name, *tiles.shape).copy_(tiles)
+        return tiles.flatten(0, 2)
+
+
+def of_piece(x: Tensor, piece: Piece) -> Tensor:
+    """From [A or 1, H or 1, ...] what belongs to a piece: [G or 1, ...]."""
+    if len(piece.heads) > 1:
+        x = x[piece.tiles.start if len(x) > 1 else 0]
+        return x.repeat_interleave(len(piece.batch), 0) if len(x) > 1 else x
+    tiles = slice(piece.tiles.start, piece.tiles.stop) if len(x) > 1 else slice(1)
+    return x[tiles, piece.heads.start if x.shape[1] > 1 else 0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scores in memory
+
+
+class ScoreMemory:
+    """Scores [G, I, J] of up to `count` tiles, amid entries that hold `fill`.
+
+    Rows lie `pitch` apart and tiles I * (pitch + 1), so that the scores of one distance lie pitch + 1 apart throughout,
+    and, with `outside` + 1 chunks of I keys in a row, those of one key `pitch` apart from tile to tile: three views.
+    """
+
+    def __init__(
+        self,
+        space: Space,
+        name: str,
+        part: Part,
+        count: int,
+        pitch: int,
+        *,
+        fill: float = 0.0,
+        outside: int = 0,
+    ):
+        self.num_queries, self.num_keys, self.pitch, self.outside = part.queries.count, part.keys.count, pitch, outside
+        self.count, self.tile = count, self.num_queries * (pitch + 1)
+        self.first = self.num_queries + outside * self.tile
+        self.flat = space.take(name, self.first + (count + outside) * self.tile).fill_(fill)
+
+    def by_key(self, count: int) -> Tensor:
+        """[G, I, J]"""
+        sizes, strides = (count, self.num_queries, self.num_keys), (self.tile, self.pitch, 1)
+        return self.flat.as_strided(sizes, strides, self.first + self.pitch - self.num_keys)
+
+    def by_distance(self, count: int, heads: int, columns: range) -> Tensor:
+        """[heads, G / heads * I, columns]: column c of the i-th query of a tile is its key c - (I - 1) + i."""
+        sizes = (heads, count // heads * self.num_queries, len(columns))
+        strides = (count // heads * self.tile, self.pitch + 1, 1)
+        return self.flat.as_strided(
+            sizes, strides, self.first + self.pitch - self.num_keys - self.num_queries + 1 + columns.start
+        )
+
+    def by_chunk(self, count: int) -> Tensor:
+        """[G + outside, I keys, pitch queries]: for each chunk of keys the queries of the tiles that have it."""
+        sizes = (count + self.outside, self.num_queries, self.pitch)
+        first = self.first - self.outside * (self.tile - self.num_queries)
+        return self.flat.as_strided(sizes, (self.tile, 1, self.pitch), first)
+
+    def clear_after(self, count: int) -> None:
+        """Zeros in the tiles that by_chunk sees behind the first `count`."""
+        if count < self.count:
+            self.flat.narrow(0, self.first + count * self.tile, self.outside * self.tile).zero_()
+
+
+class Scores(Protocol):
+    """What is added to the scores of a part, in units of log2, and has gradients of its own."""
+
+    pitch: int  # that its ScoreMemory needs
+
+    def by_key(self, piece: Piece) -> Tensor:
+        """[G, I, J]"""
+
+    def backward(self, gradient: ScoreMemory, piece: Piece) -> None:
+        """Take in the gradient of unscaled scores."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A part
+
+
+@dataclass(frozen=True)
+class Work:
+    """What parts read, [B, T, H, D] of queries and [B, S, Hk, D] of keys, all of one dtype, and what they are added to.
+
+    Forward: `output` and `lse` [B, T, H, 1] so far. Backward: `lse` over all parts, times log2(e), and
+    `delta` = scale * sum(grad_out * output) [B, T, H, 1].
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    lse: Tensor
+    scale: float
+    space: Space
+    output: Tensor | None = None
+    grad_out: Tensor | None = None
+    delta: Tensor | None = None
+    grad_q: Tensor | None = None
+    grad_k: Tensor | None = None
+    grad_v: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Extra:
+    """What is added to the scores of a part.
+
+    Attributes:
+        biases: [A or 1, H or 1, I, J].
+        hidden: [B, S, H, 1], for each key.
+        scores: what has gradients of its own.
+    """
+
+    biases: list[Tensor]
+    hidden: Tensor | None = None
+    scores: Scores | None = None
+
+    def add_to(self, total: Tensor, part: Part, piece: Piece, space: Space) -> None:
+        for bias in self.biases:
+            total.add_(of_piece(bias, piece))
+        if self.hidden is not None:
+            total.add_(space.read("hidden", self.hidden, part.keys, piece).mT)
+        if self.scores:
+            total.add_(self.scores.by_key(piece))
+
+
+def forward_part(part: Part, work: Work, extra: Extra) -> None:
+    """Merge a part into the output and LSE so far, in place."""
+    space = work.space
+    for piece in pieces(part, work.q, work.k):
+        q = space.read("q", work.q, part.queries, piece)
+        k, v = (
+            space.read(name, x, part.keys, piece.of_keys(work.q, work.k)) for name, x in zip("kv", (work.k, work.v))
+        )
+        scores = space.take("scores", piece.count, part.queries.count, part.keys.count)
+        scores.baddbmm_(q, k.mT, beta=0, alpha=work.scale)
+        extra.add_to(scores, part, piece, space)
+        top = scores.amax(-1, keepdim=True)
+        weights = torch.softmax(scores, -1, out=scores)
+        out, lse = (tiles_of(x, part.queries, piece) for x in (work.output, work.lse))
+        part_out = torch.bmm(weights, v, out=space.take("of queries", *q.shape)).view(out.shape)
+        part_lse = top.sub_(weights.amax(-1, keepdim=True).log_()).view(lse.shape)
+        if part.writes:
+            out.copy_(part_out)
+            lse.copy_(part_lse)
+        else:
+            out.lerp_(part_out, torch.sigmoid(part_lse - lse))
+            lse.copy_(torch.logaddexp(lse, part_lse))
+
+
+def scaled_delta(grad_out: Tensor, output: Tensor, scale: float) -> Tensor:
+    """scale * sum(grad_out * output) [B, T, H, 1], some tokens at a time."""
+    delta = grad_out.new_empty((*grad_out.shape[:3], 1))
+    at_once = max(1, _PIECE // max(1, grad_out[:, :1].numel()))
+    for some, *pair in zip(*(x.split(at_once, 1) for x in (delta, grad_out, output)), strict=True):
+        torch.sum(pair[0] * pair[1], -1, keepdim=True, out=some).mul_(scale)
+    return delta
+
+
+def backward_part(part: Part, work: Work, extra: Extra) -> None:
+    """Add up the gradients of a part, exactly: with P = exp(S - LSE) over all parts, each stands alone."""
+    space, plan, row = work.space, pieces(part, work.q, work.k), (part.queries.count, part.keys.count)
+    largest = max(piece.count for piece in plan)
+    pitch = max(part.keys.count, extra.scores.pitch if extra.scores else 0)
+    outside = _outside(part, plan, pitch)
+    pitch = (outside + 1) * part.queries.count if outside else pitch
+    memories = [ScoreMemory(space, name, part, largest, pitch, outside=outside) for name in ("weights", "grad_scores")]
+    windows = [_QueryWindows(space, name, part, largest, outside) for name in ("grad_out windows", "q windows")]
+    for piece in plan:
+        of_keys = piece.of_keys(work.q, work.k)
+        q, grad_out, lse, delta = (
+            space.read(name, getattr(work, name), part.queries, piece) for name in ("q", "grad_out", "lse", "delta")
+        )
+        k, v = (space.read(name, getattr(work, name), part.keys, of_keys) for name in ("k", "v"))
+        some = space.take("scores", piece.count, *row)
+        some.baddbmm_(q, k.mT, beta=0, alpha=work.scale * LOG2_E).sub_(lse)
+        extra.add_to(some, part, piece, space)
+        weights, grad_scores = (memory.by_key(piece.count) for memory in memories)
+        torch.exp2(some, out=weights)  # MKL's exp takes ten times as long where the result underflows
+        some.baddbmm_(grad_out, v.mT, beta=0, alpha=work.scale).sub_(delta)
+        torch.mul(some, weights, out=grad_scores)
+        put(work.grad_q, torch.bmm(grad_scores, k, out=space.take("of queries", *q.shape)), part, piece)
+        if extra.scores:
+            extra.scores.backward(memories[1], piece)
+        for total, memory, queries, window in zip(
+            (work.grad_v, work.grad_k), memories, (grad_out, q), windows, strict=True
+        ):
+            if outside:
+                memory.clear_after(piece.count)
+                of_chunks, queries = memory.by_chunk(piece.count), window.of(queries)
+                gradient = space.take("of keys", len(queries), part.queries.count, k.shape[2])
+                _add_chunks(total, torch.bmm(of_chunks, queries, out=gradient), part, of_keys)
+            else:
+                gradient = torch.bmm(memory.by_key(piece.count).mT, queries, out=space.take("of keys", *k.shape))
+                _add_tiles(total, gradient, part.keys, of_keys)
+
+
+def _outside(part: Part, plan: list[Piece], pitch: int) -> int:
+    """How many more chunks than one the keys of a tile are, where tiles advance by one chunk of queries and keys."""
+    queries, keys = part.queries, part.keys
+    even = queries.stride == keys.stride == 1 and queries.step == keys.step == queries.count
+    chunks = math.ceil(keys.count / queries.count)
+    return chunks - 1 if even and len(plan[0].tiles) > 1 and chunks * queries.count >= pitch else 0
+
+
+class _QueryWindows:
+    """For each chunk of keys the queries of the tiles that have it; zeros for tiles outside a piece."""
+
+    def __init__(self, space: Space, name: str, part: Part, count: int, outside: int):
+        self.outside = outside
+        if outside:
+            self.tiles = space.take(name, count + 2 * outside, part.queries.count, space.like.shape[3]).zero_()
+
+    def of(self, queries: Tensor) -> Tensor:
+        """[G, I, D] -> [G + outside, (outside + 1) * I, D]"""
+        count, num_queries, dim = queries.shape
+        self.tiles[self.outside : self.outside + count] = queries
+        self.tiles[self.outside + count : 2 * self.outside + count] = 0
+        sizes = (count + self.outside, (self.outside + 1) * num_queries, dim)
+        return self.tiles.as_strided(sizes, (num_queries * dim, dim, 1))
+
+
+def put(total: Tensor, gradient: Tensor, part: Part, piece: Piece) -> None:
+    """Write or add the gradient [G, I, D] of query tiles to [B, T, H, D]."""
+    view = tiles_of(total, part.queries, piece)
+    gradient = gradient.view(view.shape)
+    view.copy_(gradient) if part.writes else view.add_(gradient)
+
+
+def _add_chunks(total: Tensor, chunks: Tensor, part: Part, piece: Piece) -> None:
+    """Add chunks of keys [G + outside, I, D], the last of a tile's window at its end, to [B, S, Hk, D]."""
+    keys = chunks.flatten(0, 1)[-part.keys.count % part.queries.count :]
+    start = part.keys.start + piece.tiles.start * part.keys.step
+    total[piece.batch.start, start : start + len(keys), piece.heads.start].add_(keys)
+
+
+def _add_tiles(total: Tensor, tiles: Tensor, tokens: Tokens, piece: Piece) -> None:
+    """Add key tiles [G, J, D] to [B, S, Hk, D], where the tokens of neighbouring tiles may be the same."""
+    if len(piece.tiles) > 1 and tokens.step == 0:
+        tiles, piece = tiles.sum(0, keepdim=True), piece._replace(tiles=piece.tiles[:1])
+    view = tiles_of(total, tokens, piece)
+    tiles = tiles.view_as(view)
+    overlap = len(piece.tiles) > 1 and tokens.stride == 1 and 0 < tokens.step < tokens.count
+    width = tokens.step if overlap else tokens.count
+    for start in range(0, tokens.count, width):  # in tokens that are not yet shared
+        view[..., start : start + width, :].add_(tiles[..., start : start + width, :])
+
+
+def causal_bias(part: Part, like: Tensor) -> Tensor:
+    """[1, 1, I, J]: what hides the keys behind the i-th of a tile from its i-th query."""
+    seen = torch.ones(part.queries.count, part.keys.count, dtype=torch.bool, device=like.device).tril()
+    return additive(~seen[None, None], like.dtype)
+
+
+def additive(hidden: Tensor, dtype: torch.dtype) -> Tensor:
+    """A huge negative number where `hidden`, 0 elsewhere."""
+    return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, MASKED)
