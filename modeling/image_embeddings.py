@@ -9,6 +9,7 @@ import math
 
 import torch
 from torch import nn
+from transformers import initialization as init
 
 from .attention_patterns import Block2D
 from .memory_images import ImageCache
@@ -41,7 +42,7 @@ class ValueEmbedding(nn.Module):
         return rows * math.sqrt(self.hidden_size)
 
 
-class PixelEmbedding(nn.Module):
+class SourcePixelEmbedding(nn.Module):
     """A position for each pixel: a 1 x C convolution over its values as numbers from -1 to 1 (section 3.1).
 
     Followed by a ReLU, as in the authors' code.
@@ -49,18 +50,43 @@ class PixelEmbedding(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.num_values, self.hidden_size = config.num_values, config.hidden_size
-        self.embed_start = nn.Embedding(config.vocab_size - config.num_values, config.hidden_size)
+        self.num_values = config.num_values
         self.embed_values = nn.Linear(config.num_channels, config.hidden_size)
 
     def forward(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """The pixels [B, P, C] before those at `positions` [1, P] -> [B, P, d]; before the first is the start token."""
+        """Whole pixels [B, P, C] -> [B, P, d]."""
         values = rescale(ids.clamp(max=self.num_values - 1), self.num_values, self.embed_values.weight.dtype)
+        return self.embed_values(values).relu()
+
+    def init_weights(self) -> None:
+        """Weights and biases of one size, so that the ReLUs bend at brightnesses all over the range.
+
+        From small weights and no biases, which bend only at grey, brightness is learned much more slowly.
+        """
+        bound = self.embed_values.in_features**-0.5
+        init.uniform_(self.embed_values.weight, -bound, bound)
+        init.uniform_(self.embed_values.bias, -bound, bound)
+
+
+class PixelEmbedding(SourcePixelEmbedding):
+    """The same for the pixels before those to predict; before the first is the start token."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.hidden_size = config.hidden_size
+        self.embed_start = nn.Embedding(config.vocab_size - config.num_values, config.hidden_size)
+
+    def forward(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """The pixels [B, P, C] before those at `positions` [1, P] -> [B, P, d]."""
         start = self.embed_start((ids[..., -1] - self.num_values).clamp(min=0)) * math.sqrt(self.hidden_size)
-        return torch.where((positions == 0)[..., None], start, self.embed_values(values).relu())
+        return torch.where((positions == 0)[..., None], start, super().forward(ids, positions))
 
 
 EMBEDDINGS: dict[str, type[nn.Module]] = {"categorical": ValueEmbedding, "logistic_mixture": PixelEmbedding}
+SOURCE_EMBEDDINGS: dict[str, type[nn.Module]] = {
+    "categorical": ValueEmbedding,
+    "logistic_mixture": SourcePixelEmbedding,
+}
 
 
 class ClassCondition(nn.Module):

@@ -30,7 +30,14 @@ from .attention_masks import token_positions
 from .attention_patterns import patterns_for_layers
 from .checks import check_counted, check_embeddings, check_one_input, check_positions, check_targets, check_token_ids
 from .configuration_image_transformer import ImageTransformerConfig
-from .image_embeddings import EMBEDDINGS, ClassCondition, ImageCoordinates, NoCondition, ValueEmbedding
+from .image_embeddings import (
+    EMBEDDINGS,
+    SOURCE_EMBEDDINGS,
+    ClassCondition,
+    ImageCoordinates,
+    NoCondition,
+    SourcePixelEmbedding,
+)
 from .image_heads import OUTPUTS, mean_nats, next_values
 from .image_layers import ImageTransformerAttention, ImageTransformerBlock
 from .memory import PatternCache, PatternCacheGenerationMixin
@@ -56,13 +63,43 @@ class ImageTransformerPreTrainedModel(BlockSparseByDefault, PreTrainedModel):
         "cross_attentions": OutputRecorder(ImageTransformerAttention, index=1, layer_name="cross_attn"),
     }
 
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, SourcePixelEmbedding):
+            module.init_weights()
+
     @staticmethod
     def create_masks_for_generate(attention_mask: torch.Tensor | None = None, **kwargs) -> torch.Tensor | None:
         """Leave the 2-D padding mask alone: `forward` builds each layer's own mask, whatever the cache."""
         return attention_mask
 
 
-class ImageTransformerModel(ImageTransformerPreTrainedModel):
+class ImageTransformerStack(ImageTransformerPreTrainedModel):
+    """What the decoder and the encoder share: how values enter."""
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The table of values and start tokens; models of whole pixels have none."""
+        if not hasattr(self.embedding, "embed_tokens"):
+            raise NotImplementedError("output='logistic_mixture' reads values as numbers; it has no table of ids.")
+        return self.embedding.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.embedding.embed_tokens = value
+
+    def unpadded(self, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
+        """The mask; none if positions are pixels, whose images are never padded."""
+        if self.config.values_per_position == 1 or attention_mask is None:
+            return attention_mask
+        if not torch.compiler.is_compiling() and not bool((attention_mask != 0).all()):
+            raise ValueError(
+                "output='logistic_mixture' takes no padding: attention_mask must be 1 everywhere; "
+                "an image has all of its values."
+            )
+        return None
+
+
+class ImageTransformerModel(ImageTransformerStack):
     """The decoder without a head: ids in, and for each the hidden state [B, T, hidden] that predicts the next value.
 
     With `output="logistic_mixture"` the trunk has one position for each pixel, whose values share its hidden state.
@@ -84,15 +121,6 @@ class ImageTransformerModel(ImageTransformerPreTrainedModel):
         )
         self.gradient_checkpointing = False
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        """The table of values and start tokens; models of whole pixels have none."""
-        if not hasattr(self.embedding, "embed_tokens"):
-            raise NotImplementedError("output='logistic_mixture' reads values as numbers; it has no table of ids.")
-        return self.embedding.embed_tokens
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.embedding.embed_tokens = value
 
     @property
     def needs_state(self) -> bool:
@@ -184,16 +212,11 @@ class ImageTransformerModel(ImageTransformerPreTrainedModel):
         return ImageCache(past)
 
     def _without_padding(self, attention_mask, position_ids, past: Cache | None):
-        """Nothing, if positions are pixels: their images are never padded."""
-        if self.values_per_position == 1:
-            return attention_mask, position_ids
-        if attention_mask is not None and not torch.compiler.is_compiling() and not bool((attention_mask != 0).all()):
-            raise ValueError(
-                "output='logistic_mixture' takes no padding: attention_mask must be 1 everywhere; "
-                "an image begins with its start token."
-            )
-        check_counted(position_ids, 0 if past is None else past.get_seq_length(), "output='logistic_mixture'")
-        return None, None
+        """The mask and the positions; nothing, if positions are pixels, which are counted."""
+        if self.values_per_position > 1:
+            check_counted(position_ids, 0 if past is None else past.get_seq_length(), "output='logistic_mixture'")
+            position_ids = None
+        return self.unpadded(attention_mask), position_ids
 
     def _positions(self, length: int, attention_mask, position_ids, past: Cache | None) -> torch.Tensor:
         """[B or 1, P] positions in the trunk of the new values: the caller's, or counted from the mask or the past."""
@@ -303,15 +326,18 @@ class ImageTransformerForCausalLM(ImageTransformerPreTrainedModel, ImageTransfor
         )
 
 
-class ImageTransformerEncoder(ImageTransformerPreTrainedModel):
-    """The encoder of the image to enlarge: values [B, S] in raster order, without a start token -> [B, S, hidden]."""
+class ImageTransformerEncoder(ImageTransformerStack):
+    """The encoder of the image to enlarge: values [B, S] in raster order, without a start token -> [B, P, hidden].
+
+    As in the decoder, a position is a value (P = S), or a pixel with `output="logistic_mixture"`.
+    """
 
     def __init__(self, config: ImageTransformerConfig):
         super().__init__(config)
-        grid = (*config.source_image_size, config.num_channels)
+        grid = (*config.source_image_size, config.num_channels // config.values_per_position)
         patterns = patterns_for_layers(config.encoder_attention_patterns, config.num_encoder_layers)
         self.patterns = [pattern.bind(grid) for pattern in patterns]
-        self.embedding = ValueEmbedding(config)
+        self.embedding = SOURCE_EMBEDDINGS[config.output](config)
         self.coordinates = ImageCoordinates(config.coordinates, grid, None, config.hidden_size)
         self.dropout = nn.Dropout(config.resid_dropout)
         self.layers = nn.ModuleList(
@@ -319,12 +345,6 @@ class ImageTransformerEncoder(ImageTransformerPreTrainedModel):
         )
         self.gradient_checkpointing = False
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.embedding.embed_tokens
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.embedding.embed_tokens = value
 
     @merge_with_config_defaults
     @capture_outputs
@@ -337,15 +357,20 @@ class ImageTransformerEncoder(ImageTransformerPreTrainedModel):
         """
         Args:
             input_ids: [B, S] values of the image to enlarge.
-            attention_mask: [B, S], 1 for values and 0 for padding.
+            attention_mask: [B, S], 1 for values and 0 for padding; no padding where pixels are positions.
         """
         check_one_input(input_ids, None)
         check_token_ids(input_ids, self.config.vocab_size)
-        positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+        width = self.config.values_per_position
+        if input_ids.shape[1] % width:
+            raise ValueError(f"input_ids must hold whole pixels of {width} values, got shape {list(input_ids.shape)}.")
+        pixels = input_ids.unflatten(1, (-1, width))  # [B, P, W]
+        attention_mask = self.unpadded(attention_mask)
+        positions = torch.arange(pixels.shape[1], device=input_ids.device)[None]
         if attention_mask is not None:
             positions = token_positions(attention_mask)
-        check_positions(positions, self.coordinates.num_positions, counted_to=input_ids.shape[1])
-        embeddings = self.embedding(input_ids[..., None], positions + 1)
+        check_positions(positions, self.coordinates.num_positions, counted_to=pixels.shape[1])
+        embeddings = self.embedding(pixels, positions + 1)
         hidden_states = self.dropout(embeddings + self.coordinates(positions, embeddings))
         masks = layer_masks(self.patterns, self.config, hidden_states, attention_mask, causal=False)
         for layer, mask in zip(self.layers, masks):
@@ -427,7 +452,7 @@ class ImageTransformerForSuperResolution(ImageTransformerPreTrainedModel, ImageT
             input_ids=decoder_input_ids,
             attention_mask=decoder_attention_mask,
             encoder_hidden_states=encoder_outputs[0],
-            encoder_attention_mask=attention_mask,
+            encoder_attention_mask=self.encoder.unpadded(attention_mask),
             past_key_values=past_key_values,
             use_cache=use_cache,
             **kwargs,

@@ -74,14 +74,17 @@ def value_embedding(weights: dict, stack: str, config, token: int, position: int
 
 
 def pixel_embeddings(weights: dict, config, ids: list[int]) -> list[torch.Tensor]:
-    """The start token, and then each whole pixel: a convolution over its channels (section 3.1)."""
+    """The start token, and then each whole pixel."""
     start = weights["model.embedding.embed_start.weight"][ids[0] - config.num_values] * math.sqrt(config.hidden_size)
-    embeddings = [start]
-    for first in range(1, len(ids) - config.num_channels + 1, config.num_channels):
-        pixel = [2 * ids[first + c] / (config.num_values - 1) - 1 for c in range(config.num_channels)]
-        x = torch.tensor(pixel, dtype=start.dtype)
-        embeddings.append(torch.relu(linear(weights, "model.embedding.embed_values", x)))
-    return embeddings
+    firsts = range(1, len(ids) - config.num_channels + 1, config.num_channels)
+    return [start, *(pixel_embedding(weights, "model", config, ids, first) for first in firsts)]
+
+
+def pixel_embedding(weights: dict, stack: str, config, ids: list[int], first: int) -> torch.Tensor:
+    """A convolution over the channels of the pixel whose values begin at place `first` (section 3.1)."""
+    pixel = [2 * ids[first + c] / (config.num_values - 1) - 1 for c in range(config.num_channels)]
+    x = torch.tensor(pixel, dtype=weights[f"{stack}.embedding.embed_values.weight"].dtype)
+    return torch.relu(linear(weights, f"{stack}.embedding.embed_values", x))
 
 
 def coordinates(weights: dict, stack: str, config, place: tuple, channels: int) -> torch.Tensor:
@@ -100,10 +103,16 @@ def coordinates(weights: dict, stack: str, config, place: tuple, channels: int) 
 
 
 def encode(weights: dict, config, source: list[int]) -> list[torch.Tensor]:
-    """The encoder: every value of the small image sees every other."""
-    order = block_order(*config.source_image_size, config.num_channels, *config.source_image_size)
-    hidden = [value_embedding(weights, "encoder", config, token, t) for t, token in enumerate(source)]
-    hidden = [h + coordinates(weights, "encoder", config, order[t], config.num_channels) for t, h in enumerate(hidden)]
+    """The encoder: every value (under a mixture, every pixel) of the small image sees every other."""
+    if config.output == "categorical":
+        hidden = [value_embedding(weights, "encoder", config, token, t) for t, token in enumerate(source)]
+        channels = config.num_channels
+    else:
+        firsts = range(0, len(source), config.num_channels)
+        hidden = [pixel_embedding(weights, "encoder", config, source, first) for first in firsts]
+        channels = 1
+    order = block_order(*config.source_image_size, channels, *config.source_image_size)
+    hidden = [h + coordinates(weights, "encoder", config, order[p], channels) for p, h in enumerate(hidden)]
     for layer in range(config.num_encoder_layers):
         everything = [list(range(len(hidden)))] * len(hidden)
         hidden = block(weights, f"encoder.layers.{layer}", config, hidden, everything, None)
