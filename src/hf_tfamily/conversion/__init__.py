@@ -15,12 +15,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
-from . import llama, marian, mistral, qwen2, transformer_xl
+from . import llama, marian, mistral, qwen2, swin, transformer_xl
 from .checkpoint import Fit, check_destination, find_checkpoint, fit, read_config, read_weights, write_checkpoint
 from .equality import largest_difference
 
 # For each of our types the first is what it becomes when no target is named.
-CONVERTERS: tuple[ModuleType, ...] = (llama, mistral, qwen2, transformer_xl, marian)
+CONVERTERS: tuple[ModuleType, ...] = (llama, mistral, qwen2, transformer_xl, marian, swin)
 
 
 class Conversion(NamedTuple):
@@ -39,7 +39,7 @@ def convert(
     pickled_weights: bool = False,
     check: bool = False,
 ) -> Conversion:
-    """Convert the checkpoint `source` and write it to the folder `destination`, with its tokenizer.
+    """Convert the checkpoint `source` and write it to the folder `destination`, with its tokenizer or image processor.
 
     Args:
         source: a folder or a Hub repository; its config.json says what it is.

@@ -21,9 +21,10 @@ from ..hub import export
 
 PICKLED = "pytorch_model.bin"
 WEIGHT_FILES = ("model.safetensors", PICKLED)
-# What a tokenizer and `generate` read; pickled vocabularies are none of it.
+# What a tokenizer, an image processor and `generate` read; pickled vocabularies are none of it.
 COMPANIONS = (
     "generation_config.json",
+    "preprocessor_config.json",
     "tokenizer*.json",
     "*.model",
     "special_tokens_map.json",

@@ -79,7 +79,7 @@ def to_ours(config: dict, weights: dict[str, torch.Tensor]) -> tuple[dict, dict[
     architecture = (marian.architectures or [_head_of(weights)])[0]
     require(architecture in HEADS, f"There is no counterpart of {architecture}; there is one of {', '.join(HEADS)}.")
     prefix = "" if architecture == "MarianModel" else "model."
-    weights = _renamed(weights, MODULES)
+    weights = rename_in_blocks(weights, MODULES)
     weights = {name: tensor for name, tensor in weights.items() if not name.endswith("embed_positions.weight")}
     table = weights.pop(f"{prefix}shared.weight", None)
     if table is not None:
@@ -130,7 +130,7 @@ def to_stock(config: dict, weights: dict[str, torch.Tensor]) -> tuple[dict, dict
     weights = dict(weights)
     table = weights.get(f"{prefix}decoder.embed_tokens.weight")
     bias = weights.pop("lm_head.bias", None)
-    weights = _renamed(weights, {our_name: theirs for theirs, our_name in MODULES.items()})
+    weights = rename_in_blocks(weights, {our_name: theirs for theirs, our_name in MODULES.items()})
     target = ours.vocab_size_of_decoder
     if architecture == "MarianMTModel":
         weights["final_logits_bias"] = torch.zeros(1, target) if bias is None else bias[None]
@@ -166,9 +166,9 @@ def _check_tables(weights: dict[str, torch.Tensor], source: int, target: int) ->
                 )
 
 
-def _renamed(weights: dict[str, torch.Tensor], modules: dict[str, str]) -> dict[str, torch.Tensor]:
+def rename_in_blocks(weights: dict[str, torch.Tensor], modules: dict[str, str]) -> dict[str, torch.Tensor]:
     """Whole module names of blocks exchanged, the first that fits."""
-    rule = re.compile(r"(?<=\d\.)(" + "|".join(map(re.escape, modules)) + r")(?=\.)")
+    rule = re.compile(r"(?<=\d\.)(" + "|".join(map(re.escape, modules)) + r")(?=\.|$)")
     return {rule.sub(lambda match: modules[match[0]], name): tensor for name, tensor in weights.items()}
 
 
