@@ -93,7 +93,7 @@ class _Partition(torch.autograd.Function):
     @staticmethod
     def forward(ctx, states, tokens, places, pads):
         ctx.save_for_backward(tokens, places, pads)
-        windows = states.index_select(1, tokens)
+        windows = _gather(states, tokens)
         return windows if pads is None else windows.index_fill_(1, pads, 0)
 
     @staticmethod
@@ -107,11 +107,18 @@ class _Reverse(torch.autograd.Function):
     @staticmethod
     def forward(ctx, windows, tokens, places, pads):
         ctx.save_for_backward(tokens, places, pads)
-        return windows.index_select(1, places)
+        return _gather(windows, places)
 
     @staticmethod
     def backward(ctx, gradient):
         return _Partition.apply(gradient, *ctx.saved_tensors), None, None, None
+
+
+def _gather(states: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """[B, S, C] -> [B, T, C], the same `rows` [T] of every picture. PyTorch gathers one long list twice as fast."""
+    batch, length = states.shape[:2]
+    pictures = torch.arange(batch, device=rows.device)[:, None] * length
+    return states.flatten(0, 1).index_select(0, (pictures + rows).flatten()).unflatten(0, (batch, -1))
 
 
 def window_attention(

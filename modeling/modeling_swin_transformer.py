@@ -37,6 +37,8 @@ from .checks import check_labels, check_patch_mask, check_pixels
 from .configuration_swin_transformer import SwinTransformerConfig, pair
 from .positions_window import WindowPositionBias
 
+WIDE = 2**21  # numbers inside feed-forward layers at a time on a CPU
+
 
 class SwinTransformerAttention(nn.Module):
     """Attention inside windows with a relative position bias (equation 4)."""
@@ -101,7 +103,7 @@ class SwinTransformerMLP(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[B, T, C] -> [B, T, C]. On a CPU some tokens at a time, so that the wide layer stays in its cache."""
         tokens = hidden_states.flatten(0, -2)
-        step = 4096 if torch.is_grad_enabled() else 1024
+        step = max(1, WIDE // self.fc1.out_features)
         if torch.compiler.is_compiling() or tokens.device.type != "cpu" or len(tokens) < 2 * step:
             return self._feed(hidden_states)
         return torch.cat([self._feed(part) for part in tokens.split(step)]).view_as(hidden_states)
@@ -461,7 +463,7 @@ class SwinTransformerForImageClassification(SwinTransformerPreTrainedModel):
         logits = self.classifier(outputs.pooler_output)
         loss = None
         if labels is not None:
-            check_labels(labels, self.config.num_labels)
+            check_labels(labels, logits, self.config.problem_type)
             loss = self.loss_function(labels, logits, self.config, **kwargs)
         return SwinTransformerImageClassifierOutput(
             loss=loss,
