@@ -40,7 +40,9 @@ class Compression(nn.Module):
 
     def forward(self, evicted: Evicted, weights: torch.Tensor | None) -> torch.Tensor:
         """[B, E / c, hidden] from what was evicted, and the attention weights [B, H, T, S] where there are any."""
-        return self.compress(evicted, weights) if evicted.states.shape[1] else evicted.states
+        if evicted.states.shape[1]:
+            return self.compress(evicted, weights)
+        return evicted.states.clone()  # re-entrant checkpointing ties outputs to its graph, so never return an input
 
     def compress(self, evicted: Evicted, weights: torch.Tensor | None) -> torch.Tensor:
         raise NotImplementedError

@@ -163,10 +163,11 @@ class ImageTransformerModel(ImageTransformerStack):
         past, cross_past = _split_cache(past_key_values)
         if past is not None and self.needs_state and image_state(past) is None:
             past = past_key_values = self._with_state(past)
-        length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
+        values = input_ids if inputs_embeds is None else inputs_embeds
+        length = values.shape[1]
         attention_mask, position_ids = self._without_padding(attention_mask, position_ids, past)
 
-        positions = self._positions(length, attention_mask, position_ids, past)
+        positions = self._positions(values, attention_mask, position_ids, past)
         hidden_states = self._embed(input_ids, inputs_embeds, positions, past)
         if hidden_states.shape[1] > 0:  # else all values belong to a pixel whose position has been computed
             hidden_states = self.dropout(hidden_states + self.coordinates(positions, hidden_states))
@@ -176,9 +177,9 @@ class ImageTransformerModel(ImageTransformerStack):
                 kwargs["encoder_attention_mask"] = cross_attention_mask(
                     self.config, hidden_states, encoder_hidden_states, encoder_attention_mask
                 )
-                kwargs |= {"encoder_hidden_states": encoder_hidden_states, "cross_past_key_values": cross_past}
-            for layer, mask in zip(self.layers, masks):
-                hidden_states = layer(hidden_states, mask, past_key_values=trunk, **kwargs)
+                kwargs["cross_past_key_values"] = cross_past
+            for layer, mask in zip(self.layers, masks):  # the encoder's states not by name: gradients flow through them
+                hidden_states = layer(hidden_states, mask, encoder_hidden_states, past_key_values=trunk, **kwargs)
         hidden_states = for_each_value(hidden_states, length, past, self.values_per_position)
         return BaseModelOutputWithPastAndCrossAttentions(
             last_hidden_state=hidden_states, past_key_values=past_key_values
@@ -218,9 +219,9 @@ class ImageTransformerModel(ImageTransformerStack):
             position_ids = None
         return self.unpadded(attention_mask), position_ids
 
-    def _positions(self, length: int, attention_mask, position_ids, past: Cache | None) -> torch.Tensor:
+    def _positions(self, values: torch.Tensor, attention_mask, position_ids, past: Cache | None) -> torch.Tensor:
         """[B or 1, P] positions in the trunk of the new values: the caller's, or counted from the mask or the past."""
-        width = self.values_per_position
+        width, length = self.values_per_position, values.shape[1]
         seen = 0 if past is None else past.get_seq_length()
         if position_ids is not None:
             check_positions(position_ids, self.config.max_position_embeddings)
@@ -228,7 +229,7 @@ class ImageTransformerModel(ImageTransformerStack):
         if attention_mask is not None and attention_mask.ndim == 2:
             places = token_positions(attention_mask)[:, seen : seen + length]
         else:
-            places = torch.arange(seen, seen + length, device=self.device)[None]
+            places = torch.arange(seen, seen + length, device=values.device)[None]
         check_positions(places, self.config.max_position_embeddings, counted_to=seen + length)
         return places if width == 1 else places[:, -seen % width :: width] // width
 

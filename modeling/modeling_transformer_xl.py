@@ -72,8 +72,9 @@ class TransformerXLAttention(nn.Module):
         relative_key = memory.relative_keys(
             self.layer_idx, positions.states, lambda states: self.split_heads(self.r_proj(states))
         )  # [H, L, D]
+        content_query, position_query = biases(query)
         # (a) + (c) of section 3.3 are (q + u) k, (b) + (d) are (q + v) W R.
-        position_bias = positions.bias(query + biases.position[:, None], relative_key, self.scaling)
+        position_bias = positions.bias(position_query, relative_key, self.scaling)
         if positions.hidden is not None:  # then the bias is a mask as well, and sdpa reads that without a copy
             attention_mask, position_bias = position_bias, None
 
@@ -82,7 +83,7 @@ class TransformerXLAttention(nn.Module):
         )
         output, weights = attention(
             self,
-            query + biases.content[:, None],
+            content_query,
             key,
             value,
             attention_mask,

@@ -91,17 +91,18 @@ class XLSparseAttention(TransformerXLAttention):
         relative_key = memory.relative_keys(
             self.layer_idx, positions.reach, lambda: self.split_heads(self.r_proj(positions.states))
         )  # [H, L, D]
+        content_query, position_query = biases(query)
 
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
         output, weights = attention(
             self,
-            query + biases.content[:, None],
+            content_query,
             key,
             value,
             attention_mask,
-            position_bias=positions.bias(query + biases.position[:, None], relative_key, self.scaling),
+            position_bias=positions.bias(position_query, relative_key, self.scaling),
             scaling=self.scaling,
             dropout=self.config.attention_dropout if self.training else 0.0,
             is_causal=False,  # the mask says all

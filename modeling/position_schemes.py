@@ -167,18 +167,26 @@ class BiasedLayerOrder(LayerOrder):
         return output.masked_fill(~sees_some[..., None], 0.0)
 
 
+class DistanceVectors(nn.Embedding):
+    """A vector for each clipped distance, all of them at once."""
+
+    def forward(self) -> torch.Tensor:
+        """[2k + 1, D]."""
+        return self.weight
+
+
 class ShawInLayer(BiasedLayerOrder):
     """A vector a^K for each clipped distance in the scores and one, a^V, in the values; shared by the heads."""
 
     def __init__(self, config):
         super().__init__(config)
         distances, head_dim = 2 * config.max_relative_position + 1, config.hidden_size // config.num_attention_heads
-        self.keys = nn.Embedding(distances, head_dim)
-        self.values = nn.Embedding(distances, head_dim)
+        self.keys = DistanceVectors(distances, head_dim)
+        self.values = DistanceVectors(distances, head_dim)
         self.head_dim = head_dim
 
     def relate(self, query, value, order: torch.Tensor, scaling: float):
-        by_distance = query @ self.keys.weight.T  # [B, H, T, 2k + 1]
+        by_distance = query @ self.keys().T  # [B, H, T, 2k + 1]
         bias = by_distance.gather(-1, order.expand(*query.shape[:3], -1)) * scaling  # x W^Q a^K, equation 4
         # Backends hand out no weights, but values that are unit vectors bring them along.
         unit = torch.eye(value.shape[2], dtype=value.dtype, device=value.device).expand(*value.shape[:2], -1, -1)
@@ -189,7 +197,7 @@ class ShawInLayer(BiasedLayerOrder):
         output, weights = output.split([self.head_dim, output.shape[-1] - self.head_dim], dim=-1)  # [B, T, H, S]
         order = order.transpose(1, 2).expand_as(weights)
         by_distance = weights.new_zeros(*weights.shape[:3], self.values.num_embeddings).scatter_add(-1, order, weights)
-        return output + by_distance @ self.values.weight  # alpha (x W^V + a^V), equation 3
+        return output + by_distance @ self.values()  # alpha (x W^V + a^V), equation 3
 
 
 class Shaw(StackOrder):
@@ -229,9 +237,10 @@ class TransformerXLInLayer(BiasedLayerOrder):
 
     def relate(self, query, value, order: WaveOrder, scaling: float):
         relative_key = self.r_proj(order.waves).unflatten(-1, (query.shape[1], -1)).transpose(0, 1)  # [H, L, D]
-        by_distance = (query + self.biases.position[:, None]) @ relative_key.transpose(-1, -2)  # (b) + (d)
+        content_query, position_query = self.biases(query)
+        by_distance = position_query @ relative_key.transpose(-1, -2)  # (b) + (d)
         bias = by_distance.gather(-1, order.columns.expand(*query.shape[:3], -1)) * scaling
-        return query + self.biases.content[:, None], value, bias  # (a) + (c)
+        return content_query, value, bias  # (a) + (c)
 
 
 class TransformerXLOrder(StackOrder):

@@ -188,6 +188,10 @@ class RelativeBiases(nn.Module):
         self.content = nn.Parameter(torch.zeros(num_heads, head_dim))
         self.position = nn.Parameter(torch.zeros(num_heads, head_dim))
 
+    def forward(self, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """q + u for the keys and q + v for the distances, of queries [B, H, T, D]."""
+        return query + self.content[:, None], query + self.position[:, None]
+
 
 class RelativeScores(NamedTuple):
     """Scores of the distances between queries and keys, yet to be computed: what block_sparse takes as position_bias.
