@@ -26,7 +26,11 @@ PIPELINES = {
     "AutoModelForSequenceClassification": "text-classification",
     "AutoModelForTokenClassification": "token-classification",
 }
-IMAGE_GENERATION = "unconditional-image-generation"
+# The same where an image processor is beside the model, so that its ids are pictures.
+PICTURE_PIPELINES = PIPELINES | {
+    "AutoModelForCausalLM": "unconditional-image-generation",
+    "AutoModelForSeq2SeqLM": "image-to-image",
+}
 PICTURES = {
     "samples.png": "## Samples",
     "confusion.png": "## What is taken for what",
@@ -119,7 +123,8 @@ def model_card(recipe: Recipe, task: Task, data: LoadedData, metrics: dict[str, 
     folder, model_type = Path(folder), recipe.model["model_type"]
     name = f"{model_type}-{Path(recipe.name).stem}"
     system, arxiv = system_facts(model_type)
-    pipeline = IMAGE_GENERATION if makes_pictures(data.processor) else PIPELINES.get(task.auto_class.__name__)
+    pipelines = PICTURE_PIPELINES if makes_pictures(data.processor) else PIPELINES
+    pipeline = pipelines.get(task.auto_class.__name__)
     result = EvalResult(
         task_type=pipeline or "other",
         dataset_type=recipe.data.get("dataset", recipe.data["source"]),
@@ -154,8 +159,8 @@ def folder_card(folder: str | Path, with_code: bool) -> ModelCard:
     system, arxiv = system_facts(config["model_type"])
     architecture = config["architectures"][0]
     auto_class = auto_class_of(config["model_type"], architecture)
-    makes_images = auto_class == "AutoModelForCausalLM" and (folder / "preprocessor_config.json").exists()
-    pipeline = IMAGE_GENERATION if makes_images else PIPELINES.get(auto_class)
+    pipelines = PICTURE_PIPELINES if (folder / "preprocessor_config.json").exists() else PIPELINES
+    pipeline = pipelines.get(auto_class)
     return ModelCard.from_template(
         ModelCardData(**_metadata(config["model_type"], arxiv, pipeline)),
         template_str=FOLDER_TEMPLATE,

@@ -5,18 +5,20 @@ import json
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from PIL import Image
 from transformers import AutoConfig, AutoModelForSeq2SeqLM
 from typer.testing import CliRunner
 
 from hf_tfamily import training
+from hf_tfamily.card import folder_card
 from hf_tfamily.cli import app
 from hf_tfamily.data import EnlargementPairs, enlargement, load_data
 from hf_tfamily.data.enlargement import shrink
 from hf_tfamily.finished import evaluate, load_finished
 from hf_tfamily.recipes import load_recipe
 from hf_tfamily.tasks import task_of
-from hf_tfamily.tasks.super_resolution import SuperResolutionTask, pair_collator
+from hf_tfamily.tasks.super_resolution import SuperResolutionTask, bicubic_bits_per_dim, pair_collator, psnr
 
 TINY = [
     "model.hidden_size=16",
@@ -63,6 +65,19 @@ def test_pairs_are_pictures_and_their_means():
     assert small[0, 1, 2, 0] == round(large[0, 2:4, 4:6, 0].mean())
 
 
+def test_psnr_is_that_of_an_error_of_one_step():
+    """20 log10(255) dB."""
+    assert psnr(np.full((2, 3), 7), np.full((2, 3), 8)) == pytest.approx(48.1308, abs=1e-4)
+
+
+def test_bicubic_interpolation_costs_less_on_smooth_pictures_than_on_noise(monkeypatch):
+    data = load_data(recipe().data)
+    ramp = np.broadcast_to(np.arange(24) * 5, (16, 24))[..., None].repeat(3, axis=-1)
+    monkeypatch.setattr("hf_tfamily.data.images._photo", lambda name: ramp)
+    smooth = load_data(recipe().data)
+    assert bicubic_bits_per_dim(smooth) < 5 < 8 < bicubic_bits_per_dim(data)
+
+
 def test_the_class_of_data_chooses_the_task():
     assert isinstance(task_of(recipe()), SuperResolutionTask)
 
@@ -91,9 +106,14 @@ def test_from_training_to_enlarged_pictures(tmp_path):
     folder = training.train(recipe(), tmp_path / "run")
     metrics = json.loads((folder / "metrics.json").read_text())
     assert 0 < metrics["bits_per_dim"] < 20
-    assert evaluate(folder, progress=False)["bits_per_dim"] == pytest.approx(metrics["bits_per_dim"], abs=1e-4)
+    for name, figure in evaluate(folder, progress=False).items():
+        assert figure == pytest.approx(metrics[name], abs=1e-4), name
     assert Image.open(folder / "samples.png").size[0] > 100
-    assert "ImageTokenProcessor(4, 4, 3)" in (folder / "README.md").read_text()
+    card = ModelCard.load(folder / "README.md")
+    assert "ImageTokenProcessor(4, 4, 3)" in card.text
+    assert "what bicubic interpolation leaves: " in card.text
+    assert card.data.pipeline_tag == "image-to-image"
+    assert folder_card(folder, with_code=True).data.pipeline_tag == "image-to-image"
     assert load_finished(folder).processor.block == [4, 4]
 
     Image.new("RGB", (30, 20), "red").save(tmp_path / "red.png")

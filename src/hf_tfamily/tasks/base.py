@@ -1,7 +1,9 @@
 """What every kind of task answers; `hf_tfamily.training`, `hf_tfamily.finished` and the command line ask."""
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainingArguments
@@ -19,6 +21,7 @@ class Task:
         metric_title: the same in words.
         label_names: which entries of a batch are targets (see TrainingArguments).
         loss_unit, nats: how losses are shown, and how many nats one unit has.
+        trivial_predictors: names of figures to compare `metric` with, by what they are in words.
         evaluation_options, sampling_options: names of the keywords that `evaluate` and `sample` take beyond the common
             ones; the command line refuses others.
     """
@@ -30,6 +33,7 @@ class Task:
     label_names: ClassVar[tuple[str, ...]] = ("labels",)
     loss_unit: ClassVar[str] = "bits per value"
     nats: ClassVar[float] = math.log(2)
+    trivial_predictors: ClassVar[Mapping[str, str]] = MappingProxyType({})
     evaluation_options: ClassVar[tuple[str, ...]] = ()
     sampling_options: ClassVar[tuple[str, ...]] = ()
 
@@ -61,8 +65,10 @@ class Task:
         raise ValueError(f"{type(model).__name__} does not generate anything.")
 
     def summary_with_uniform(self, metrics: dict[str, Any]) -> str:
-        """The same line, and what a uniform guess would cost."""
-        return f"{Task.summary(self, metrics)} (a uniform guess: {metrics['uniform_' + self.metric]:.4f})"
+        """The same line, and what a uniform guess and other trivial predictors would cost."""
+        predictors = {"a uniform guess": f"uniform_{self.metric}", **self.trivial_predictors}
+        costs = [f"{words}: {metrics[name]:.4f}" for words, name in predictors.items() if name in metrics]
+        return f"{Task.summary(self, metrics)} ({'; '.join(costs)})"
 
     def usage(self, data: LoadedData) -> str:
         """How inputs and outputs are to be read, for the model card."""

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from transformers import (
@@ -18,6 +19,7 @@ from .. import plots
 from ..data import NextTokenCollator, TokenSequences
 from ..evaluation import bits_per_dim
 from ..sampling import makes_pictures, sample, start_ids, texts
+from ..trivial_predictors import left_bits_per_dim
 from .base import Task, check_sizes
 
 SAMPLES_PER_CLASS = 8
@@ -33,6 +35,7 @@ class TokenSequenceTask(Task):
     metric_title = "Held-out bits per dimension"
     label_names = ("shift_labels",)
     loss_unit = "bits per dimension"
+    trivial_predictors = MappingProxyType({"the pixel to the left and how values differ from it": "left_bits_per_dim"})
     sampling_options = ("classes", "count", "temperature")
 
     def build_model(self, config: PreTrainedConfig, data: TokenSequences) -> PreTrainedModel:
@@ -55,10 +58,13 @@ class TokenSequenceTask(Task):
         return math.log2(data.num_values)
 
     def evaluate(self, model, data: TokenSequences, batch_size: int, progress: bool) -> dict[str, float]:
-        return {
+        figures = {
             "bits_per_dim": bits_per_dim(model, data.eval, batch_size, progress),
             "uniform_bits_per_dim": self.uniform_loss(data),
         }
+        if makes_pictures(data.processor):
+            figures["left_bits_per_dim"] = left_bits_per_dim((data.train, data.eval), data.processor)
+        return figures
 
     def summary(self, metrics: dict[str, Any]) -> str:
         return self.summary_with_uniform(metrics)
