@@ -1,5 +1,8 @@
 """The Image Transformer equals the paper's equations, samples as it should, and behaves as Transformers expects."""
 
+import copy
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -14,11 +17,15 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import hf_tfamily  # noqa: F401
+from hf_tfamily.modeling.attention import eager_attention_forward, layer_masks
+from hf_tfamily.modeling.attention_patterns import Block1D, Block2D
 from hf_tfamily.modeling.configuration_image_transformer import ImageTransformerConfig
 from hf_tfamily.modeling.image_processing_tokens import ImageTokenProcessor
 from hf_tfamily.modeling.memory import PatternCacheLayer
+from hf_tfamily.modeling.mixture_of_logistics import channel_mixture
 from hf_tfamily.modeling.modeling_image_transformer import (
     ImageTransformerForCausalLM,
     ImageTransformerForSuperResolution,
@@ -26,6 +33,7 @@ from hf_tfamily.modeling.modeling_image_transformer import (
 )
 from tests.reference import image_transformer as loops
 
+GOLDENS = Path(__file__).parents[1] / "goldens" / "image_transformer"
 BLOCKS = {"type": "block_2d", "height": 2, "width": 3, "flange_height": 1, "flange_width": 2}
 PATTERNS = {
     "1d": {"type": "block_1d", "block": 7, "flange": 5},
@@ -156,20 +164,63 @@ def test_gradients_equal_those_of_the_loops(output, implementation):
         torch.testing.assert_close(gradient, weights[name].grad, rtol=1e-6, atol=1e-7, msg=name)
 
 
+def outputs_and_gradients(model, ids, targets):
+    """Logits of values, and the gradient of every parameter, in float64."""
+    found = gradients(model.eval(), input_ids=ids, shift_labels=targets)
+    found["logits"] = model(ids).logits[..., :VALUES].detach()
+    return {name: tensor.double() for name, tensor in found.items()}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("implementation", ["sdpa", "block_sparse"])
+@every_pattern
 @every_output
-def test_error_against_float64_is_that_of_eager(output, implementation, dtype):
-    exact = tiny_model(output, "both").double()
+def test_errors_against_float64_are_those_of_eager(output, pattern, implementation, dtype):
+    exact = tiny_model(output, pattern).double()
     ids, targets = image_ids(exact), torch.randint(VALUES, (2, 36))
-    expected = exact(ids).logits[..., :VALUES]
-    found = {}
-    for name in ("eager", implementation):
-        model = tiny_model(output, "both", implementation=name).to(dtype)
-        found[name] = (model(ids).logits[..., :VALUES].double() - expected).abs().max()
-        assert all(g.isfinite().all() for g in gradients(model, input_ids=ids, shift_labels=targets).values())
-    rounding = 8 * torch.finfo(dtype).eps * expected.abs().max()
-    assert found[implementation] <= 2 * found["eager"] + rounding
+    expected = outputs_and_gradients(exact, ids, targets)
+    eager, ours = (
+        outputs_and_gradients(tiny_model(output, pattern, implementation=name).to(dtype), ids, targets)
+        for name in ("eager", implementation)
+    )
+    for name, wanted in expected.items():
+        rounding = 8 * torch.finfo(dtype).eps * wanted.abs().max()
+        budget = 2 * (eager[name] - wanted).abs().max() + rounding
+        error = (ours[name] - wanted).abs().max()  # NaN fails too
+        assert error <= budget, f"{name}: {error:.2e} > {budget:.2e}"
+
+
+class Rounded(nn.Module):
+    """A layer in float64 whose outputs, and whose gradients of them, are rounded to a dtype."""
+
+    def __init__(self, layer, dtype):
+        super().__init__()
+        self.weight, self.dtype = layer.weight, dtype
+
+    def forward(self, hidden_states):
+        return nn.functional.linear(hidden_states, self.weight).to(self.dtype).double()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_mixture_loses_no_more_than_rounding_its_parameters_does(dtype):
+    """What comes behind the linear layer is computed in float32, forward and backward."""
+    model = tiny_model("logistic_mixture")
+    ids, targets = image_ids(model), torch.randint(VALUES, (2, 36))
+    ids = nn.functional.pad(ids, (2, 0))  # as many values as a pixel has before the first
+    hidden_states = torch.randn(2, 36, 8).to(dtype)
+
+    def run(layer, hidden_states):
+        hidden_states = hidden_states.detach().requires_grad_()
+        logits, nats = model.output(layer, hidden_states, ids, 0, slice(None), targets)
+        grads = torch.autograd.grad(nats.mean(), (hidden_states, layer.weight))
+        return [x.detach().double() for x in (logits[..., :VALUES], nats, *grads)]
+
+    half = copy.deepcopy(model.lm_head).to(dtype)
+    wide = copy.deepcopy(half).double()
+    exact, rounded = run(wide, hidden_states.double()), run(Rounded(wide, dtype), hidden_states.double())
+    for ours, allowed, wanted in zip(run(half, hidden_states), rounded, exact):
+        rounding = torch.finfo(dtype).eps * wanted.abs().max()
+        assert (ours - wanted).abs().max() <= 2 * (allowed - wanted).abs().max() + rounding
 
 
 @every_output
@@ -183,6 +234,60 @@ def test_no_value_depends_on_a_later_one(output):
         after = model(changed).logits
         assert torch.equal(after[0, :place], before[0, :place])
         assert not torch.equal(after[0, place], before[0, place])
+
+
+# The authors' code
+
+
+def golden(name):
+    return load_file(GOLDENS / f"{name}.safetensors")
+
+
+def in_our_order(tensor, pattern):
+    """[B, H, rows, columns, D] -> [B, H, T, D] in the order of generation."""
+    rows, columns = tensor.shape[2:4]
+    places = pattern.bind((rows, columns, 1)).place(torch.arange(rows * columns))
+    return tensor[:, :, places[0], places[1]]
+
+
+@every_differentiable
+@pytest.mark.parametrize(
+    ("name", "pattern", "causal"),
+    [
+        ("masked_1d", Block1D(5, 5), True),
+        ("masked_2d", Block2D(2, 3, 1, 2), True),
+        ("local_2d", Block2D(2, 3, 2, 2), False),
+    ],
+)
+def test_attention_is_that_of_the_authors(name, pattern, causal, implementation):
+    """Outputs and gradients of a layer under a pattern, and of tensor2tensor's function."""
+    tensors = golden(name)
+    if isinstance(pattern, Block2D):
+        tensors = {key: in_our_order(tensor, pattern) for key, tensor in tensors.items()}
+        pattern = pattern.bind((*golden(name)["query"].shape[2:4], 1))
+    query, key, value = (tensors[name].requires_grad_() for name in ("query", "key", "value"))
+    layer = tiny_model(implementation=implementation).model.layers[0].self_attn
+    layer.is_causal = causal
+    masks = layer_masks([pattern], layer.config, query.new_zeros(1, query.shape[2], 8), causal=causal)
+    attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+    output = attention(layer, query, key, value, masks[0], scaling=1.0)[0].transpose(1, 2)
+    found = [output, *torch.autograd.grad(output, (query, key, value), tensors["grad_output"])]
+    for name, ours in zip(("output", "grad_query", "grad_key", "grad_value"), found):
+        error, size = (ours - tensors[name]).abs().max(), tensors[name].abs().max()
+        assert error <= 1e-6 * max(1, size), f"{name}: {error:.2e}"
+
+
+def test_mixture_of_logistics_is_that_of_the_authors():
+    """Their parameters of means, scales and coefficients lie component by component, ours channel by channel."""
+    tensors, components, channels = golden("discretized_logistics"), 10, 3
+    weights, *others = tensors["parameters"].split([components, *[channels * components] * 3], dim=-1)
+    ours = torch.cat([weights, *(x.unflatten(-1, (components, channels)).mT.flatten(-2) for x in others)], dim=-1)
+    nats = 0
+    for channel in range(channels):
+        places = torch.full(ours.shape[:-1], channel)
+        mixture = channel_mixture(ours, places, tensors["values"], 256)
+        nats = nats - mixture.log_prob(tensors["values"][..., channel])
+    torch.testing.assert_close(nats, tensors["nats"], rtol=1e-9, atol=0)
 
 
 # Decoding
@@ -265,10 +370,19 @@ def test_beams_and_copies_carry_what_the_cache_holds(output, classes):
         assert torch.equal(cached, plain)
 
 
-@pytest.mark.parametrize("output", OUTPUTS)
+@pytest.mark.parametrize(
+    ("pattern", "keys"),
+    [
+        # The block, the row above it and two columns to the left of both; nothing lies to the right of the last.
+        (BLOCKS, (2 + 1) * (3 + 2)),
+        ({"type": "block_1d", "block": 6, "flange": 6}, 6 + 6),
+    ],
+    ids=["2d", "1d"],
+)
+@every_output
 @torch.no_grad()
-def test_a_step_reads_the_block_and_not_the_image(output, monkeypatch):
-    """Keys read by the last step of images of three heights, and bytes kept."""
+def test_a_step_reads_the_block_and_not_the_image(output, pattern, keys, monkeypatch):
+    """Keys read by the last step of images of several sizes, and bytes kept; those may follow the width alone."""
     read, update = [], PatternCacheLayer.update
 
     def counted(self, *args, **kwargs):
@@ -277,17 +391,22 @@ def test_a_step_reads_the_block_and_not_the_image(output, monkeypatch):
         return keys, values
 
     monkeypatch.setattr(PatternCacheLayer, "update", counted)
-    kept = []
-    for height in (8, 16, 32):
-        model = tiny_model(output, image_size=[height, 12], num_channels=1, implementation="block_sparse")
+    kept = {}
+    for height, width in ((8, 12), (16, 12), (32, 12), (8, 24)):
+        model = tiny_model(
+            output,
+            image_size=[height, width],
+            num_channels=1,
+            attention_patterns=pattern,
+            implementation="block_sparse",
+        )
         cache, ids = model.new_pattern_cache(), image_ids(model)
         model(ids[:, :-1], past_key_values=cache, use_cache=True)
         read.clear()
         model(ids[:, -1:], past_key_values=cache, use_cache=True)
-        # The block, the row above it and two columns to the left of both; nothing lies to its right.
-        assert read == [(2 + 1) * (3 + 2)] * 2
-        kept.append(cache.nbytes)
-    assert kept[0] == kept[1] == kept[2]
+        assert read == [keys] * 2
+        kept[height, width] = cache.nbytes
+    assert kept[8, 12] == kept[16, 12] == kept[32, 12] <= kept[8, 24] <= 2 * kept[8, 12]
 
 
 @torch.no_grad()
@@ -450,6 +569,16 @@ def test_number_of_parameters():
     assert tiny_model("logistic_mixture").num_parameters() == start + pixel + layers * block + mixture
 
 
+def test_pixels_are_embedded_by_bends_all_over_the_range():
+    """Along the grey pixels from black, -1, to white, 1."""
+    embedding = ImageTransformerForCausalLM(tiny_config("logistic_mixture", hidden_size=400)).model.embedding
+    layer = embedding.embed_values
+    bends = -layer.bias / layer.weight.sum(dim=1)
+    for low, high in ((-1, -0.5), (-0.5, 0), (0, 0.5), (0.5, 1)):
+        assert ((low < bends) & (bends < high)).sum() > 20
+    assert layer.weight.abs().max() <= 3**-0.5
+
+
 def test_weights_are_those_of_the_processors_order():
     """What the processor puts at position t is what the model takes it for."""
     processor = ImageTokenProcessor(3, 4, 3, levels=VALUES, order="blocks", block=[2, 3])
@@ -546,6 +675,19 @@ def test_sources_that_do_not_fit_are_refused():
     ):
         with pytest.raises(ValueError, match=message):
             model(**inputs)
+
+
+def test_sources_of_whole_pixels_are_whole():
+    model = tiny_model("logistic_mixture", large=True)
+    targets, source = torch.zeros(1, 36, dtype=torch.long), small_images(model, 1)
+    padded = torch.ones_like(source).index_fill(1, torch.tensor([5]), 0)
+    for inputs, message in (
+        ({"input_ids": source[:, :4]}, r"whole pixels of 3 values, got shape \[1, 4\]"),
+        ({"input_ids": torch.cat([source, source], dim=1)}, "has 2 positions"),
+        ({"input_ids": source, "attention_mask": padded}, "takes no padding"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model(**inputs, labels=targets)
 
 
 def test_a_past_without_its_class_is_refused():
