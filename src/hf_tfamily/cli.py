@@ -49,6 +49,9 @@ def train(
     overrides: Overrides = [],  # noqa: B006
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
+    weights: Annotated[
+        str | None, typer.Option(help="Folder or Hub repository of a model to fine-tune [default: new weights]")
+    ] = None,
 ) -> None:
     """Train a recipe; also under `torchrun` and `accelerate launch`."""
     from accelerate import PartialState
@@ -61,10 +64,11 @@ def train(
         loaded = load_recipe(recipe, overrides)
         output = output or training.default_output(loaded)
         try:
-            training.train(loaded, output, resume=resume, overwrite=overwrite)
+            training.train(loaded, output, resume=resume, overwrite=overwrite, weights=weights)
         except KeyboardInterrupt:
             again = ["hf-tfamily", "train", recipe, "--output", str(output), "--resume"]
             again += [word for override in overrides for word in ("--set", override)]
+            again += [] if weights is None else ["--weights", weights]
             errors.print(f"\nInterrupted. To go on: {escape(shlex.join(again))}", soft_wrap=True)
             raise typer.Exit(130) from None
     if PartialState().is_main_process:
@@ -249,7 +253,7 @@ def show(
         else:
             panels = _show_recipe(what, length)
         for panel in panels:
-            view = pattern_views.matrix_view(panel.pattern, panel.length, panel.head)
+            view = panel.matrix()
             keys = pattern_views.keys_per_query(view)
             console.print(f"\n[bold]{escape(panel.title)}[/]  {panel.note}")
             console.print(f"{panel.length} tokens, {keys:.1f} keys per query")

@@ -4,7 +4,9 @@
     local:window=8+strided:stride=8   the union of patterns              (merged heads)
     local:window=8/strided:stride=8   heads take turns with patterns     (per_head)
 
-Everything here is causal: a query sees no later key. Shapes: T queries, S = T keys, H height, W width, C channels.
+A query sees no later key, but for windows of pictures, whose tokens see each other.
+
+Shapes: T queries, S = T keys, H height, W width, C channels.
 """
 
 import json
@@ -22,6 +24,7 @@ from .modeling.attention_patterns import (
     Pattern,
     PerHead,
     Union,
+    Window2D,
     pattern_from_dict,
     patterns_for_layers,
     walk,
@@ -60,8 +63,21 @@ class Panel:
     block: Sequence[int] | None = None
 
     @property
+    def is_causal(self) -> bool:
+        """Are later keys hidden?"""
+        return not isinstance(self.pattern, Window2D)
+
+    @property
     def title(self) -> str:
         return short_form(self.pattern).replace(",", ", ")
+
+    def matrix(self) -> np.ndarray:
+        """Codes [T, S]; see `matrix_view`."""
+        return matrix_view(self.pattern, self.length, self.head, self.is_causal)
+
+    def grid(self) -> np.ndarray:
+        """Codes [H, W]; see `grid_view`."""
+        return grid_view(self.pattern, self.shape, self.head, self.block, self.is_causal)
 
 
 def gallery() -> list[Panel]:
@@ -72,6 +88,8 @@ def gallery() -> list[Panel]:
 
 def pattern_panels(pattern: Pattern, length: int | None = None) -> list[Panel]:
     """Panels of one pattern: four periods of it by default, as a grid of one period's width; or 3 x 3 blocks."""
+    if isinstance(pattern, Window2D):
+        return _window_panels([pattern])
     block = _block_of(pattern)
     if block is not None:
         grid = (3 * block[0], 3 * block[1], 1)
@@ -84,6 +102,8 @@ def pattern_panels(pattern: Pattern, length: int | None = None) -> list[Panel]:
 def config_panels(config: Any, length: int | None = None) -> list[Panel]:
     """Panels of every distinct pattern among a model's layers, on the grid of its positions where it has one."""
     patterns = patterns_for_layers(config.attention_patterns, config.num_hidden_layers)
+    if all(isinstance(pattern, Window2D) for pattern in patterns):
+        return _window_panels(patterns_for_layers(config.attention_patterns, max(config.depths)))
     shape = getattr(config, "position_shape", None) or getattr(config, "grid", None)
     shape = shape if shape and len(shape) > 1 else None
     positions = getattr(config, "max_position_embeddings", None) or math.inf
@@ -95,6 +115,17 @@ def config_panels(config: Any, length: int | None = None) -> list[Panel]:
         layers = [layer for layer, other in enumerate(patterns) if other == pattern]
         tokens = min(length or 4 * period(pattern), tokens_at_most)
         found += _head_panels(pattern, tokens, shape, _layers_note(layers, len(patterns)), block)
+    return found
+
+
+def _window_panels(patterns: Sequence[Window2D]) -> list[Panel]:
+    """Panels of the windows of a stage's blocks, on a corner of the grid that is two windows wide and high."""
+    found = []
+    for pattern in dict.fromkeys(patterns):
+        side = 2 * pattern.size
+        blocks = [block for block, other in enumerate(patterns) if other == pattern]
+        note = _layers_note(blocks, len(patterns), "block") if len(patterns) > 1 else ""
+        found.append(Panel(pattern.bind((side, side)), side**2, shape=(side, side), note=note))
     return found
 
 
@@ -120,13 +151,13 @@ def _head_panels(
     ]
 
 
-def _layers_note(layers: list[int], total: int) -> str:
+def _layers_note(layers: list[int], total: int, what: str = "layer") -> str:
     """ "every layer", "layers 0, 2, 4", or "layers 0, 4, 8 ... (32 of 128)"."""
     if len(layers) == total:
-        return "every layer"
+        return f"every {what}"
     if len(layers) <= 4:
-        return f"layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers))}"
-    return f"layers {', '.join(map(str, layers[:3]))} ... ({len(layers)} of {total})"
+        return f"{what}{'s' * (len(layers) > 1)} {', '.join(map(str, layers))}"
+    return f"{what}s {', '.join(map(str, layers[:3]))} ... ({len(layers)} of {total})"
 
 
 def parse_pattern(text: str) -> Pattern:
@@ -178,17 +209,24 @@ def period(pattern: Pattern) -> int:
     return max(sizes, default=8)
 
 
-def matrix_view(pattern: Pattern, length: int, head: int = 0) -> np.ndarray:
+def matrix_view(pattern: Pattern, length: int, head: int = 0, is_causal: bool = True) -> np.ndarray:
     """Codes [T, S]: which part of the pattern shows each key to each query."""
     if not 1 <= length <= MAX_LENGTH:
         raise ValueError(f"length must be from 1 to {MAX_LENGTH}, got {length}.")
     query, key = np.arange(length)[:, None], np.arange(length)[None, :]
     view = _part_codes(pattern, head, query, key)
-    view[key > query] = LATER
+    if is_causal:
+        view[key > query] = LATER
     return view
 
 
-def grid_view(pattern: Pattern, shape: Sequence[int], head: int = 0, block: Sequence[int] | None = None) -> np.ndarray:
+def grid_view(
+    pattern: Pattern,
+    shape: Sequence[int],
+    head: int = 0,
+    block: Sequence[int] | None = None,
+    is_causal: bool = True,
+) -> np.ndarray:
     """Codes [H, W]: which places of a grid (H, W) or (H, W, C) the query two thirds down and across can see.
 
     Of several channels the query is the last, and a place is seen where any of its channels is. With `block`, positions
@@ -199,7 +237,8 @@ def grid_view(pattern: Pattern, shape: Sequence[int], head: int = 0, block: Sequ
     place = ((2 * height // 3) * width + 2 * width // 3 + 1) * channels - 1
     query, key = np.flatnonzero(places == place)[0], np.arange(len(places))
     seen_by_query = _part_codes(pattern, head, query, key)
-    seen_by_query[key > query] = LATER
+    if is_causal:
+        seen_by_query[key > query] = LATER
     codes = np.empty_like(seen_by_query)
     codes[places] = seen_by_query
     codes = codes.reshape(height * width, channels)
@@ -220,8 +259,10 @@ def _part_codes(pattern: Pattern, head: int, query: np.ndarray, key: np.ndarray)
 def as_text(view: np.ndarray, cells: int = 32) -> Iterator[str]:
     """A matrix view as at most `cells` lines; each mark stands for a square of pairs, the darker the more are seen."""
     size = math.ceil(len(view) / cells)
+    is_causal = (view == LATER).any()
     for top in range(0, len(view), size):
-        blocks = (view[top : top + size, left : left + size] for left in range(0, top + 1, size))
+        end = top + 1 if is_causal else len(view)
+        blocks = (view[top : top + size, left : left + size] for left in range(0, end, size))
         yield "".join(2 * _shade(block) for block in blocks)
 
 

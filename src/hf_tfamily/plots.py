@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from .data.sequences import require
-from .pattern_views import LATER, Panel, grid_view, keys_per_query, matrix_view
+from .pattern_views import LATER, Panel, keys_per_query
 
 INK, GREY, BLUE, ORANGE = "#1f2328", "#8c959f", "#1f5fa8", "#d9730d"
 TRAINING_LINE = {"color": BLUE, "alpha": 0.6}
@@ -193,8 +193,8 @@ def pattern_pictures(panels: Sequence[Panel], path: str | Path, title: str = "",
         above, below = cells[row : row + 2, column]
         above.set_title("\n".join([*textwrap.wrap(panel.title, 34), panel.note]), **PANEL_TITLE)
         if panel.shape is not None:
-            _draw_codes(above, grid_view(panel.pattern, panel.shape, panel.head, panel.block), later="#f8f9fa")
-        view = matrix_view(panel.pattern, panel.length, panel.head)
+            _draw_codes(above, panel.grid(), later="#f8f9fa")
+        view = panel.matrix()
         _draw_codes(below, view, later="white")
         corner = f"{panel.length} tokens,\n{keys_per_query(view):.1f} keys per query"
         below.text(1, 0.98, corner, transform=below.transAxes, **CORNER)

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import yaml
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import AutoConfig, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import ProgressCallback
 
 from . import plots
@@ -34,13 +34,21 @@ class RunError(ValueError):
     """A folder that a run must not touch, or a run that cannot be resumed."""
 
 
-def train(recipe: Recipe, output: str | Path | None = None, resume: bool = False, overwrite: bool = False) -> Path:
+def train(
+    recipe: Recipe,
+    output: str | Path | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    weights: str | Path | None = None,
+) -> Path:
     """Train `recipe` and return the folder of the finished model. Under torchrun or accelerate, every rank calls this.
 
     Args:
         output: the finished folder; `runs/<system>-<recipe>` if None.
         resume: go on from the last whole checkpoint of an interrupted run of the same recipe, if there is one.
         overwrite: throw an interrupted run away, and replace a finished model once the new one is finished.
+        weights: folder or Hub repository of a model to fine-tune; layers of another size, such as a classifier of other
+            classes, start anew. The recipe that is left with the model says so.
 
     Raises:
         RunError: if `output` or `output.partial` exists and neither flag says what to do with it.
@@ -48,6 +56,8 @@ def train(recipe: Recipe, output: str | Path | None = None, resume: bool = False
         MissingPackageError: if the data or the pictures need a package that is not installed.
     """
     require("matplotlib")
+    if weights is not None:
+        recipe = replace(recipe, notes=(*recipe.notes, f"Training began with the weights of {weights}."))
     run, task = RunFolder(output or default_output(recipe)), task_of(recipe)
     with _blaming(recipe, "training"):
         arguments = _training_arguments(recipe, task, run.partial)
@@ -59,6 +69,7 @@ def train(recipe: Recipe, output: str | Path | None = None, resume: bool = False
     set_seed(arguments.seed)
     with _blaming(recipe, "model"):
         model = task.build_model(AutoConfig.for_model(**recipe.model), data)
+        model = model if weights is None else _with_weights(model, weights)
     with _blaming(recipe, "training"):
         trainer = task.build_trainer(model, arguments, data)
         _watch(trainer, task)
@@ -177,6 +188,20 @@ def _training_arguments(recipe: Recipe, task: Task, folder: Path) -> TrainingArg
     cpu = not torch.accelerator.is_available()
     defaults = {"use_cpu": cpu, "dataloader_pin_memory": not cpu, "report_to": "none", "save_total_limit": 2}
     return TrainingArguments(**{**defaults, **recipe.training, **ours})
+
+
+def _with_weights(model: PreTrainedModel, weights: str | Path) -> PreTrainedModel:
+    """The same model with a checkpoint's weights; those of another size are new."""
+    loaded, said = type(model).from_pretrained(
+        weights, config=model.config, dtype=model.dtype, ignore_mismatched_sizes=True, output_loading_info=True
+    )
+    if missing := sorted(said["missing_keys"]):
+        raise ValueError(
+            f"{weights} lacks {len(missing)} weights, {missing[0]} for one; is it a {type(model).__name__}?"
+        )
+    if model.can_generate():
+        loaded.generation_config = model.generation_config
+    return loaded
 
 
 def _watch(trainer: Trainer, task: Task) -> None:
