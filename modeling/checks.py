@@ -123,13 +123,33 @@ def check_patch_mask(bool_masked_pos: torch.Tensor, embeddings: torch.Tensor) ->
         )
 
 
-def check_labels(labels: torch.Tensor, num_labels: int) -> None:
-    """Classes lie in 0 ... num_labels - 1, or are -100 (ignored). Other kinds of targets are not looked at."""
-    if num_labels < 2 or labels.ndim != 1 or labels.is_floating_point() or not _values_are_free(labels):
-        return
-    wrong = labels[((labels < 0) & (labels != -100)) | (labels >= num_labels)]
-    if len(wrong):
-        raise ValueError(f"labels must lie in [0, {num_labels - 1}] (num_labels={num_labels}), got {wrong.tolist()}.")
+def check_labels(labels: torch.Tensor, logits: torch.Tensor, problem_type: str | None) -> None:
+    """Labels are what the loss of `problem_type` takes for logits [B, K]: classes [B] (-100: none), or numbers [B, K].
+
+    A problem without a name is told by K and by the labels, as in Transformers.
+    """
+    batch_size, num_labels = logits.shape
+    if problem_type is None:
+        kind = "multi_label" if labels.is_floating_point() else "single_label"
+        problem_type = "regression" if num_labels == 1 else f"{kind}_classification"
+    if problem_type == "single_label_classification":
+        wanted = f"torch.int64 of shape [{batch_size}], a class for each picture,"
+        fit = labels.dtype == torch.int64 and labels.numel() == batch_size
+    else:
+        wanted = f"floating point of shape [{batch_size}, {num_labels}]"
+        flat = num_labels == 1 and labels.shape == (batch_size,)
+        fit = labels.is_floating_point() and (flat or labels.shape == logits.shape)
+    if not fit:
+        raise ValueError(
+            f"labels must be {wanted} for problem_type={problem_type!r}, "
+            f"got {labels.dtype} of shape {list(labels.shape)}."
+        )
+    if problem_type == "single_label_classification" and _values_are_free(labels):
+        wrong = labels[((labels < 0) & (labels != -100)) | (labels >= num_labels)]
+        if len(wrong):
+            raise ValueError(
+                f"labels must lie in [0, {num_labels - 1}] (num_labels={num_labels}), got {wrong.tolist()}."
+            )
 
 
 def check_targets(targets: torch.Tensor | None, num_ids: int, ignored: int = -100) -> None:
