@@ -42,6 +42,19 @@ class ValueEmbedding(nn.Module):
         return rows * math.sqrt(self.hidden_size)
 
 
+class PixelConvolution(nn.Linear):
+    """The 1 x C convolution over the values of a pixel, before a ReLU."""
+
+    def init_weights(self) -> None:
+        """Weights and biases of one size, so that the ReLUs bend at brightnesses all over the range.
+
+        From small weights and no biases, which bend only at grey, brightness is learned much more slowly.
+        """
+        bound = self.in_features**-0.5
+        init.uniform_(self.weight, -bound, bound)
+        init.uniform_(self.bias, -bound, bound)
+
+
 class SourcePixelEmbedding(nn.Module):
     """A position for each pixel: a 1 x C convolution over its values as numbers from -1 to 1 (section 3.1).
 
@@ -51,21 +64,12 @@ class SourcePixelEmbedding(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.num_values = config.num_values
-        self.embed_values = nn.Linear(config.num_channels, config.hidden_size)
+        self.embed_values = PixelConvolution(config.num_channels, config.hidden_size)
 
     def forward(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Whole pixels [B, P, C] -> [B, P, d]."""
         values = rescale(ids.clamp(max=self.num_values - 1), self.num_values, self.embed_values.weight.dtype)
         return self.embed_values(values).relu()
-
-    def init_weights(self) -> None:
-        """Weights and biases of one size, so that the ReLUs bend at brightnesses all over the range.
-
-        From small weights and no biases, which bend only at grey, brightness is learned much more slowly.
-        """
-        bound = self.embed_values.in_features**-0.5
-        init.uniform_(self.embed_values.weight, -bound, bound)
-        init.uniform_(self.embed_values.bias, -bound, bound)
 
 
 class PixelEmbedding(SourcePixelEmbedding):
@@ -115,19 +119,26 @@ class NoCondition(nn.Module):
 
 
 class SinusoidalAxis(nn.Module):
-    """A coordinate as waves."""
+    """A coordinate as waves; the middle of a pixel of a small image is that of the pixels it stands for in a large one.
 
-    def __init__(self, length: int, width: int):
+    So attention from the large image to the same place in the small one is between the same waves.
+    """
+
+    def __init__(self, length: int, width: int, stretch: float):
         super().__init__()
-        self.width = width
+        self.width, self.stretch = width, stretch
 
     def forward(self, coordinate: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         exact = torch.promote_types(like.dtype, torch.float32)
-        return sinusoids(coordinate.to(exact), self.width).to(like.dtype)
+        stretched = (coordinate.to(exact) + 0.5) * self.stretch - 0.5
+        return sinusoids(stretched, self.width).to(like.dtype)
 
 
 class LearnedAxis(nn.Embedding):
     """A coordinate as a learned vector."""
+
+    def __init__(self, length: int, width: int, stretch: float):
+        super().__init__(length, width)
 
     def forward(self, coordinate: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         return super().forward(coordinate)
@@ -144,14 +155,22 @@ class ImageCoordinates(nn.Module):
         grid: rows, columns, and positions in a pixel.
         block_shape: height and width of the blocks in whose order positions count; None for row by row.
         hidden_size: d.
+        stretch: height and width of the image that coordinates are of, as multiples of the grid's.
     """
 
-    def __init__(self, kind: str, grid: tuple[int, int, int], block_shape: list[int] | None, hidden_size: int):
+    def __init__(
+        self,
+        kind: str,
+        grid: tuple[int, int, int],
+        block_shape: list[int] | None,
+        hidden_size: int,
+        stretch: tuple[float, float] = (1.0, 1.0),
+    ):
         super().__init__()
         height, width = grid[:2] if block_shape is None else block_shape
         self.order = Block2D(height, width, 0, 0).bind(grid)
-        self.rows = AXES[kind](grid[0], hidden_size // 2)
-        self.columns = AXES[kind](grid[1] * grid[2], hidden_size // 2)
+        self.rows = AXES[kind](grid[0], hidden_size // 2, stretch[0])
+        self.columns = AXES[kind](grid[1] * grid[2], hidden_size // 2, stretch[1])
 
     @property
     def num_positions(self) -> int:

@@ -36,7 +36,7 @@ from .image_embeddings import (
     ClassCondition,
     ImageCoordinates,
     NoCondition,
-    SourcePixelEmbedding,
+    PixelConvolution,
 )
 from .image_heads import OUTPUTS, mean_nats, next_values
 from .image_layers import ImageTransformerAttention, ImageTransformerBlock
@@ -66,7 +66,7 @@ class ImageTransformerPreTrainedModel(BlockSparseByDefault, PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, SourcePixelEmbedding):
+        if isinstance(module, PixelConvolution):
             module.init_weights()
 
     @staticmethod
@@ -339,7 +339,8 @@ class ImageTransformerEncoder(ImageTransformerStack):
         patterns = patterns_for_layers(config.encoder_attention_patterns, config.num_encoder_layers)
         self.patterns = [pattern.bind(grid) for pattern in patterns]
         self.embedding = SOURCE_EMBEDDINGS[config.output](config)
-        self.coordinates = ImageCoordinates(config.coordinates, grid, None, config.hidden_size)
+        stretch = tuple(large / small for large, small in zip(config.image_size, config.source_image_size))
+        self.coordinates = ImageCoordinates(config.coordinates, grid, None, config.hidden_size, stretch)
         self.dropout = nn.Dropout(config.resid_dropout)
         self.layers = nn.ModuleList(
             ImageTransformerBlock(config, i, is_causal=False) for i in range(config.num_encoder_layers)

@@ -184,9 +184,9 @@ def test_errors_against_float64_are_those_of_eager(output, pattern, implementati
         for name in ("eager", implementation)
     )
     for name, wanted in expected.items():
-        rounding = 8 * torch.finfo(dtype).eps * wanted.abs().max()
-        budget = 2 * (eager[name] - wanted).abs().max() + rounding
-        error = (ours[name] - wanted).abs().max()  # NaN fails too
+        # Gradients are sums of terms that cancel in part, whose rounding stays: 16 roundings of what is left.
+        budget = 2 * (eager[name] - wanted).norm() + 16 * torch.finfo(dtype).eps * wanted.norm()
+        error = (ours[name] - wanted).norm()  # NaN fails too
         assert error <= budget, f"{name}: {error:.2e} > {budget:.2e}"
 
 

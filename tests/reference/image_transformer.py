@@ -95,7 +95,10 @@ def coordinates(weights: dict, stack: str, config, place: tuple, channels: int) 
         return torch.cat([weights[f"{stack}.coordinates.{axis}.weight"][at] for axis, at in axes.items()])
     half = config.hidden_size // 2
     waves = []
-    for at in axes.values():
+    for axis, at in axes.items():
+        if stack == "encoder":  # where it lies in the large image
+            side = ("rows", "columns").index(axis)
+            at = (at + 0.5) * config.image_size[side] / config.source_image_size[side] - 0.5
         for i in range(0, half, 2):
             angle = at / 10000 ** (i / half)
             waves += [math.sin(angle), math.cos(angle)]
