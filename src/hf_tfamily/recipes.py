@@ -173,9 +173,8 @@ def _check_model(model: dict[str, Any], name: str) -> None:
             f"{name}: unknown model.model_type {model_type!r}{hint} Transformers' own are allowed as well."
         )
     config_class = CONFIG_MAPPING[model_type]
-    _check_keys(
-        keys, [*(f.name for f in fields(config_class)), "num_labels", *config_class.attribute_map], f"{name}: model"
-    )
+    keys.pop("num_labels", None)  # every config takes it, and none has a field for it
+    _check_keys(keys, [*(f.name for f in fields(config_class)), *config_class.attribute_map], f"{name}: model")
 
 
 def _check_data(data: dict[str, Any], name: str) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from hf_tfamily.data import LabelledImages, load_data
+from hf_tfamily.data import LabelledImages, load_data, rand_augment
 from hf_tfamily.data.augmentation import Augmentation, random_part
 from hf_tfamily.data.images import FASHION_MNIST_PATH
 from hf_tfamily.data.labelled_images import EMOJI_FONT, EMOJI_GROUPS, EMOJI_LIST, base_emoji
@@ -182,8 +182,28 @@ def test_random_parts_have_the_areas_and_proportions_asked_for():
         assert 0.24 < height * width / 4800 <= 1
         assert 0.72 < width / height < 1.39
     assert random_part(1, 1000, (1.0, 1.0), (1.0, 1.0)) is None
-    cut = Augmentation(resized_crop=1.0).cut(Image.new("RGB", (1000, 1), "red"), (4, 6))
+    cut = Augmentation(resized_crop=1.0).redraw(Image.new("RGB", (1000, 1), "red"), (4, 6))
     assert (cut.size, cut.getpixel((0, 0))) == ((6, 4), (255, 0, 0))
+
+
+@pytest.mark.parametrize("change", rand_augment.OPERATIONS, ids=lambda change: change.__name__)
+def test_every_change_of_rand_augment_gives_another_picture(change):
+    picture = Image.fromarray(np.random.default_rng(0).integers(60, 200, (24, 32, 3), dtype=np.uint8))
+    changed = change(picture, 0.9)
+    assert (changed.size, changed.mode) == ((32, 24), "RGB")
+    assert changed != picture
+    if change.__name__.startswith(("rotate", "shear", "translate", "colour", "contrast", "bright", "sharp")):
+        assert change(picture, 0.0) == picture
+
+
+def test_rand_augment_follows_the_seed():
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8))
+    drawn = []
+    for seed in (1, 1, 2, 3, 4):
+        torch.manual_seed(seed)
+        drawn.append(Augmentation(rand_augment=True).redraw(picture, (8, 8)).tobytes())
+    assert drawn[0] == drawn[1]
+    assert len(set(drawn)) > 2
 
 
 @pytest.mark.parametrize("fields", [{"mixup": 0.8}, {"cutmix": 1.0}])

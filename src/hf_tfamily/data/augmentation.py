@@ -12,6 +12,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from .rand_augment import rand_augment
+
 BICUBIC = 3  # of PIL
 CROP_ASPECTS = (3 / 4, 4 / 3)
 ERASED_AREAS, ERASED_ASPECTS = (0.02, 1 / 3), (0.3, 1 / 0.3)
@@ -27,6 +29,7 @@ class Augmentation:
             as the model's pictures (Szegedy et al. 2015, arXiv:1409.4842).
         shift: move by up to so many pixels each way; the edges go on outwards.
         flip: probability of swapping left and right.
+        rand_augment: two random changes of colours or proportions (Cubuk et al. 2020, arXiv:1909.13719).
         erase: probability of noise in place of a rectangle (Zhong et al. 2020, arXiv:1708.04896).
         mixup: two pictures shine through each other, in shares drawn from Beta(mixup, mixup), and so do their classes
             (Zhang et al. 2018, arXiv:1710.09412).
@@ -37,6 +40,7 @@ class Augmentation:
     resized_crop: float | None = None
     shift: int = 0
     flip: float = 0.0
+    rand_augment: bool = False
     erase: float = 0.0
     mixup: float = 0.0
     cutmix: float = 0.0
@@ -53,8 +57,18 @@ class Augmentation:
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"augmentation: {name} must be at least 0, got {getattr(self, name)}.")
 
-    def cut(self, picture: Any, size: tuple[int, int]) -> Any:
-        """A random part of a PIL picture, made `size` (height, width) large; the whole one where none fits."""
+    @property
+    def needs_pictures(self) -> bool:
+        """Does something happen to pictures before they become pixels?"""
+        return self.rand_augment or self.resized_crop is not None
+
+    def redraw(self, picture: Any, size: tuple[int, int]) -> Any:
+        """A PIL picture in RGB, cut and changed and `size` (height, width) large."""
+        picture = picture.resize(size[::-1], BICUBIC) if self.resized_crop is None else self._cut(picture, size)
+        return rand_augment(picture) if self.rand_augment else picture
+
+    def _cut(self, picture: Any, size: tuple[int, int]) -> Any:
+        """A random part; the whole picture where none fits."""
         whole = (slice(0, picture.height), slice(0, picture.width))
         rows, columns = random_part(picture.height, picture.width, (self.resized_crop, 1.0), CROP_ASPECTS) or whole
         return picture.resize(size[::-1], BICUBIC, box=(columns.start, rows.start, columns.stop, rows.stop))

@@ -80,9 +80,7 @@ class ImageClassificationTask(Task):
 
     def summary(self, metrics: dict[str, Any]) -> str:
         best = (
-            f", one of the best {BEST} in {100 * metrics['top_5_accuracy']:.1f} %"
-            if "top_5_accuracy" in metrics
-            else ""
+            f", among the best {BEST} in {100 * metrics['top_5_accuracy']:.1f} %" if "top_5_accuracy" in metrics else ""
         )
         return (
             f"{self.metric_title}: {100 * metrics['accuracy']:.2f} % "
@@ -117,7 +115,7 @@ class ImageClassificationTask(Task):
     def usage(self, data: LabelledImages) -> str:
         height, width = data.size
         return (
-            f"The image processor beside the model makes pictures of any size {height}x{width} and RGB. "
+            f"The image processor beside the model turns any picture into RGB of {height}x{width} pixels. "
             '`pipeline("image-classification", model=...)` takes files and pictures, and names classes: '
             f"{len(data.class_names)} of them, such as {', '.join(data.class_names[:5])}."
         )
@@ -147,8 +145,8 @@ class TrainingPixels:
     def __call__(self, rows: dict[str, list]) -> dict[str, torch.Tensor]:
         augmentation, processor = self.data.augmentation, self.data.processor
         pictures, ready = [picture.convert("RGB") for picture in rows["image"]], {}
-        if augmentation.resized_crop is not None:
-            pictures = [augmentation.cut(picture, self.data.size) for picture in pictures]
+        if augmentation.needs_pictures:
+            pictures = [augmentation.redraw(picture, self.data.size) for picture in pictures]
             ready = {"do_resize": False, "do_center_crop": False}
         pixels = processor(pictures, return_tensors="pt", **ready)["pixel_values"]
         classes = len(self.data.class_names)
