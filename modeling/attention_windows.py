@@ -12,6 +12,8 @@ import torch.nn.functional as F
 
 from .attention_patterns import Window2D
 
+WINDOWS = 256  # attended to at a time on a CPU
+
 
 @dataclass(frozen=True, eq=False)
 class WindowLayout:
@@ -146,7 +148,7 @@ def window_attention(
     if learns and not dropout and query.device.type == "cpu" and not torch.compiler.is_compiling():
         return _WindowAttention.apply(query, key, value, bias, scaling)
     scores = _scores(query, key, bias, scaling)
-    weights = F.dropout(scores.softmax(dim=-1, dtype=torch.float32).to(value.dtype), dropout)
+    weights = F.dropout(scores.softmax(dim=-1), dropout)
     return (weights @ value).transpose(1, 2)
 
 
@@ -182,32 +184,31 @@ class _WindowAttention(torch.autograd.Function):
     """
 
     @staticmethod
+    @torch.autocast("cpu", enabled=False)
     def forward(ctx, query, key, value, bias, scaling):
-        step = _whole_pictures(256, bias)
+        step = _whole_pictures(WINDOWS, bias)
         weights, outputs = [], []
-        with torch.autocast("cpu", enabled=False):
-            for q, k, v in zip(query.split(step), key.split(step), value.split(step)):
-                scores = _scores(q, k, bias, scaling)
-                weights.append(scores.softmax(dim=-1, dtype=torch.float32).to(v.dtype))
-                outputs.append((weights[-1] @ v).transpose(1, 2))
-            output = torch.cat(outputs)
+        for q, k, v in zip(query.split(step), key.split(step), value.split(step)):
+            weights.append(_scores(q, k, bias, scaling).softmax(dim=-1))
+            outputs.append((weights[-1] @ v).transpose(1, 2))
         ctx.save_for_backward(query, key, value, *weights)
         ctx.step, ctx.scaling, ctx.bias_shape = step, scaling, bias.shape
-        return output
+        return torch.cat(outputs)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
+    @torch.autocast("cpu", enabled=False)
     def backward(ctx, gradient):
         query, key, value, *weights = ctx.saved_tensors
         # Memory runs as the projections want it, [B * L, N, H, D].
         gradients = [torch.empty_like(x.transpose(1, 2)).transpose(1, 2) for x in (query, key, value)]
-        bias_gradient = 0
+        bias_gradient, precision = 0, torch.promote_types(gradient.dtype, torch.float32)
         parts = zip(*(x.split(ctx.step) for x in (query, key, value, *gradients)), gradient.split(ctx.step), weights)
         for q, k, v, to_query, to_key, to_value, g, w in parts:
             g = g.transpose(1, 2).contiguous()
             to_value.copy_(w.transpose(-1, -2) @ g)
             to_scores = torch._softmax_backward_data(g @ v.transpose(-1, -2), w, -1, w.dtype)
-            bias_gradient = bias_gradient + to_scores.view(-1, *ctx.bias_shape).sum(dim=0, dtype=torch.float32)
+            bias_gradient = bias_gradient + to_scores.view(-1, *ctx.bias_shape).sum(dim=0, dtype=precision)
             to_scores *= ctx.scaling
             to_query.copy_(to_scores @ k)
             to_key.copy_(to_scores.transpose(-1, -2) @ q)
