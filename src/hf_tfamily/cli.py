@@ -279,10 +279,15 @@ def _show_recipe(name: str, length: int | None) -> list:
     console.print(f"[bold]{escape(recipe.name)}[/]  {escape(recipe.title)}")
     if recipe.reference:
         console.print(recipe.reference, markup=False)
-    console.print(
-        f"{parameters:,} parameters, {config.num_hidden_layers} layers of width {config.hidden_size} with "
-        f"{config.num_attention_heads} heads"
-    )
+    if getattr(config, "depths", None):
+        shape = (
+            f"stages of {config.depths} blocks, the last of width {config.hidden_size}, with {config.num_heads} heads"
+        )
+    else:
+        shape = (
+            f"{config.num_hidden_layers} layers of width {config.hidden_size} with {config.num_attention_heads} heads"
+        )
+    console.print(f"{parameters:,} parameters, {shape}")
     return config_panels(config, length)
 
 

@@ -112,7 +112,7 @@ def test_a_run_leaves_figures_pictures_and_a_card(folder, data):
     assert result.metric_value == metrics["accuracy"]
     assert "![confusion](confusion.png)" in card.text
     assert "AutoModelForImageClassification" in card.text
-    assert f"{100 * metrics['balanced_accuracy']:.2f} %" in card.text
+    assert f"mean over classes: {100 * metrics['balanced_accuracy']:.1f} %" in card.text
 
 
 def test_classes_have_names(folder):
@@ -268,6 +268,7 @@ def test_figures_of_unbalanced_classes():
     found = figures(logits, labels)
     assert found["accuracy"] == pytest.approx(5 / 6)
     assert found["balanced_accuracy"] == pytest.approx((1 + 0.5) / 2)
+    assert found["commonest_class_accuracy"] == pytest.approx(4 / 6)
     assert found["top_5_accuracy"] == 1
     assert "top_5_accuracy" not in figures(logits[:, :5], labels)
 
