@@ -128,7 +128,7 @@ def test_the_saved_processor_makes_the_pixels_that_were_trained_on(folder, data)
     assert expected.shape == (6, 3, 8, 8)
     plain = LabelledImages(**{**vars(data), "augmentation": type(data.augmentation)()})
     close = 0 if processor.backend == "pil" else 1e-6
-    for made in (TrainingPixels(plain)(rows), HeldOutPixels(data.processor)(rows)):
+    for made in (TrainingPixels.of(plain)(rows), HeldOutPixels(data.processor)(rows)):
         torch.testing.assert_close(made["pixel_values"], expected, rtol=0, atol=close)
     brightness = torch.from_numpy(np.array(rows["image"][0])).float()
     torch.testing.assert_close(expected[0, 1], brightness / 127.5 - 1)

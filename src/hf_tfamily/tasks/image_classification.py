@@ -24,6 +24,7 @@ from transformers import (
 
 from .. import plots
 from ..data import LabelledImages
+from ..data.augmentation import Augmentation
 from ..data.sequences import require
 from .base import Task
 
@@ -61,7 +62,7 @@ class ImageClassificationTask(Task):
             model=model,
             args=arguments,
             data_collator=default_data_collator,
-            train_dataset=data.train.with_transform(TrainingPixels(data, arguments.label_smoothing_factor)),
+            train_dataset=data.train.with_transform(TrainingPixels.of(data, arguments.label_smoothing_factor)),
             eval_dataset=data.eval.with_transform(HeldOutPixels(data.processor)),
             compute_loss_func=cross_entropy_of_shares,
         )
@@ -134,24 +135,30 @@ class HeldOutPixels:
 
 @dataclass(frozen=True)
 class TrainingPixels:
-    """The same with pictures changed and mixed as `data.augmentation` says; labels are shares of classes, [B, K].
+    """The same with pictures changed and mixed as the augmentation says; labels are shares of classes, [B, K].
 
     Without augmentation pixels are those of `HeldOutPixels`.
     """
 
-    data: LabelledImages
+    processor: Any
+    augmentation: Augmentation
+    size: tuple[int, int]
+    num_classes: int
     label_smoothing: float = 0.0
 
+    @classmethod
+    def of(cls, data: LabelledImages, label_smoothing: float = 0.0) -> "TrainingPixels":
+        return cls(data.processor, data.augmentation, data.size, len(data.class_names), label_smoothing)
+
     def __call__(self, rows: dict[str, list]) -> dict[str, torch.Tensor]:
-        augmentation, processor = self.data.augmentation, self.data.processor
         pictures, ready = [picture.convert("RGB") for picture in rows["image"]], {}
-        if augmentation.needs_pictures:
-            pictures = [augmentation.redraw(picture, self.data.size) for picture in pictures]
+        if self.augmentation.needs_pictures:
+            pictures = [self.augmentation.redraw(picture, self.size) for picture in pictures]
             ready = {"do_resize": False, "do_center_crop": False}
-        pixels = processor(pictures, return_tensors="pt", **ready)["pixel_values"]
-        classes = len(self.data.class_names)
-        shares = F.one_hot(torch.as_tensor(rows["label"]), classes) * (1 - self.label_smoothing)
-        pixels, shares = augmentation.mix(augmentation.change(pixels), shares + self.label_smoothing / classes)
+        pixels = self.processor(pictures, return_tensors="pt", **ready)["pixel_values"]
+        shares = F.one_hot(torch.as_tensor(rows["label"]), self.num_classes) * (1 - self.label_smoothing)
+        shares = shares + self.label_smoothing / self.num_classes
+        pixels, shares = self.augmentation.mix(self.augmentation.change(pixels), shares)
         return {"pixel_values": pixels, "labels": shares}
 
 
