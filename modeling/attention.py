@@ -63,8 +63,10 @@ def layer_masks(
     Transformers' own mask builders collapse heads, so patterns that differ between heads need this one. Layers of the
     same pattern share a mask. Arguments are those of `visible_keys`.
     """
-    # A static cache counts in a tensor, which moves on before a lazy mask is read.
-    past_length = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+    past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
+    if isinstance(past_length, torch.Tensor):  # a static cache's, which moves on before a lazy mask is read
+        one_token = hidden_states.shape[1] == 1 and config._attn_implementation == BLOCK_SPARSE and causal
+        past_length = past_length.clone() if one_token else int(past_length)
     attention_mask, position_ids = drop_trivial(hidden_states, attention_mask, position_ids, past_length)
     arguments = (config.num_attention_heads, hidden_states, attention_mask, position_ids, past_length)
 
@@ -72,7 +74,7 @@ def layer_masks(
     if hasattr(past_key_values, "announce"):  # a PatternCache, perhaps of another copy of its file
         seen = past_key_values.announce(hidden_states, attention_mask, position_ids)
     cases = patterns
-    if not seen or past_length == 0:
+    if not seen or (isinstance(past_length, int) and past_length == 0):
         cases = [(p, *_key_sizes(past_key_values, hidden_states, layer)) for layer, p in enumerate(patterns)]
         seen = {case: visible_keys(case[0], *arguments, *case[1:], causal=causal) for case in set(cases)}
     masks = {case: lower_mask(seen[case], config._attn_implementation, hidden_states.device) for case in set(cases)}

@@ -19,6 +19,7 @@ from transformers import masking_utils
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
+from .attention_decode import attend_one
 from .attention_masks import VisibleKeys, with_packing, with_padding
 from .attention_patterns import Full, Local, Pattern, intersect, pattern_from_dict
 from .attention_relative import relative_attention
@@ -79,6 +80,8 @@ def attend(
     def execute(queries: Tensors, key: torch.Tensor, value: torch.Tensor, **where) -> torch.Tensor:
         return executor(key.device)(*queries, key, value, seen.pattern, causal=seen.causal, scale=scaling, **where)
 
+    if _is_one_token(seen, key.device):
+        return attend_one(seen, query, key, value, scaling)
     if seen.query_positions is None:
         where = {"q_offset": seen.query_offset, "kv_offset": seen.key_offset, "key_valid": seen.key_valid}
         return execute((query,), key, value, **where)
@@ -87,6 +90,17 @@ def attend(
     if seen.query_documents is None:
         return _attend_padded(seen, (query,), key, value, execute)
     return _attend_packed(seen, (query,), key, value, execute)
+
+
+def _is_one_token(seen: VisibleKeys, device: torch.device) -> bool:
+    """Is this a step of decoding over all places, to be run without a look at where it stands?
+
+    Where places are positions known to the host, a CPU is faster with a plan.
+    """
+    one = seen.query_length == 1 and seen.causal and seen.all_places and seen.extra is None
+    if not one or seen.query_documents is not None or (seen.key_positions is not None and seen.key_offset):
+        return False
+    return seen.key_positions is not None or isinstance(seen.query_offset, torch.Tensor) or device.type == "cuda"
 
 
 def attend_relative(
@@ -130,6 +144,8 @@ def block_sparse_mask(
     """
     if getattr(attention_mask, "awaits_pattern", False):  # `generate` makes the masks of static caches beforehand
         return attention_mask
+    if isinstance(q_offset, torch.Tensor):  # a static cache's, which moves on before the mask is read
+        q_offset = q_offset.clone() if q_length == 1 else int(q_offset)
     seen = VisibleKeys(
         Full(),
         num_heads=1,
@@ -137,8 +153,9 @@ def block_sparse_mask(
         batch_size=batch_size,
         query_length=q_length,
         key_length=kv_length,
-        query_offset=int(q_offset),
+        query_offset=q_offset,
         key_offset=kv_offset,
+        all_places=True,
         awaits_pattern=True,
     )
     for name, values in _conditions(mask_function):
@@ -190,7 +207,7 @@ def _hides_nothing(attention_mask: torch.Tensor | None, seen: VisibleKeys) -> bo
     """Are all keys tokens, but for those after the queries where causality hides them?"""
     if attention_mask is None:
         return True
-    if torch.compiler.is_compiling():  # which may not look at values
+    if torch.compiler.is_compiling() or isinstance(seen.query_offset, torch.Tensor):  # no look at values
         return False
     covers_keys = seen.causal or attention_mask.shape[1] >= seen.key_offset + seen.key_length
     return covers_keys and bool(attention_mask.all())
@@ -204,7 +221,9 @@ def _bind(seen: VisibleKeys | None, module: nn.Module, query, key, is_causal: bo
     pattern = layer_pattern(module, getattr(module.config, "attention_patterns", None), num_heads)
     if seen is None:
         past = key_length - query_length if is_causal else 0
-        return VisibleKeys(pattern, num_heads, is_causal, batch_size, query_length, key_length, query_offset=past)
+        return VisibleKeys(
+            pattern, num_heads, is_causal, batch_size, query_length, key_length, query_offset=past, all_places=True
+        )
     seen = replace(seen, num_heads=num_heads, awaits_pattern=False)
     if _is_cross_attention(module):  # queries and keys belong to two sequences
         return replace(seen, query_offset=0, key_offset=0, query_positions=None, key_positions=None)

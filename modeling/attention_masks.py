@@ -30,13 +30,14 @@ class VisibleKeys:
         num_heads: number of query heads H.
         causal: a query sees no key at a later position.
         batch_size, query_length, key_length: B, T, S.
-        query_offset: place of the first query.
+        query_offset: place of the first query; a tensor [] where a static cache counts in one and T is 1.
         key_offset: place of the first key (other than 0 in caches that dropped the oldest keys).
         key_valid: [B, S] or [B, H, S] bool, False for padding; None if all keys are tokens.
         query_positions, key_positions: [B, T] and [B, S] or [B, H, S] (heads with keys of their own) positions of
             tokens; None where places are positions.
         query_documents, key_documents: [B, T] and [B, S] document numbers of packed rows; None if a row is one.
         extra: [B or 1, H or 1, T, S] bool, the caller's own mask on top; None if there is none.
+        all_places: the keys are those of all places from key_offset on, in order.
         awaits_pattern: made for a stock model; the attention function adds the layer's pattern to what is said here.
     """
 
@@ -46,7 +47,7 @@ class VisibleKeys:
     batch_size: int
     query_length: int
     key_length: int
-    query_offset: int = 0
+    query_offset: int | torch.Tensor = 0
     key_offset: int = 0
     key_valid: torch.Tensor | None = None
     query_positions: torch.Tensor | None = None
@@ -54,6 +55,7 @@ class VisibleKeys:
     query_documents: torch.Tensor | None = None
     key_documents: torch.Tensor | None = None
     extra: torch.Tensor | None = None
+    all_places: bool = False
     awaits_pattern: bool = False
     _dense: torch.Tensor | None = field(default=None, init=False, repr=False)
 
@@ -133,7 +135,7 @@ def visible_keys(
     hidden_states: torch.Tensor,
     attention_mask: torch.Tensor | None = None,
     position_ids: torch.Tensor | None = None,
-    past_length: int = 0,
+    past_length: int | torch.Tensor = 0,
     key_length: int | None = None,
     key_offset: int = 0,
     causal: bool = True,
@@ -145,7 +147,7 @@ def visible_keys(
             "seen" and the dtype's minimum for "not seen", which is intersected with the pattern.
         position_ids: [B or 1, T] positions of the queries. Where they start anew within a row, and there is no mask
             and no past, the row packs several documents.
-        past_length: tokens seen before these.
+        past_length: tokens seen before these; for a single token it may be a tensor [] whose value nobody looks at.
         key_length, key_offset: how many keys the cache hands over and the place of the first; all of them by default.
 
     Raises:
@@ -162,6 +164,7 @@ def visible_keys(
         key_length,
         query_offset=past_length,
         key_offset=key_offset,
+        all_places=True,
     )
     if position_ids is not None:
         position_ids = _check_position_ids(position_ids, batch_size, query_length)
@@ -169,7 +172,7 @@ def visible_keys(
         seen = replace(seen, extra=_check_4d_mask(attention_mask, seen))
     elif attention_mask is not None:
         return with_padding(seen, _check_2d_mask(attention_mask, seen))
-    elif position_ids is not None and past_length == 0:
+    elif position_ids is not None and isinstance(past_length, int) and past_length == 0:
         return with_packing(seen, _documents(position_ids), position_ids)
     if position_ids is not None:
         return _with_shift(seen, position_ids)
@@ -180,15 +183,16 @@ def drop_trivial(
     hidden_states: torch.Tensor,
     attention_mask: torch.Tensor | None,
     position_ids: torch.Tensor | None,
-    past_length: int,
+    past_length: int | torch.Tensor,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """None for a padding mask that hides nothing and for positions that are places: backends are fastest without.
 
-    The values are looked at, so this does nothing under compilation. What has another shape is left to be refused.
+    The values are looked at, so this does nothing under compilation, or where the past is counted on the device. What
+    has another shape is left to be refused.
     """
     batch_size, query_length = hidden_states.shape[:2]
     end = past_length + query_length
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or isinstance(past_length, torch.Tensor):
         return attention_mask, position_ids
     if attention_mask is not None and attention_mask.shape == (batch_size, end) and bool(attention_mask.all()):
         attention_mask = None
@@ -213,9 +217,16 @@ def with_padding(seen: VisibleKeys, valid: torch.Tensor) -> VisibleKeys:
     return replace(
         seen,
         key_valid=pad(valid, (0, free_end))[:, held],
-        query_positions=positions[:, seen.query_offset : seen.query_offset + seen.query_length],
+        query_positions=_of_queries(positions, seen),
         key_positions=pad(positions, (0, free_end))[:, held],
     )
+
+
+def _of_queries(positions: torch.Tensor, seen: VisibleKeys) -> torch.Tensor:
+    """From [B, past + T] those of the queries, [B, T]."""
+    if isinstance(seen.query_offset, torch.Tensor):
+        return positions.gather(1, seen.query_offset.expand(len(positions), 1))
+    return positions[:, seen.query_offset : seen.query_offset + seen.query_length]
 
 
 def with_packing(seen: VisibleKeys, documents: torch.Tensor, positions: torch.Tensor | None = None) -> VisibleKeys:
@@ -260,6 +271,8 @@ def _check_position_ids(position_ids: torch.Tensor, batch_size: int, query_lengt
 
 
 def _check_2d_mask(mask: torch.Tensor, seen: VisibleKeys) -> torch.Tensor:
+    if isinstance(seen.query_offset, torch.Tensor):  # nobody looks at how many tokens there are
+        return mask.bool()
     tokens = seen.query_offset + seen.query_length
     if mask.ndim != 2 or mask.shape[0] != seen.batch_size or mask.shape[1] < tokens:
         raise ValueError(

@@ -25,12 +25,13 @@ SHARED = {name for name in FILES if not name.startswith(("modeling_", "configura
 
 # The first line that fits a file holds. Modules without a line of their own import nothing of ours.
 MAY_IMPORT = {
+    "attention_decode": MASKS,
     "attention_masks": {"attention_patterns"},
     "attention_plan": {"attention_patterns"},
     "attention_relative_plan": PLAN,
     "attention_products": {"attention_plan"},
     "attention_relative": PLAN | {"attention_products", "attention_relative_plan", "attention_torch"},
-    "attention_torch": PLAN,
+    "attention_torch": PLAN | {"attention_products"},
     "attention_triton": {"attention_triton_call", "attention_triton_launch", "attention_triton_views"},
     "attention_triton_*_gradients": {"attention_triton_kernels"},
     "attention_triton_call": {"attention_patterns", "attention_triton_views"} | KERNELS | TRITON,
@@ -41,7 +42,10 @@ MAY_IMPORT = {
     "attention_triton_layout": {"attention_patterns"},
     "attention_triton_tables": {"attention_patterns", "attention_triton_layout"},
     "attention_triton_views": {"attention_patterns", "attention_triton_layout"},
-    "attention_block_sparse": MASKS | PLAN | EXECUTORS | {"attention_relative", "attention_relative_plan"},
+    "attention_block_sparse": MASKS
+    | PLAN
+    | EXECUTORS
+    | {"attention_decode", "attention_relative", "attention_relative_plan"},
     "attention_windows": {"attention_patterns"},
     "attention": MASKS | PLAN | {"attention_block_sparse"},
     "image_embeddings": {"attention_patterns", "memory_images", "mixture_of_logistics", "positions"},
