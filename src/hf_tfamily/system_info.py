@@ -55,7 +55,10 @@ def _executor(device: str) -> str:
     kind = device.partition(":")[0]
     if kind == "cuda":
         view = torch.empty(1, 1, 1, 64, dtype=torch.bfloat16, device=device)
-        return f"Triton kernels (triton {_version('triton')}); views by {dense_kernel(view, view)}"
+        return (
+            f"Triton kernels (triton {_version('triton')}), with relative scores up to head dimension 128; "
+            f"views by {dense_kernel(view, view)}; single tokens by gathered keys and SDPA"
+        )
     return "PyTorch: " + ("the flash kernel of CPUs" if kind == "cpu" else "matrix products")
 
 
