@@ -32,6 +32,7 @@ _CHUNK = 32  # queries of a tile in a band: a window of w keys costs w + 31
 _ALIGNED = 16  # products are faster where tiles are multiples of this wide
 _EDGE = 256  # queries of the tile before the first whole window of a band
 _SUMMARY_QUERIES, _SUMMARY_KEYS = 1024, 256  # of a group of blocks; flash kernels are fastest from 768 queries on
+_SUMMARIES_AT_ONCE = 1 << 12  # keys that are picked together
 _MAX_MASK = 1 << 22  # elements of a mask shared by tiles; beyond it a table is cheaper
 _TABLE_ROWS = 64  # queries that share one list of keys
 _TABLE_KEYS = 1 << 13  # keys gathered at once
@@ -236,7 +237,7 @@ def _view_groups(pattern: Pattern, heads: range, extent: _Extent) -> list[Group]
             return None
         groups.append(Group(heads, _parts(_band(pattern, layout, mask_heads, extent))))
     if isinstance(far, FixedSummary):
-        groups.append(_summaries(far, heads, extent))
+        groups += _summaries(far, heads, extent)
     return groups
 
 
@@ -498,7 +499,7 @@ def _trim(mask: torch.Tensor) -> tuple[slice, slice, bool, torch.Tensor | None] 
 # Tiles of compact keys
 
 
-def _summaries(pattern: FixedSummary, heads: range, extent: _Extent) -> Group:
+def _summaries(pattern: FixedSummary, heads: range, extent: _Extent) -> Iterator[Group]:
     """Queries and the summary positions of all blocks, or if causal of the blocks before their own."""
     end = (extent.end_query - 1) // pattern.block if extent.causal else math.ceil(extent.end_key / pattern.block)
     blocks = range(extent.first_key // pattern.block, min(end, math.ceil(extent.end_key / pattern.block)))
@@ -509,16 +510,32 @@ def _summaries(pattern: FixedSummary, heads: range, extent: _Extent) -> Group:
         index = index[:, 0]
     absent = (index < 0) | (index >= extent.num_keys)
     if extent.causal:
-        tiles = _earlier_summaries(pattern, blocks, extent)
+        tiles = list(_earlier_summaries(pattern, blocks, extent))
     else:
         tiles = [_Tile(range(extent.num_queries), range(len(index)))]
-    return Group(heads, _parts(tiles), index.masked_fill(absent, 0), absent if absent.any() else None)
+    together = _blocks_together(pattern)  # what is masked lies inside them
+    at_once = max(1, _SUMMARIES_AT_ONCE // (pattern.summary * together)) * together
+    for first in range(blocks.start // at_once * at_once, blocks.stop, at_once):
+        start, end = (max(block - blocks.start, 0) * pattern.summary for block in (first, first + at_once))
+        picked, missing = index[start:end], absent[start:end]
+        some = (tile._replace(keys=_within(tile.keys, range(start, start + len(picked)))) for tile in tiles)
+        yield Group(heads, _parts(some), picked.masked_fill(missing, 0), missing if missing.any() else None)
+
+
+def _within(some: range, whole: range) -> range:
+    """The part of a range that lies in another, counted from its start."""
+    start, stop = (min(max(end, whole.start), whole.stop) - whole.start for end in (some.start, some.stop))
+    return range(start, stop)
+
+
+def _blocks_together(pattern: FixedSummary) -> int:
+    return max(1, min(_SUMMARY_QUERIES // pattern.block, _SUMMARY_KEYS // pattern.summary))
 
 
 def _earlier_summaries(pattern: FixedSummary, blocks: range, extent: _Extent) -> Iterator[_Tile]:
     """In a group of blocks all queries see every summary before the group, and later ones some summaries inside it."""
     block, width = pattern.block, pattern.summary
-    group = max(1, min(_SUMMARY_QUERIES // block, _SUMMARY_KEYS // width))
+    group = _blocks_together(pattern)
     stairs = torch.ones(group - 1, group - 1, dtype=torch.bool).tril()
     cut = _cutter(stairs.repeat_interleave(block, 0).repeat_interleave(width, 1)[None])
 

@@ -9,8 +9,9 @@ batch entries or heads taken together.
 """
 
 import math
+import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
 import torch
@@ -20,7 +21,8 @@ from .attention_plan import Part, Tokens
 
 MASKED = -1e30  # not -inf: a row without keys then keeps a finite LSE, far below any real one
 LOG2_E = math.log2(math.e)
-_PIECE = 1 << 19  # scores taken together: few enough to stay in the processor's cache
+_PIECE = 1 << 20  # scores taken together: few enough to stay in the processor's cache
+_KEPT = 2 * _PIECE  # elements of the largest tensors that are kept from call to call
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -76,21 +78,46 @@ def tiles_of(x: Tensor, tokens: Tokens, piece: Piece) -> Tensor:
 class Space:
     """Memory by name that pieces use one after another: fresh memory costs more than most of what is done in it."""
 
+    _kept = threading.local()
+
     def __init__(self, like: Tensor):
-        self.like, self.flat = like, {}
+        self.dtype, self.device, self.flat = like.dtype, like.device, {}
+
+    @classmethod
+    def shared(cls, like: Tensor) -> "Space":
+        """On the CPU the one that this thread keeps from call to call, some 25 MB; elsewhere allocators do that."""
+        if like.device.type != "cpu":
+            return cls(like)
+        spaces = cls._kept.__dict__.setdefault("spaces", {})
+        return spaces.setdefault(like.dtype, cls(like))
 
     def take(self, name: str, *shape: int) -> Tensor:
         size = math.prod(shape)
-        if name not in self.flat or self.flat[name].numel() < size:
-            self.flat[name] = self.like.new_empty(size)
-        return self.flat[name][:size].view(shape)
+        flat = self.flat.get(name)
+        if flat is None or len(flat) < size:
+            with torch.inference_mode(False):  # where tensors are made that training could not write to
+                flat = torch.empty(size, dtype=self.dtype, device=self.device)
+            if size <= _KEPT:
+                self.flat[name] = flat
+        return flat[:size].view(shape)
 
     def read(self, name: str, x: Tensor, tokens: Tokens, piece: Piece) -> Tensor:
-        """tiles_of(...) as [G, tokens of a tile, D]; a copy where that is no view."""
+        """tiles_of(...) as [G, tokens of a tile, D]; a copy where that is no view, or in another dtype."""
         tiles = tiles_of(x, tokens, piece)
-        if len(piece.heads) > 1 and len(piece.batch) > 1:
+        if x.dtype != self.dtype and overlaps(tokens, piece):  # what tiles share is converted once
+            alone = replace(tokens, count=tokens.count + (len(piece.tiles) - 1) * tokens.step)
+            span = tiles_of(x, alone, piece._replace(tiles=piece.tiles[:1]))
+            copy = self.take(name, *span.shape[3:]).copy_(span[0, 0, 0])
+            dim = x.shape[3]
+            return copy.as_strided((piece.count, tokens.count, dim), (tokens.step * dim, dim, 1))
+        if x.dtype != self.dtype or (len(piece.heads) > 1 and len(piece.batch) > 1):
             tiles = self.take(name, *tiles.shape).copy_(tiles)
         return tiles.flatten(0, 2)
+
+
+def overlaps(tokens: Tokens, piece: Piece) -> bool:
+    """Do neighbouring tiles of a piece share tokens?"""
+    return len(piece.tiles) > 1 and tokens.stride == 1 and 0 < tokens.step < tokens.count
 
 
 def of_piece(x: Tensor, piece: Piece) -> Tensor:
@@ -155,7 +182,7 @@ class ScoreMemory:
 
 
 class Scores(Protocol):
-    """What is added to the scores of a part, in units of log2, and has gradients of its own."""
+    """What is added to the scores of a part and has gradients of its own."""
 
     pitch: int  # that its ScoreMemory needs
 
@@ -172,7 +199,7 @@ class Scores(Protocol):
 
 @dataclass(frozen=True)
 class Work:
-    """What parts read, [B, T, H, D] of queries and [B, S, Hk, D] of keys, all of one dtype, and what they are added to.
+    """What parts read, [B, T, H, D] of queries and [B, S, Hk, D] of keys, and what they are added to.
 
     Forward: `output` and `lse` [B, T, H, 1] so far. Backward: `lse` over all parts, times log2(e), and
     `delta` = scale * sum(grad_out * output) [B, T, H, 1].
@@ -197,9 +224,9 @@ class Extra:
     """What is added to the scores of a part.
 
     Attributes:
-        biases: [A or 1, H or 1, I, J].
-        hidden: [B, S, H, 1], for each key.
-        scores: what has gradients of its own.
+        biases: [A or 1, H or 1, I, J], that hide keys.
+        hidden: [B, S, H, 1], the same for each key.
+        scores: what has gradients of its own; forward in units of e, backward of 2.
     """
 
     biases: list[Tensor]
@@ -241,10 +268,10 @@ def forward_part(part: Part, work: Work, extra: Extra) -> None:
 
 def scaled_delta(grad_out: Tensor, output: Tensor, scale: float) -> Tensor:
     """scale * sum(grad_out * output) [B, T, H, 1], some tokens at a time."""
-    delta = grad_out.new_empty((*grad_out.shape[:3], 1))
+    delta = grad_out.new_empty((*grad_out.shape[:3], 1), dtype=torch.promote_types(grad_out.dtype, torch.float32))
     at_once = max(1, _PIECE // max(1, grad_out[:, :1].numel()))
     for some, *pair in zip(*(x.split(at_once, 1) for x in (delta, grad_out, output)), strict=True):
-        torch.sum(pair[0] * pair[1], -1, keepdim=True, out=some).mul_(scale)
+        torch.sum(pair[0].to(delta.dtype) * pair[1], -1, keepdim=True, out=some).mul_(scale)
     return delta
 
 
@@ -256,7 +283,10 @@ def backward_part(part: Part, work: Work, extra: Extra) -> None:
     outside = _outside(part, plan, pitch)
     pitch = (outside + 1) * part.queries.count if outside else pitch
     memories = [ScoreMemory(space, name, part, largest, pitch, outside=outside) for name in ("weights", "grad_scores")]
-    windows = [_QueryWindows(space, name, part, largest, outside) for name in ("grad_out windows", "q windows")]
+    windows = [
+        _QueryWindows(space, name, part, largest, outside, work.q.shape[3])
+        for name in ("grad_out windows", "q windows")
+    ]
     for piece in plan:
         of_keys = piece.of_keys(work.q, work.k)
         q, grad_out, lse, delta = (
@@ -297,10 +327,10 @@ def _outside(part: Part, plan: list[Piece], pitch: int) -> int:
 class _QueryWindows:
     """For each chunk of keys the queries of the tiles that have it; zeros for tiles outside a piece."""
 
-    def __init__(self, space: Space, name: str, part: Part, count: int, outside: int):
+    def __init__(self, space: Space, name: str, part: Part, count: int, outside: int, dim: int):
         self.outside = outside
         if outside:
-            self.tiles = space.take(name, count + 2 * outside, part.queries.count, space.like.shape[3]).zero_()
+            self.tiles = space.take(name, count + 2 * outside, part.queries.count, dim).zero_()
 
     def of(self, queries: Tensor) -> Tensor:
         """[G, I, D] -> [G + outside, (outside + 1) * I, D]"""
@@ -331,16 +361,15 @@ def _add_tiles(total: Tensor, tiles: Tensor, tokens: Tokens, piece: Piece) -> No
         tiles, piece = tiles.sum(0, keepdim=True), piece._replace(tiles=piece.tiles[:1])
     view = tiles_of(total, tokens, piece)
     tiles = tiles.view_as(view)
-    overlap = len(piece.tiles) > 1 and tokens.stride == 1 and 0 < tokens.step < tokens.count
-    width = tokens.step if overlap else tokens.count
+    width = tokens.step if overlaps(tokens, piece) else tokens.count
     for start in range(0, tokens.count, width):  # in tokens that are not yet shared
         view[..., start : start + width, :].add_(tiles[..., start : start + width, :])
 
 
-def causal_bias(part: Part, like: Tensor) -> Tensor:
+def causal_bias(part: Part, like: Tensor, dtype: torch.dtype) -> Tensor:
     """[1, 1, I, J]: what hides the keys behind the i-th of a tile from its i-th query."""
     seen = torch.ones(part.queries.count, part.keys.count, dtype=torch.bool, device=like.device).tril()
-    return additive(~seen[None, None], like.dtype)
+    return additive(~seen[None, None], dtype)
 
 
 def additive(hidden: Tensor, dtype: torch.dtype) -> Tensor:

@@ -125,7 +125,7 @@ def _forward(
     if not plan.complete:
         output.zero_()
         lse.fill_(MASKED)
-    space = Space(q)
+    space = Space.shared(q)
     for group in plan.groups:
         keys = _Keys(group.keys, k, key_valid)
         group_q, group_pq, *results = (x[:, :, keys.heads] for x in (q, pq, output, lse))
@@ -160,7 +160,7 @@ def _backward(
     plan = _plan(query, key, pattern, q_offset, kv_offset)
     q, pq, k, v, grad_out = (_widen(x) for x in (query, position_query, key, value, grad_output))
     delta, lse = scaled_delta(grad_out, output, scale), lse * LOG2_E
-    table, space = _Table(_widen(relative_key), distances, with_gradient=True), Space(q)
+    table, space = _Table(_widen(relative_key), distances, with_gradient=True), Space.shared(q)
     grad_q, grad_pq = (q.new_empty(q.shape) if plan.complete else q.new_zeros(q.shape) for _ in range(2))
     grad_k, grad_v = (k.new_zeros(k.shape) for _ in range(2))
     for group in plan.groups:
@@ -185,7 +185,7 @@ def _widen(x: Tensor) -> Tensor:
 def _extra(part: Part, keys: _Keys, scores: "_PartScores") -> Extra:
     like = scores.position_query
     hidden = None if keys.hidden is None else keys.hidden.expand(-1, -1, like.shape[2])[..., None]
-    return Extra([causal_bias(part, like)] if part.causal else [], hidden, scores)
+    return Extra([causal_bias(part, like, like.dtype)] if part.causal else [], hidden, scores)
 
 
 def _plan(query: Tensor, key: Tensor, pattern: str, q_offset: int, kv_offset: int) -> RelativePlan:

@@ -19,10 +19,11 @@ from torch import Tensor
 
 from .attention_patterns import Pattern, grid_of, pattern_from_dict
 from .attention_plan import Group, Part, Plan, Tokens, plan_attention
+from .attention_products import LOG2_E, MASKED, Extra, Space, Work, additive, backward_part, causal_bias, scaled_delta
 
-_MASKED = -1e30  # not -inf: a row without keys then keeps a finite LSE, far below any real one
 _EMPTY_ROW = -1e29
 _PIECE = 1 << 17  # elements of the queries taken together: small enough to stay in the processor's cache
+_BAND_KEYS = 512  # of a tile that products take over
 _PIECE_SCORES = 1 << 22  # scores held at once without a flash kernel
 
 
@@ -117,17 +118,18 @@ def _forward(
     lse = q.new_empty(q.shape[:3], dtype=_wide(q.dtype))
     if not plan.complete:
         output.zero_()
-        lse.fill_(_MASKED)
+        lse.fill_(MASKED)
     for group in plan.groups:
         keys = _Keys(group, k, key_valid)
-        of_keys = (keys.pick(k), keys.pick(v))
-        for part, bias, tile_q, out, tile_lse, tile_k, tile_v in _tiles(keys, (q, output, lse), of_keys):
-            part_out, part_lse = kernel.forward(tile_q, tile_k, tile_v, bias, part.causal, scale)
-            if part.writes:
-                out.copy_(part_out)
-                tile_lse.copy_(part_lse)
-            else:
-                _merge(out, tile_lse, part_out, part_lse)
+        of_queries, of_keys = [x[:, :, keys.heads] for x in (q, output, lse)], (keys.pick(k), keys.pick(v))
+        for part in group.parts:
+            for bias, tile_q, out, tile_lse, tile_k, tile_v in _tiles(part, keys, of_queries, of_keys):
+                part_out, part_lse = kernel.forward(tile_q, tile_k, tile_v, bias, part.causal, scale)
+                if part.writes:
+                    out.copy_(part_out)
+                    tile_lse.copy_(part_lse)
+                else:
+                    _merge(out, tile_lse, part_out, part_lse)
     empty = lse < _EMPTY_ROW
     if empty.any():
         output.masked_fill_(empty[..., None], 0)
@@ -156,23 +158,69 @@ def _backward(
     output, grad_output = (_widen(x, v.shape[3]) for x in (output, grad_output))
     grad_q = torch.empty_like(q) if plan.complete else torch.zeros_like(q)
     grad_k, grad_v = torch.zeros_like(k), torch.zeros_like(v)
+    delta, log2_lse, space = None, (lse * LOG2_E)[..., None], Space.shared(lse)
     for group in plan.groups:
         keys = _Keys(group, k, key_valid)
-        of_queries = (q, output, lse, grad_output, grad_q)
         group_grad_k, group_grad_v = keys.pick_zeros(grad_k), keys.pick_zeros(grad_v)
+        of_queries = [x[:, :, keys.heads] for x in (q, output, lse, grad_output, grad_q)]
         of_keys = (keys.pick(k), keys.pick(v), group_grad_k, group_grad_v)
-        for part, bias, *tiles in _tiles(keys, of_queries, of_keys):
-            tile_q, out, tile_lse, grad_out, tile_grad_q, tile_k, tile_v, tile_grad_k, tile_grad_v = tiles
-            part_grad_q, part_grad_k, part_grad_v = kernel.backward(
-                grad_out, tile_q, tile_k, tile_v, out, tile_lse, bias, part.causal, scale
-            )
-            tile_grad_q.copy_(part_grad_q) if part.writes else tile_grad_q.add_(part_grad_q)
-            _add_windows(tile_grad_k, part_grad_k)
-            _add_windows(tile_grad_v, part_grad_v)
+        for part in group.parts:
+            if kernel.leaves_to_products(part, q.dtype):
+                delta = scaled_delta(grad_output, output, scale) if delta is None else delta
+                work = _work(keys, of_queries, of_keys, log2_lse, delta, scale, space)
+                backward_part(part, work, _extra(part, keys, q))
+            else:
+                _backward_tiles(part, keys, kernel, of_queries, of_keys, scale)
         keys.put_back(grad_k, group_grad_k)
         keys.put_back(grad_v, group_grad_v)
     grads = (grad_q, _sum_heads(grad_k, key.shape[2]), _sum_heads(grad_v, key.shape[2]))
     return tuple(grad[..., : x.shape[3]].contiguous() for grad, x in zip(grads, (query, key, value), strict=True))
+
+
+def _work(
+    keys: "_Keys",
+    of_queries: list[Tensor],
+    of_keys: tuple[Tensor, ...],
+    log2_lse: Tensor,
+    delta: Tensor,
+    scale: float,
+    space: Space,
+) -> Work:
+    q, _, _, grad_out, grad_q = of_queries
+    k, v, grad_k, grad_v = of_keys
+    lse, delta = (x[:, :, keys.heads] for x in (log2_lse, delta))
+    gradients = {"grad_q": grad_q, "grad_k": grad_k, "grad_v": grad_v}
+    return Work(q, k, v, lse, scale, space, grad_out=grad_out, delta=delta, **gradients)
+
+
+def _extra(part: Part, keys: "_Keys", query: Tensor) -> Extra:
+    """What is added to the scores of a part: causality, its mask, and hidden keys."""
+    dtype, biases = _wide(query.dtype), []
+    if part.causal:
+        biases.append(causal_bias(part, query, dtype))
+    if part.mask is not None:
+        biases.append(_bias(part.mask.to(query.device), dtype))
+    hidden = keys.hidden
+    return Extra(biases, None if hidden is None else hidden.expand(-1, -1, len(keys.group.heads))[..., None])
+
+
+def _backward_tiles(
+    part: Part,
+    keys: "_Keys",
+    kernel: "_Kernel",
+    of_queries: list[Tensor],
+    of_keys: tuple[Tensor, ...],
+    scale: float,
+) -> None:
+    """Add up the gradients of a part by a flash kernel."""
+    for bias, *tiles in _tiles(part, keys, of_queries, of_keys):
+        tile_q, out, tile_lse, grad_out, tile_grad_q, tile_k, tile_v, tile_grad_k, tile_grad_v = tiles
+        part_grad_q, part_grad_k, part_grad_v = kernel.backward(
+            grad_out, tile_q, tile_k, tile_v, out, tile_lse, bias, part.causal, scale
+        )
+        tile_grad_q.copy_(part_grad_q) if part.writes else tile_grad_q.add_(part_grad_q)
+        _add_windows(tile_grad_k, part_grad_k)
+        _add_windows(tile_grad_v, part_grad_v)
 
 
 def _plan(query: Tensor, key: Tensor, pattern: str, causal: bool, q_offset: int, kv_offset: int) -> Plan:
@@ -284,16 +332,15 @@ class _Keys:
 
 
 def _tiles(
-    keys: _Keys, of_queries: tuple[Tensor, ...], of_keys: tuple[Tensor, ...]
-) -> Iterator[tuple[Part | Tensor | None, ...]]:
-    """(part, bias, tiles of each tensor), some tiles at a time; tiles are [A, heads, I or J, D]."""
-    for part in keys.group.parts:
-        views = [_view(x[:, :, keys.heads], part.queries, part.tiles) for x in of_queries]
-        views += [_view(x, part.keys, part.tiles) for x in of_keys]
-        biases = _biases(part, keys.hidden, views[0])
-        at_once = max(1, _PIECE // views[0][0, 0].numel())
-        for piece in _pieces([*views, *biases], at_once):
-            yield part, _sum(piece[len(views) :]), *piece[: len(views)]
+    part: Part, keys: _Keys, of_queries: list[Tensor], of_keys: tuple[Tensor, ...]
+) -> Iterator[tuple[Tensor | None, ...]]:
+    """(bias, tiles of each tensor) of a part, some tiles at a time; tiles are [A, heads, I or J, D]."""
+    views = [_view(x, part.queries, part.tiles) for x in of_queries]
+    views += [_view(x, part.keys, part.tiles) for x in of_keys]
+    biases = _biases(part, keys.hidden, views[0])
+    at_once = max(1, _PIECE // views[0][0, 0].numel())
+    for piece in _pieces([*views, *biases], at_once):
+        yield _sum(piece[len(views) :]), *piece[: len(views)]
 
 
 def _view(x: Tensor, tokens: Tokens, tiles: int) -> Tensor:
@@ -336,7 +383,7 @@ def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _bias(seen: Tensor, dtype: torch.dtype) -> Tensor:
     """0 where `seen`, a huge negative number elsewhere."""
-    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, _MASKED)
+    return additive(~seen, dtype)
 
 
 def _biases(part: Part, hidden: Tensor | None, query: Tensor) -> list[Tensor]:
@@ -363,6 +410,7 @@ def _sum(biases: tuple[Tensor, ...]) -> Tensor | None:
 class _Kernel(NamedTuple):
     forward: Callable[..., tuple[Tensor, Tensor]]
     backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    leaves_to_products: Callable[[Part, torch.dtype], bool] = lambda *_: False  # rather than run the backward itself
 
 
 def _kernel(query: Tensor) -> _Kernel:
@@ -383,6 +431,12 @@ def _flash_backward(grad_out, q, k, v, out, lse, bias, causal, scale):
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
         grad_out, q, k, v, out, lse, 0.0, causal, attn_mask=bias, scale=scale
     )
+
+
+def _is_half_band(part: Part, dtype: torch.dtype) -> bool:
+    """Small tiles whose keys overlap, in half precision, of which the flash kernel's backward makes nothing."""
+    overlap = part.tiles > 1 and part.keys.stride == 1 and 0 < part.keys.step < part.keys.count
+    return overlap and dtype.itemsize == 2 and part.keys.count <= _BAND_KEYS
 
 
 def _plain_forward(q, k, v, bias, causal, scale):
@@ -425,11 +479,11 @@ def _scores(q: Tensor, k: Tensor, bias: Tensor | None, causal: bool, scale: floa
         scores += bias[:, :, rows] if bias.shape[2] > 1 else bias
     if causal:
         query, key = (torch.arange(x.shape[2], device=x.device) for x in (q, k))
-        scores.masked_fill_(key > query[rows, None], _MASKED)
+        scores.masked_fill_(key > query[rows, None], MASKED)
     return scores
 
 
-_FLASH = _Kernel(_flash_forward, _flash_backward)
+_FLASH = _Kernel(_flash_forward, _flash_backward, _is_half_band)
 _PLAIN = _Kernel(_plain_forward, _plain_backward)
 
 

@@ -20,6 +20,7 @@ from torch.nn.attention.flex_attention import flex_attention
 from hf_tfamily.modeling.attention_masks import VisibleKeys
 from hf_tfamily.modeling.attention_patterns import Fixed, Local, Pattern, Strided, Union
 from hf_tfamily.modeling.attention_relative import relative_attention
+from hf_tfamily.modeling.attention_relative_plan import distances_met, rows_by_distance
 from hf_tfamily.modeling.attention_torch import block_sparse_attention
 from hf_tfamily.modeling.configuration_sparse_transformer import SparseTransformerConfig
 from hf_tfamily.modeling.modeling_sparse_transformer import SparseTransformerForCausalLM
@@ -205,29 +206,58 @@ def short_sequences(bench: Benchmark, batch: int) -> None:
 
 
 def relative_bias(bench: Benchmark, length: int) -> None:
-    """The scores of relative_attention are held to their definition by tests/modeling/test_attention_relative.py."""
+    """As models call it: position queries of their own, relative keys of the distances that are met."""
     *tensors, grad_output = make_inputs(length, torch.float32)
-    relative_key = torch.randn(HEADS, length, DIM, requires_grad=True)
-    distances = torch.arange(length)
+    position_query = tensors[0].detach().clone().requires_grad_()
 
-    def biased(query, key, value, relative_key, pattern):
+    def biased(query, position_query, key, value, relative_key, pattern):
+        distances = distances_met(pattern, length)
         where = {"scale": SCALE, "q_offset": 0}
-        return relative_attention(query, query, key, value, relative_key, distances, pattern, **where)
+        return relative_attention(query, position_query, key, value, relative_key, distances, pattern, **where)
 
     for name in ("local", "strided merged"):
         pattern = PATTERNS[name]
-        zero = biased(*tensors, torch.zeros_like(relative_key), pattern)
-        error = relative_error(zero.detach(), sparse(*tensors, pattern).detach().double())
-        if not bench.holds(f"{name}, bias of 0", error < 1e-5, f"error {error:.1e}"):
+        relative_key = torch.randn(HEADS, len(distances_met(pattern, length)), DIM, requires_grad=True)
+        inputs = [tensors[0], position_query, *tensors[1:], relative_key, grad_output]
+        error = relative_score_error(pattern)
+        if not bench.holds(name, error < 1e-5, f"error {error:.1e}"):
             continue
         for direction in ("forward", BOTH):
             calls = {
-                "with": contender(direction, biased, [*tensors, relative_key, grad_output], pattern),
+                "with": contender(direction, biased, inputs, pattern),
                 "without": contender(direction, sparse, [*tensors, grad_output], pattern),
             }
             times = bench.times(calls)
             goals = {"must": 1 / 1.4, "stretch": 1 / 1.1}
             bench.add(f"{name}, {direction}", times["with"], times["without"], peer_name="without bias", **goals)
+
+
+def relative_score_error(pattern: Pattern, length: int = 300) -> float:
+    """The largest error of outputs and gradients with relative scores against float64, densely by their definition."""
+    *tensors, grad_output = make_inputs(length, torch.float32)
+    distances = distances_met(pattern, length)
+    generator = torch.Generator().manual_seed(2)
+    tensors.append(torch.randn(HEADS, len(distances), DIM, generator=generator).requires_grad_())
+    wide = [tensor.detach().double().requires_grad_() for tensor in tensors]
+
+    def exact(query, key, value, relative_key):
+        distance = torch.arange(length)[:, None] - torch.arange(length)
+        seen = pattern.visible(0, torch.arange(length)[:, None], torch.arange(length)) & (distance >= 0)
+        of_distance = relative_key[:, rows_by_distance(distances, distance)]
+        scores = torch.einsum("bihd,bjhd->bhij", query, key) + torch.einsum("bihd,hijd->bhij", query, of_distance)
+        weights = (scores * SCALE).masked_fill(~seen, float("-inf")).softmax(-1)
+        return torch.einsum("bhij,bjhd->bihd", weights, value)
+
+    query, key, value, relative_key = tensors
+    where = {"scale": SCALE, "q_offset": 0}
+    results = relative_attention(query, query, key, value, relative_key, distances, pattern, **where), exact(*wide)
+    pairs = [tuple(result.detach() for result in results)]
+    pairs += zip(
+        torch.autograd.grad(results[0], tensors, grad_output),
+        torch.autograd.grad(results[1], wide, grad_output.double()),
+        strict=True,
+    )
+    return max(relative_error(actual, right) for actual, right in pairs)
 
 
 def memory(bench: Benchmark, length: int) -> None:
