@@ -129,6 +129,23 @@ def test_without_a_full_memory_it_is_a_transformer_xl():
     torch.testing.assert_close(read(model, segments)[0], read(plain, segments)[0])
 
 
+def test_block_sparse_equals_eager_with_both_memories_filled():
+    """Outputs and the gradients of a segment, after a run that has filled memory and compressed memory."""
+    results = []
+    ids, grad = tokens(2, 20), torch.randn(2, 4, VOCAB)
+    model = build()
+    for attention in ("eager", "block_sparse"):
+        model.set_attn_implementation(attention)
+        *filling, segment = ids.split(4, dim=1)
+        memory = read(model, filling)[1]
+        assert all(layer.compressed.shape[1] == 3 for layer in memory.layers)
+        output = model(segment, past_key_values=memory).logits
+        gradients = torch.autograd.grad(output, list(model.parameters()), grad, allow_unused=True)
+        results.append([output, *(gradient for gradient in gradients if gradient is not None)])
+    for mine, other in zip(*results, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
+
+
 def test_every_parameter_has_a_gradient_from_the_first_step():
     """Distributed training stops at parameters without one."""
     for loss in configuration.LOSSES:
