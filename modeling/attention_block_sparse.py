@@ -33,15 +33,6 @@ Tensors = tuple[torch.Tensor, ...]
 # A copy of this file beside a checkpoint and the installed package may meet in one process: the newer one serves both.
 VERSION = 1
 
-# What runs a plan instead of the operator of attention_torch.py, by the type of the device; same arguments. (On "cuda"
-# the operators themselves run attention_triton.py and attention_triton_relative.py.)
-EXECUTORS: dict[str, Callable[..., torch.Tensor]] = {}
-
-
-def executor(device: torch.device) -> Callable[..., torch.Tensor]:
-    """What runs a plan on `device`: a function with the arguments of attention_torch.block_sparse_attention."""
-    return EXECUTORS.get(device.type, block_sparse_attention)
-
 
 def block_sparse_attention_forward(
     module: nn.Module,
@@ -78,7 +69,7 @@ def attend(
     """Attention of [B, T, H, D] to the keys [B, S, Hk, D] that `seen` shows -> [B, T, H, Dv]."""
 
     def execute(queries: Tensors, key: torch.Tensor, value: torch.Tensor, **where) -> torch.Tensor:
-        return executor(key.device)(*queries, key, value, seen.pattern, causal=seen.causal, scale=scaling, **where)
+        return block_sparse_attention(*queries, key, value, seen.pattern, causal=seen.causal, scale=scaling, **where)
 
     if _is_one_token(seen, key.device):
         return attend_one(seen, query, key, value, scaling)

@@ -647,20 +647,20 @@ def test_a_mask_function_is_known_by_its_origin_not_its_name():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Executors
+# The operator
 
 
 @pytest.mark.parametrize("padded", [False, True])
-def test_the_executor_is_chosen_by_device(monkeypatch, padded):
-    calls = []
+def test_each_layer_runs_the_operator_once(monkeypatch, padded):
+    calls, operator = [], attention_block_sparse.block_sparse_attention
 
-    def executor(*args, **kwargs):
+    def counted(*args, **kwargs):
         calls.append(kwargs)
-        return attention_block_sparse.block_sparse_attention(*args, **kwargs)
+        return operator(*args, **kwargs)
 
     model, mask = under_pattern(), padding("left") if padded else None
     expected = model(ids := tokens(), attention_mask=mask).logits
-    monkeypatch.setitem(attention_block_sparse.EXECUTORS, "cpu", executor)
+    monkeypatch.setattr(attention_block_sparse, "block_sparse_attention", counted)
     assert torch.equal(model(ids, attention_mask=mask).logits, expected)
     assert len(calls) == SIZES["num_hidden_layers"]
 
