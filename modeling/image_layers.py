@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
+from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -68,6 +69,22 @@ class ImageTransformerAttention(nn.Module):
         return states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
 
+class MatchingKeys(nn.Linear):
+    """Keys of an encoder's positions that at first are what the queries of these would be.
+
+    So a position of the large image looks at like coordinates of the small one from the start; from independent weights
+    that takes most of a short training to learn.
+    """
+
+    def __init__(self, q_proj: nn.Linear):
+        super().__init__(q_proj.in_features, q_proj.out_features, bias=False)
+        self.queries = (q_proj,)  # in a tuple, so that it stays no part of this module
+
+    def init_weights(self) -> None:
+        init.normal_(self.queries[0].weight, std=self.in_features**-0.5)
+        init.copy_(self.weight, self.queries[0].weight)
+
+
 def _holds(cache: Cache | None, layer_idx: int) -> bool:
     return cache is not None and cache.get_seq_length(layer_idx) > 0
 
@@ -93,6 +110,8 @@ class ImageTransformerBlock(GradientCheckpointingLayer):
         self.self_attn = ImageTransformerAttention(config, layer_idx, is_causal)
         self.self_attn_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.cross_attn = ImageTransformerAttention(config, layer_idx, is_causal=False) if cross else None
+        if cross:
+            self.cross_attn.k_proj = MatchingKeys(self.cross_attn.q_proj)
         self.cross_attn_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if cross else None
         self.mlp = ImageTransformerMLP(config)
         self.mlp_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)

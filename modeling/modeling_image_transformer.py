@@ -39,7 +39,7 @@ from .image_embeddings import (
     PixelConvolution,
 )
 from .image_heads import OUTPUTS, mean_nats, next_values
-from .image_layers import ImageTransformerAttention, ImageTransformerBlock
+from .image_layers import ImageTransformerAttention, ImageTransformerBlock, MatchingKeys
 from .memory import PatternCache, PatternCacheGenerationMixin
 from .memory_images import ImageCache, for_each_value, image_state, windows, with_recent
 
@@ -66,7 +66,7 @@ class ImageTransformerPreTrainedModel(BlockSparseByDefault, PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, PixelConvolution):
+        if isinstance(module, (PixelConvolution, MatchingKeys)):
             module.init_weights()
 
     @staticmethod

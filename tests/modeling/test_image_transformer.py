@@ -582,6 +582,17 @@ def test_pixels_are_embedded_by_bends_all_over_the_range():
     assert layer.weight.abs().max() <= 3**-0.5
 
 
+def test_keys_of_small_images_begin_as_queries(tmp_path):
+    model = ImageTransformerForSuperResolution(tiny_config())
+    for layer in model.model.layers:
+        assert torch.equal(layer.cross_attn.k_proj.weight, layer.cross_attn.q_proj.weight)
+        assert not torch.equal(layer.self_attn.k_proj.weight, layer.self_attn.q_proj.weight)
+        nn.init.normal_(layer.cross_attn.k_proj.weight)
+    model.save_pretrained(tmp_path)
+    loaded = ImageTransformerForSuperResolution.from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(weight, loaded[name]) for name, weight in model.state_dict().items())
+
+
 def test_weights_are_those_of_the_processors_order():
     """What the processor puts at position t is what the model takes it for."""
     processor = ImageTokenProcessor(3, 4, 3, levels=VALUES, order="blocks", block=[2, 3])
