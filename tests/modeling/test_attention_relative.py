@@ -129,6 +129,17 @@ def test_rows_that_see_nothing():
         assert all(grad.isfinite().all() for grad in grads)
 
 
+def test_memory_kept_from_a_call_in_inference_mode_serves_training():
+    attention_products.Space._kept.__dict__.clear()
+    inputs, distances = make_inputs(MERGED, 20, 20)
+    with torch.inference_mode():
+        relative_attention(*inputs, distances, MERGED, scale=0.4, q_offset=0)
+    kept = attention_products.Space._kept.spaces[torch.float64].flat
+    assert kept
+    assert not any(memory.is_inference() for memory in kept.values())
+    assert_exact(MERGED, 20, 20)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What it costs
 
