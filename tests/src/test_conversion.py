@@ -226,6 +226,14 @@ def test_check_runs_both_models(llama, tmp_path, monkeypatch):
     assert not (tmp_path / "wrong").exists()
 
 
+@pytest.mark.parametrize("name", ["mistral-window", "qwen2-window"])
+def test_check_runs_models_of_other_types_both_ways(name, tmp_path):
+    model_class, config_class, fields = STOCK[name]
+    random_model(model_class, config_class(**TINY, **fields)).save_pretrained(tmp_path / "stock")
+    assert convert(tmp_path / "stock", tmp_path / "ours", check=True).difference < 1e-5
+    assert convert(tmp_path / "ours", tmp_path / "back", config_class.model_type, check=True).difference < 1e-5
+
+
 def test_command_refuses_in_one_line(llama, tmp_path):
     result = CliRunner().invoke(app, ["convert", str(llama)])
     assert result.exit_code == 2

@@ -109,6 +109,13 @@ def test_outputs_are_equal_both_ways(variant, model_class, tmp_path):
         assert getattr(back.config, field) == getattr(stock.config, field)
 
 
+@pytest.mark.parametrize("model_class", PAIRS, ids=lambda model_class: model_class.__name__)
+def test_check_runs_both_models_both_ways(model_class, tmp_path):
+    random_marian(model_class).save_pretrained(tmp_path / "stock")
+    assert convert(tmp_path / "stock", tmp_path / "ours", check=True).difference < 1e-5
+    assert convert(tmp_path / "ours", tmp_path / "back", check=True).difference < 1e-5
+
+
 def test_translations_are_equal_with_beams(tmp_path):
     stock = random_marian()
     stock.save_pretrained(tmp_path / "stock")

@@ -41,17 +41,18 @@ def largest_difference(folder: Path, config: dict, weights: dict[str, torch.Tens
     return difference
 
 
-def _inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+def _inputs(model: PreTrainedModel) -> dict[str, torch.Tensor | bool]:
     """A random batch of two of what the model takes."""
     config = model.config
     if model.main_input_name == "pixel_values":
         size = [config.image_size] * 2 if isinstance(config.image_size, int) else config.image_size
         return {"pixel_values": torch.randn(2, config.num_channels, *size, dtype=torch.float64)}
     ids = torch.randint(1, config.vocab_size, (2, 12))
-    return {"input_ids": ids, "decoder_input_ids": ids.flip(1)} if config.is_encoder_decoder else {"input_ids": ids}
+    decoder = {"decoder_input_ids": ids.flip(1)} if config.is_encoder_decoder else {}
+    return {"input_ids": ids, "use_cache": False, **decoder}  # stock MarianForCausalLM has caches of a wrong length
 
 
-def _logits(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+def _logits(model: PreTrainedModel, inputs: dict[str, torch.Tensor | bool]) -> torch.Tensor:
     """Logits, or what a model without them returns first: states, a picture, or all maps of a backbone."""
     try:
         with torch.no_grad():
