@@ -66,7 +66,7 @@ SETTINGS = [
 SIDES = "side of the picture"
 SIDES_NOTE = """\
 Forward, float32, one picture: Swin-T (28 million parameters) and stock ViT-S under sdpa (22 million): 12 layers as wide
-as the stage of Swin-T that has half of its blocks, 384. With patches of 16 x 16 both take 4.5 G multiply-adds at 224;
+as the stage of Swin-T that has half of its blocks, 384. With patches of 16 x 16 it does about as much work at 224;
 patches of 8 x 8 are those of Swin-T's second stage. The last rows are exponents: cost grows like the number of pixels
 to this power over the larger half of the sides.
 """
