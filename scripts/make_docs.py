@@ -10,11 +10,12 @@ import ast
 import io
 import re
 import tokenize
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
 
 import numpy as np
+from matplotlib.colors import ListedColormap
 
 from hf_tfamily import plots
 from hf_tfamily.auto import SYSTEMS
@@ -24,6 +25,7 @@ from hf_tfamily.recipes import list_recipes, load_recipe
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs" / "systems"
+FOLDER = ROOT / "docs" / "pictures"
 MARK = "<!-- What follows is made by scripts/make_docs.py -->"
 PLACE = re.compile(r"\b(?:equations?|sections?|algorithms?|figures?) \d[\d.]*(?:(?:, | and | to )\d[\d.]*)*")
 # Patterns that a system is about, in the short form of `hf-tfamily show`.
@@ -114,7 +116,8 @@ def _recipes(name: str) -> str:
     heading = [
         "## Recipes",
         "",
-        "`hf-tfamily train RECIPE` trains one; the card of the finished folder has its figures.",
+        "`hf-tfamily train RECIPE` trains one; the card of the finished folder has its figures. "
+        "[What the small ones reach here](../results.md).",
         "",
     ]
     return "\n".join([*heading, "| recipe | parameters | what it is | reference |", "|---|---|---|---|", *rows])
@@ -122,7 +125,7 @@ def _recipes(name: str) -> str:
 
 def draw(name: str) -> None:
     """The picture at the head of a page."""
-    file = ROOT / "docs" / "pictures" / f"{name}.png"
+    file = FOLDER / f"{name}.png"
     panels = [panel for text in PICTURES[name] for panel in pattern_panels(parse_pattern(text))]
     plots.pattern_pictures(panels, file)
 
@@ -141,12 +144,55 @@ def draw_windows(file: Path) -> None:
     plots.save(figure, file)
 
 
+@plots.styled
+def draw_compression(file: Path, segment: int = 4, memory: int = 4, places: int = 3, rate: int = 2) -> None:
+    """Which tokens a segment sees, a row for each: itself, the memory, and compressed places."""
+    figure = plots.new_figure(6.0, 2.6)
+    axes = figure.subplots()
+    for row in range(6):
+        start = row * segment
+        reach = max(0, start - memory)
+        compressed = range(max(0, reach - places * rate), reach, rate)
+        spans = [(first, rate, plots.ORANGE) for first in compressed]
+        spans += [(first, 1, "#9dc3ea") for first in range(reach, start)]
+        spans += [(first, 1, plots.BLUE) for first in range(start, start + segment)]
+        for first, width, colour in spans:
+            axes.barh(row, width - 0.12, left=first + 0.06, height=0.7, color=colour)
+    axes.set(xlabel="token", ylabel="segment", yticks=range(6), xlim=(0, 6 * segment))
+    axes.invert_yaxis()
+    for label, colour in (("segment", plots.BLUE), ("memory", "#9dc3ea"), (f"{rate} tokens in 1 place", plots.ORANGE)):
+        axes.barh(0, 0, color=colour, label=label)
+    axes.legend(loc="upper right", fontsize=8)
+    plots.save(figure, file)
+
+
+@plots.styled
+def draw_stacks(file: Path, titles: Sequence[str], source: int = 8, target: int = 8) -> None:
+    """What queries see (down) of keys (right) in an encoder, a decoder, and between them."""
+    masks = {
+        "encoder on itself": np.ones((source, source)),
+        "decoder on itself": np.tri(target),
+        "decoder on encoder": np.ones((target, source)),
+    }
+    figure = plots.new_figure(2.4 * len(titles), 2.6)
+    for axes, title in zip(figure.subplots(1, len(titles), squeeze=False)[0], titles):
+        axes.imshow(masks[title], cmap=ListedColormap(["#e8ecf0", "#2f6fb7"]), vmin=0, vmax=1)
+        axes.set_title(title, **plots.PANEL_TITLE)
+        axes.set(xticks=np.arange(0.5, source - 1), yticks=np.arange(0.5, target - 1))
+        axes.grid(color="white", linewidth=1)
+        axes.tick_params(length=0, labelbottom=False, labelleft=False)
+    plots.save(figure, file)
+
+
 def main() -> None:
     for system in SYSTEMS:
         make_page(system.name, system.prefix)
         if system.name in PICTURES:
             draw(system.name)
-    draw_windows(ROOT / "docs" / "pictures" / "swin_transformer.png")
+    draw_windows(FOLDER / "swin_transformer.png")
+    draw_compression(FOLDER / "compressive_transformer.png")
+    draw_stacks(FOLDER / "vanilla_encoder.png", ["encoder on itself"])
+    draw_stacks(FOLDER / "vanilla_transformer.png", ["encoder on itself", "decoder on itself", "decoder on encoder"])
 
 
 if __name__ == "__main__":
