@@ -210,6 +210,7 @@ def query_grad_kernel(
     grad_output = load_rows(grad_outputs, row_tokens, stride_ot, in_rows, DV, BLOCK_DV, True)
     flat = (batch * num_queries + row_tokens) * num_heads + head
     lse = tl.load(lse_ptr + flat, mask=in_rows, other=float("inf")) * LOG2E
+    lse = tl.where(lse == float("-inf"), float("inf"), lse)  # of rows that see nothing and are not in the last pass
     delta = tl.load(delta_ptr + flat, mask=in_rows, other=0.0)
 
     grad_query = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)

@@ -188,6 +188,8 @@ def _num_distances(launch: Pass | TablePass) -> int:
     else:
         for source in launch.sources:
             first = source.low.long()
+            if source.picked is not None and source.picked.shape[1] == 0:
+                continue  # no summary yet
             if source.picked is not None:
                 first = source.picked.long().gather(1, first.clamp(max=source.picked.shape[1] - 1))
             steps = torch.where(source.low < source.high, query // launch.step - first, 0)

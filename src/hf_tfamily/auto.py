@@ -20,6 +20,7 @@ from transformers import (
 
 # Transformers 5.17 itself exports a stand-in that asks for torchvision.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
+from transformers.utils import is_vision_available
 
 from .modeling.image_processing_tokens import ImageTokenProcessor
 
@@ -142,7 +143,7 @@ def register(system: System) -> None:
     AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
     for auto_class, suffix in system.heads.items():
         auto_class.register(config_class, getattr(modeling, system.prefix + suffix), exist_ok=True)
-    if system.image_processor is not None:
+    if system.image_processor is not None and is_vision_available():  # without Pillow stock processors are no classes
         AutoImageProcessor.register(
             config_class, image_processor_classes={"pil": system.image_processor}, exist_ok=True
         )

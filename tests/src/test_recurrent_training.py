@@ -204,6 +204,7 @@ run.eval_dataset = None
 run.train(resume_from_checkpoint=sys.argv[2] if len(sys.argv) > 2 else None)
 Path(sys.argv[1], f"rank-{torch.distributed.get_rank()}-of-{torch.distributed.get_world_size()}").touch()
 run.save_model()
+torch.distributed.barrier()  # nobody leaves while others still talk
 torch.distributed.destroy_process_group()  # its threads would otherwise outlive what they use
 """
 
