@@ -4,6 +4,7 @@ import torch
 from transformers import LlamaConfig, PreTrainedConfig
 
 from ..modeling.configuration_rope_decoder import RoPEDecoderConfig
+from .mapping import require
 
 SOURCE_TYPE = "llama"
 OUR_TYPE = "rope_decoder"
@@ -78,12 +79,6 @@ def from_decoder(ours: RoPEDecoderConfig, weights: dict, config_class: type, **f
     if ours.rotary_layout == "interleaved":
         weights = {name: _halves(name, tensor, ours.head_dim) for name, tensor in weights.items()}
     return stock, weights
-
-
-def require(condition: bool, message: str) -> None:
-    """What the other side has no way to say is an error."""
-    if not condition:
-        raise ValueError(message)
 
 
 def _renamed(architectures: list[str] | None, old: str, new: str, weights: dict) -> str:

@@ -1,13 +1,11 @@
 """Marian <-> vanilla Transformer: the encoder-decoder of the OPUS translation models, under other names."""
 
-import re
-
 import torch
 from transformers import MarianConfig
 from transformers.models.marian.modeling_marian import MarianSinusoidalPositionalEmbedding
 
 from ..modeling.configuration_vanilla_transformer import VanillaTransformerConfig
-from .llama import require
+from .mapping import rename_in_blocks, require
 
 SOURCE_TYPE = "marian"
 OUR_TYPE = "vanilla_transformer"
@@ -164,12 +162,6 @@ def _check_tables(weights: dict[str, torch.Tensor], source: int, target: int) ->
                     len(tensor) == size,
                     f"Mismatched vocabularies: {name} has {len(tensor)} rows, but the config says {size}.",
                 )
-
-
-def rename_in_blocks(weights: dict[str, torch.Tensor], modules: dict[str, str]) -> dict[str, torch.Tensor]:
-    """Whole module names of blocks exchanged, the first that fits."""
-    rule = re.compile(r"(?<=\d\.)(" + "|".join(map(re.escape, modules)) + r")(?=\.|$)")
-    return {rule.sub(lambda match: modules[match[0]], name): tensor for name, tensor in weights.items()}
 
 
 def _head_of(weights: dict[str, torch.Tensor]) -> str:

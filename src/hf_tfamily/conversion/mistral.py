@@ -5,7 +5,8 @@ from transformers import MistralConfig
 
 from ..modeling.attention_patterns import Local, patterns_for_layers
 from ..modeling.configuration_rope_decoder import RoPEDecoderConfig
-from .llama import from_decoder, require, to_decoder
+from .llama import from_decoder, to_decoder
+from .mapping import require
 
 SOURCE_TYPE = "mistral"
 OUR_TYPE = "rope_decoder"

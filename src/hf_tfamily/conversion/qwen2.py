@@ -5,7 +5,8 @@ from transformers import Qwen2Config
 
 from ..modeling.attention_patterns import Full, Local, patterns_for_layers
 from ..modeling.configuration_rope_decoder import RoPEDecoderConfig
-from .llama import from_decoder, require, to_decoder
+from .llama import from_decoder, to_decoder
+from .mapping import require
 
 SOURCE_TYPE = "qwen2"
 OUR_TYPE = "rope_decoder"

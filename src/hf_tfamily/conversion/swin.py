@@ -10,8 +10,7 @@ import torch
 from transformers import SwinConfig
 
 from ..modeling.configuration_swin_transformer import SwinTransformerConfig
-from .llama import require
-from .marian import rename_in_blocks
+from .mapping import rename_in_blocks, require
 
 SOURCE_TYPE = "swin"
 OUR_TYPE = "swin_transformer"
