@@ -217,9 +217,10 @@ def _finish(trainer: Trainer, task: Task, recipe: Recipe, data: LoadedData, fold
     model.config.use_cache = True  # the Trainer turned it off
     export(model, folder, data.processor)
     (folder / RECIPE_FILE).write_text(recipe_yaml(recipe), encoding="utf-8")
+    picture = {} if task.evaluation_picture is None else {"plot": folder / task.evaluation_picture}
     metrics = {
         "recipe": recipe.name,
-        **task.evaluate(model, data, batch_size=trainer.args.per_device_eval_batch_size, progress=True),
+        **task.evaluate(model, data, batch_size=trainer.args.per_device_eval_batch_size, progress=True, **picture),
         "steps": trainer.state.global_step,
         "seconds": history[-1]["seconds"],
         "parameters": model.num_parameters(),

@@ -24,6 +24,7 @@ class Task:
         trivial_predictors: names of figures to compare `metric` with, by what they are in words.
         evaluation_options, sampling_options: names of the keywords that `evaluate` and `sample` take beyond the common
             ones; the command line refuses others.
+        evaluation_picture: name, in a finished folder, of the picture that `evaluate(plot=...)` draws; None for none.
     """
 
     data_class: ClassVar[type[LoadedData]]
@@ -36,6 +37,7 @@ class Task:
     trivial_predictors: ClassVar[Mapping[str, str]] = MappingProxyType({})
     evaluation_options: ClassVar[tuple[str, ...]] = ()
     sampling_options: ClassVar[tuple[str, ...]] = ()
+    evaluation_picture: ClassVar[str | None] = None
 
     def build_model(self, config: PreTrainedConfig, data: LoadedData) -> PreTrainedModel:
         """A model with new weights and its generation config. Raises ValueError if it does not fit the data."""

@@ -4,7 +4,7 @@ Shapes: B pictures, C channels, H height, W width, K classes, N held-out picture
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ class ImageClassificationTask(Task):
     loss_unit = "nats per picture"
     nats = 1.0
     evaluation_options = ("plot",)
+    evaluation_picture = "confusion.png"
     sampling_options = ("pictures",)
 
     def build_model(self, config: PreTrainedConfig, data: LabelledImages) -> PreTrainedModel:
@@ -89,15 +90,16 @@ class ImageClassificationTask(Task):
         return f"{self.metric_title}: {100 * metrics['accuracy']:.2f} % ({others})"
 
     def write_samples(self, model: PreTrainedModel, data: LabelledImages, folder: Path) -> None:
-        """samples.png: held-out pictures, what they are and what they are taken for; confusion.png: counts of that."""
-        logits, labels = held_out_logits(model, data, batch_size=64, progress=True)
-        draw_confusion(logits, labels, data, folder / "confusion.png")
-        chosen = np.linspace(0, len(labels) - 1, min(PICTURES, len(labels))).astype(int)
-        predicted = logits.argmax(axis=-1)
+        """samples.png: held-out pictures, what they are and what they are taken for."""
+        chosen = np.linspace(0, len(data.eval) - 1, min(PICTURES, len(data.eval))).astype(int)
+        shown = replace(data, eval=data.eval.select(chosen))
+        logits, labels = held_out_logits(model, shown, batch_size=PICTURES, progress=False)
+        taken_for = [data.class_names[number] for number in logits.argmax(axis=-1)]
+        names = [data.class_names[number] for number in labels]
         plots.captioned_pictures(
-            [data.eval[int(number)]["image"] for number in chosen],
-            [data.class_names[predicted[number]] for number in chosen],
-            [None if predicted[number] == labels[number] else data.class_names[labels[number]] for number in chosen],
+            shown.eval["image"],
+            taken_for,
+            [None if found == name else name for found, name in zip(taken_for, names)],
             folder / "samples.png",
             columns=PICTURE_COLUMNS,
         )
