@@ -18,6 +18,19 @@ SMALL = {
 }
 
 
+# Swin by its own fields, on pictures of 24 x 24.
+SMALL_SWIN = {
+    "image_size": 24,
+    "patch_size": 2,
+    "embed_dim": 8,
+    "depths": [2, 2],
+    "num_heads": [1, 2],
+    "window_size": 3,
+    "encoder_stride": 4,
+    "drop_path_rate": 0.0,
+}
+
+
 def token_inputs(batch_size: int = 2, length: int = 13) -> dict[str, torch.Tensor]:
     """Ids of a batch of unpadded rows; the last ids of the vocabulary never occur."""
     return {"input_ids": torch.randint(1, VOCABULARY - 4, (batch_size, length))}

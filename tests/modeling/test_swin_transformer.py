@@ -18,19 +18,10 @@ from hf_tfamily.modeling.modeling_swin_transformer import (
     SwinTransformerModel,
 )
 from tests.reference import swin_transformer as reference
+from tests.tiny_models import SMALL_SWIN
 
 BACKENDS = ("eager", "sdpa", "block_sparse")
-SMALL = {
-    "image_size": 32,
-    "patch_size": 2,
-    "embed_dim": 8,
-    "depths": [2, 2],
-    "num_heads": [1, 2],
-    "window_size": 3,
-    "encoder_stride": 4,
-    "num_labels": 5,
-    "drop_path_rate": 0.0,
-}
+SMALL = {**SMALL_SWIN, "image_size": 32, "num_labels": 5}
 
 
 def build(model_class, config_class=SwinTransformerConfig, backend="eager", **changes):

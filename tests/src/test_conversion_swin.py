@@ -31,19 +31,10 @@ from hf_tfamily.modeling.modeling_swin_transformer import (
     SwinTransformerForMaskedImageModeling,
     SwinTransformerModel,
 )
+from tests.tiny_models import SMALL_SWIN
 
 register_all()
 
-TINY = {
-    "image_size": 24,
-    "patch_size": 2,
-    "embed_dim": 8,
-    "depths": [2, 2],
-    "num_heads": [1, 2],
-    "window_size": 3,
-    "encoder_stride": 4,
-    "drop_path_rate": 0.0,
-}
 VARIANTS = {
     "plain": {},
     "no_biases": {"qkv_bias": False, "hidden_act": "relu", "layer_norm_eps": 1e-3, "mlp_ratio": 2.5},
@@ -93,7 +84,7 @@ EARLY_CONFIG = {
 
 def random_model(model_class, **fields):
     """With norms, biases and tables that are not at their initial 1 and 0, so that a lost one shows."""
-    model = model_class(model_class.config_class(**{**TINY, **fields})).eval()
+    model = model_class(model_class.config_class(**{**SMALL_SWIN, **fields})).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))

@@ -22,20 +22,11 @@ from hf_tfamily.modeling.modeling_swin_transformer import (
     SwinTransformerForMaskedImageModeling,
     SwinTransformerModel,
 )
+from tests.tiny_models import SMALL_SWIN
 
 register_all()
 
-TINY = {
-    "image_size": 24,
-    "patch_size": 2,
-    "embed_dim": 8,
-    "depths": [2, 2],
-    "num_heads": [1, 2],
-    "window_size": 3,
-    "encoder_stride": 4,
-    "drop_path_rate": 0.0,
-    "num_labels": 5,
-}
+TINY = {**SMALL_SWIN, "num_labels": 5}
 BACKENDS = ("eager", "sdpa", "block_sparse")
 CLASSES = {0: "dark", 1: "grey", 2: "bright"}
 
