@@ -11,7 +11,8 @@ from transformers.cache_utils import Cache
 
 from .attention_block_sparse import NAME as BLOCK_SPARSE
 from .attention_masks import VisibleKeys, drop_trivial, full_causal, sees_all, visible_keys
-from .attention_patterns import Full, Pattern
+from .attention_patterns import Full
+from .attention_patterns_base import Pattern
 
 
 def eager_attention_forward(

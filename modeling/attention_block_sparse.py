@@ -21,7 +21,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 
 from .attention_decode import attend_one
 from .attention_masks import VisibleKeys, with_packing, with_padding
-from .attention_patterns import Full, Local, Pattern, intersect, pattern_from_dict
+from .attention_patterns import Full, Local, intersect, pattern_from_dict
+from .attention_patterns_base import Pattern
 from .attention_relative import relative_attention
 from .attention_relative_plan import rows_by_distance
 from .attention_torch import block_sparse_attention

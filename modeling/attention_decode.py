@@ -14,7 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .attention_masks import VisibleKeys
-from .attention_patterns import Block1D, FixedBlock, FixedSummary, Intersection, Local, Pattern, Strided
+from .attention_patterns import FixedBlock, FixedSummary, Intersection, Local, Strided
+from .attention_patterns_base import Pattern
+from .attention_patterns_images import Block1D
 
 
 def attend_one(seen: VisibleKeys, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:

@@ -13,7 +13,8 @@ from functools import lru_cache
 import torch
 from torch.nn.attention.flex_attention import BlockMask
 
-from .attention_patterns import Full, Pattern
+from .attention_patterns import Full
+from .attention_patterns_base import Pattern
 
 FLEX_BLOCK = 128
 

@@ -26,7 +26,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from .attention_patterns import Block1D, Block2D, FixedBlock, FixedSummary, Full, Local, Pattern, Strided
+from .attention_patterns import FixedBlock, FixedSummary, Full, Local, Strided
+from .attention_patterns_base import Pattern
+from .attention_patterns_images import Block1D, Block2D
 
 _CHUNK = 32  # queries of a tile in a band: a window of w keys costs w + 31
 _ALIGNED = 16  # products are faster where tiles are multiples of this wide

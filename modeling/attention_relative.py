@@ -12,7 +12,7 @@ of a tile, U distances that it meets; G tiles, batch entries or heads taken toge
 import torch
 from torch import Tensor
 
-from .attention_patterns import Pattern
+from .attention_patterns_base import Pattern
 from .attention_plan import Group, Part
 from .attention_products import (
     LOG2_E,

@@ -16,18 +16,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .attention_patterns import (
-    Fixed,
-    FixedBlock,
-    FixedSummary,
-    Full,
-    Intersection,
-    Local,
-    Pattern,
-    PerHead,
-    Strided,
-    Union,
-)
+from .attention_patterns import Fixed, FixedBlock, FixedSummary, Full, Intersection, Local, PerHead, Strided, Union
+from .attention_patterns_base import Pattern
 from .attention_plan import Group, Part, Tokens, plan_attention
 
 _ROWS = 256  # queries of a tile without a mask

@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .attention_patterns import Pattern, grid_of, pattern_from_dict
+from .attention_patterns import grid_of, pattern_from_dict
+from .attention_patterns_base import Pattern
 from .attention_plan import Group, Part, Plan, Tokens, plan_attention
 from .attention_products import LOG2_E, MASKED, Extra, Space, Work, additive, backward_part, causal_bias, scaled_delta
 

@@ -11,7 +11,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from .attention_patterns import Pattern, pattern_from_dict
+from .attention_patterns import pattern_from_dict
+from .attention_patterns_base import Pattern
 from .attention_triton_configs import (
     BIASED,
     BIASED_TABLE,

@@ -21,7 +21,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .attention_patterns import Block1D, FixedBlock, FixedSummary, Full, Local, Pattern, Strided
+from .attention_patterns import FixedBlock, FixedSummary, Full, Local, Strided
+from .attention_patterns_base import Pattern
+from .attention_patterns_images import Block1D
 
 FIELDS = 16  # of an item, as in attention_triton_kernels.py
 _SPLIT_TILES = 16  # tiles of queries that one program takes where the work of key tiles is uneven

@@ -14,7 +14,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .attention_patterns import Pattern
+from .attention_patterns_base import Pattern
 from .attention_triton_layout import FIELDS, Extent
 
 _SPARE = 1.1  # a coarser granule may cost this much more

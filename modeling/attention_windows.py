@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from .attention_patterns import Window2D
+from .attention_patterns_images import Window2D
 
 WINDOWS = 256  # attended to at a time on a CPU
 

@@ -25,19 +25,18 @@ from transformers.generation.configuration_utils import GenerationConfig, Genera
 
 from .attention_masks import VisibleKeys, token_positions
 from .attention_patterns import (
-    Block1D,
-    Block2D,
     FixedBlock,
     FixedSummary,
     Full,
     Intersection,
     Local,
-    Pattern,
     Strided,
     Union,
     patterns_for_layers,
     walk,
 )
+from .attention_patterns_base import Pattern
+from .attention_patterns_images import Block1D, Block2D
 from .memory_blocks import BlockStore
 
 

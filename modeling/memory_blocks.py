@@ -11,7 +11,7 @@ from functools import lru_cache
 
 import torch
 
-from .attention_patterns import Block1D, Block2D
+from .attention_patterns_images import Block1D, Block2D
 
 
 @dataclass(frozen=True)

@@ -9,16 +9,8 @@ from collections.abc import Callable
 
 import torch
 
-from .attention_patterns import (
-    FixedBlock,
-    Intersection,
-    Local,
-    Pattern,
-    PerHead,
-    Union,
-    intersect,
-    patterns_for_layers,
-)
+from .attention_patterns import FixedBlock, Intersection, Local, PerHead, Union, intersect, patterns_for_layers
+from .attention_patterns_base import Pattern
 from .memory_segments import HiddenStateLayer, KeyValueLayer, SegmentMemory
 
 

@@ -31,7 +31,8 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .attention import eager_attention_forward
 from .attention_block_sparse import NAME as BLOCK_SPARSE
 from .attention_block_sparse import BlockSparseByDefault
-from .attention_patterns import Window2D, patterns_for_layers
+from .attention_patterns import patterns_for_layers
+from .attention_patterns_images import Window2D
 from .attention_windows import WindowLayout, window_attention, window_layout
 from .checks import check_labels, check_patch_mask, check_pixels
 from .configuration_swin_transformer import SwinTransformerConfig, pair

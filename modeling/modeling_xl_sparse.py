@@ -22,7 +22,7 @@ from .attention import eager_attention_forward, lower_mask
 from .attention_block_sparse import NAME as BLOCK_SPARSE
 from .attention_block_sparse import BlockSparseByDefault, key_distances
 from .attention_masks import VisibleKeys
-from .attention_patterns import Pattern
+from .attention_patterns_base import Pattern
 from .attention_relative_plan import distances_met, rows_by_distance
 from .configuration_xl_sparse import XLSparseConfig
 from .memory_sparse_segments import SparseSegmentMemory, layer_patterns

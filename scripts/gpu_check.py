@@ -34,7 +34,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import hf_tfamily  # noqa: F401  registers the systems
 from hf_tfamily.modeling import attention_triton, attention_triton_relative
-from hf_tfamily.modeling.attention_patterns import Pattern
+from hf_tfamily.modeling.attention_patterns_base import Pattern
 from hf_tfamily.modeling.attention_torch import _to_json, block_sparse_attention
 from hf_tfamily.modeling.attention_triton_call import Call
 from hf_tfamily.modeling.attention_triton_layout import layout

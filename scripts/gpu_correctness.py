@@ -8,7 +8,8 @@ from gpu_run import Run, inputs
 from gpu_shapes import PATTERNS
 
 from hf_tfamily.modeling import attention_triton_views as views
-from hf_tfamily.modeling.attention_patterns import FixedBlock, Full, Local, Pattern, Strided, Union
+from hf_tfamily.modeling.attention_patterns import FixedBlock, Full, Local, Strided, Union
+from hf_tfamily.modeling.attention_patterns_base import Pattern
 from hf_tfamily.modeling.attention_relative import relative_attention
 from hf_tfamily.modeling.attention_relative_plan import distances_met, rows_by_distance
 from hf_tfamily.modeling.attention_torch import block_sparse_attention

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from hf_tfamily.modeling.attention_patterns import Fixed, FixedBlock, Full, Local, Pattern, Strided, Union
+from hf_tfamily.modeling.attention_patterns import Fixed, FixedBlock, Full, Local, Strided, Union
+from hf_tfamily.modeling.attention_patterns_base import Pattern
 
 Goals = tuple[tuple[float, float] | None, tuple[float, float] | None]  # (must, stretch) of forward, and with backward
 _PRIME = 1009

@@ -16,8 +16,9 @@ ROOT = Path(__file__).parents[1]
 MODELING = ROOT / "modeling"
 FILES = sorted(path.stem for path in MODELING.glob("*.py") if path.stem != "__init__")
 
-MASKS = {"attention_masks", "attention_patterns"}
-PLAN = {"attention_plan", "attention_patterns"}
+PATTERNS = {"attention_patterns", "attention_patterns_base", "attention_patterns_images"}
+MASKS = {"attention_masks"} | PATTERNS
+PLAN = {"attention_plan"} | PATTERNS
 EXECUTORS = {"attention_torch", "attention_triton", "attention_triton_relative"}
 KERNELS = {f"attention_triton_{name}" for name in ("kernels", "key_gradients", "query_gradients")}
 TRITON = {f"attention_triton_{name}" for name in ("call", "configs", "layout", "tables")}
@@ -26,39 +27,41 @@ SHARED = {name for name in FILES if not name.startswith(("modeling_", "configura
 # The first line that fits a file holds. Modules without a line of their own import nothing of ours.
 MAY_IMPORT = {
     "attention_decode": MASKS,
-    "attention_masks": {"attention_patterns"},
-    "attention_plan": {"attention_patterns"},
+    "attention_masks": PATTERNS,
+    "attention_patterns": PATTERNS,
+    "attention_patterns_images": {"attention_patterns_base"},
+    "attention_plan": PATTERNS,
     "attention_relative_plan": PLAN,
     "attention_products": {"attention_plan"},
     "attention_relative": PLAN | {"attention_products", "attention_relative_plan", "attention_torch"},
     "attention_torch": PLAN | {"attention_products"},
     "attention_triton": {"attention_triton_call", "attention_triton_launch", "attention_triton_views"},
     "attention_triton_*_gradients": {"attention_triton_kernels"},
-    "attention_triton_call": {"attention_patterns", "attention_triton_views"} | KERNELS | TRITON,
+    "attention_triton_call": {"attention_triton_views"} | PATTERNS | KERNELS | TRITON,
     "attention_triton_launch": TRITON,
-    "attention_triton_relative": {"attention_relative", "attention_relative_plan", "attention_patterns"}
-    | {"attention_triton"}
+    "attention_triton_relative": {"attention_relative", "attention_relative_plan", "attention_triton"}
+    | PATTERNS
     | TRITON,
-    "attention_triton_layout": {"attention_patterns"},
-    "attention_triton_tables": {"attention_patterns", "attention_triton_layout"},
-    "attention_triton_views": {"attention_patterns", "attention_triton_layout"},
+    "attention_triton_layout": PATTERNS,
+    "attention_triton_tables": {"attention_triton_layout"} | PATTERNS,
+    "attention_triton_views": {"attention_triton_layout"} | PATTERNS,
     "attention_block_sparse": MASKS
     | PLAN
     | EXECUTORS
     | {"attention_decode", "attention_relative", "attention_relative_plan"},
-    "attention_windows": {"attention_patterns"},
+    "attention_windows": PATTERNS,
     "attention": MASKS | PLAN | {"attention_block_sparse"},
-    "image_embeddings": {"attention_patterns", "memory_images", "mixture_of_logistics", "positions"},
+    "image_embeddings": {"memory_images", "mixture_of_logistics", "positions"} | PATTERNS,
     "image_heads": {"mixture_of_logistics"},
     "image_layers": {"attention"},
     "layers": {"attention", "position_schemes"},
     "position_schemes": {"positions"},
     "vanilla_stacks": SHARED | {"configuration_vanilla_transformer"},
     "memory": MASKS | {"memory_blocks"},
-    "memory_blocks": {"attention_patterns"},
-    "memory_sparse_segments": {"attention_patterns", "memory_segments"},
+    "memory_blocks": PATTERNS,
+    "memory_sparse_segments": {"memory_segments"} | PATTERNS,
     "memory_*": MASKS | {"memory"},
-    "configuration_*": {"attention_patterns"},
+    "configuration_*": PATTERNS,
     "modeling_*": SHARED,
 }
 # Systems that their own paper presents as an extension of another.

@@ -10,7 +10,6 @@ from hf_tfamily.modeling.attention_block_sparse import attend
 from hf_tfamily.modeling.attention_decode import attend_one, reachable
 from hf_tfamily.modeling.attention_masks import VisibleKeys, visible_keys
 from hf_tfamily.modeling.attention_patterns import (
-    Block1D,
     Fixed,
     FixedBlock,
     FixedSummary,
@@ -21,6 +20,7 @@ from hf_tfamily.modeling.attention_patterns import (
     Strided,
     Union,
 )
+from hf_tfamily.modeling.attention_patterns_images import Block1D
 from hf_tfamily.modeling.configuration_rope_decoder import RoPEDecoderConfig
 from hf_tfamily.modeling.modeling_rope_decoder import RoPEDecoderForCausalLM
 

@@ -6,9 +6,6 @@ import pytest
 import torch
 
 from hf_tfamily.modeling.attention_patterns import (
-    PATTERN_TYPES,
-    Block1D,
-    Block2D,
     Fixed,
     FixedBlock,
     FixedSummary,
@@ -18,11 +15,12 @@ from hf_tfamily.modeling.attention_patterns import (
     PerHead,
     Strided,
     Union,
-    Window2D,
     pattern_from_dict,
     patterns_for_layers,
     walk,
 )
+from hf_tfamily.modeling.attention_patterns_base import PATTERN_TYPES
+from hf_tfamily.modeling.attention_patterns_images import Block1D, Block2D, Window2D
 from tests.reference.image_transformer import block_order
 
 PATTERNS = [

@@ -3,18 +3,8 @@
 import pytest
 import torch
 
-from hf_tfamily.modeling.attention_patterns import (
-    Block1D,
-    Block2D,
-    Fixed,
-    FixedBlock,
-    FixedSummary,
-    Full,
-    Local,
-    PerHead,
-    Strided,
-    Union,
-)
+from hf_tfamily.modeling.attention_patterns import Fixed, FixedBlock, FixedSummary, Full, Local, PerHead, Strided, Union
+from hf_tfamily.modeling.attention_patterns_images import Block1D, Block2D
 from hf_tfamily.modeling.attention_plan import decode_keys, kept_keys, plan_attention
 from tests.reference.attention import dense_mask
 

@@ -10,8 +10,6 @@ pytest.importorskip("triton")
 
 from hf_tfamily.modeling import attention_triton, attention_triton_call, attention_triton_launch
 from hf_tfamily.modeling.attention_patterns import (
-    Block1D,
-    Block2D,
     Fixed,
     FixedBlock,
     FixedSummary,
@@ -21,8 +19,8 @@ from hf_tfamily.modeling.attention_patterns import (
     PerHead,
     Strided,
     Union,
-    Window2D,
 )
+from hf_tfamily.modeling.attention_patterns_images import Block1D, Block2D, Window2D
 from hf_tfamily.modeling.attention_triton_configs import Tile
 from tests.modeling.test_attention_plan import EXTENTS, HEADS
 from tests.modeling.test_attention_torch import make_inputs, poisoned_memory, with_gradients

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_tfamily.modeling import attention_windows
-from hf_tfamily.modeling.attention_patterns import Window2D
+from hf_tfamily.modeling.attention_patterns_images import Window2D
 from hf_tfamily.modeling.attention_windows import window_attention, window_layout
 
 SCALING = 0.5

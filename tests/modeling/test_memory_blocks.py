@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from hf_tfamily.modeling.attention_patterns import Block1D, Block2D, Full, PerHead
+from hf_tfamily.modeling.attention_patterns import Full, PerHead
+from hf_tfamily.modeling.attention_patterns_images import Block1D, Block2D
 from hf_tfamily.modeling.memory import PatternCache
 
 PATTERNS = [
