@@ -47,14 +47,24 @@ def make_page(name: str, prefix: str) -> None:
 
 
 def _paper(name: str) -> str:
-    """A table of the places of the paper that the modeling file names."""
-    path = ROOT / "modeling" / f"modeling_{name}.py"
-    rows = [f"| {place} | `{where}` | {text} |" for place, where, text in _mentions(path)]
-    if not rows:
+    """A table of the places of the paper that the modeling file and those of the system's parts name."""
+    modeling = ROOT / "modeling"
+    files = [modeling / f"modeling_{name}.py", *sorted(modeling.glob(f"{name.partition('_')[0]}_*.py"))]
+    said = {path: list(_mentions(path)) for path in files}
+    links = [f"[modeling/{path.name}](../../modeling/{path.name})" for path in files if said[path]]
+    if not links:
         return ""
-    file = f"[modeling/{path.name}](../../modeling/{path.name})"
+    rows = [f"| {place} | `{where}` | {text} |" for path in files for place, where, text in said[path]]
     return "\n".join(
-        ["## From the paper to the code", "", f"All in {file}.", "", "| paper | code | |", "|---|---|---|", *rows]
+        [
+            "## From the paper to the code",
+            "",
+            f"All in {', '.join(links)}.",
+            "",
+            "| paper | code | |",
+            "|---|---|---|",
+            *rows,
+        ]
     )
 
 

@@ -56,6 +56,7 @@ MAY_IMPORT = {
     "image_layers": {"attention"},
     "layers": {"attention", "position_schemes"},
     "position_schemes": {"positions"},
+    "swin_layers": {"checks", "configuration_swin_transformer"},
     "vanilla_stacks": SHARED | {"configuration_vanilla_transformer"},
     "memory": MASKS | {"memory_blocks"},
     "memory_blocks": PATTERNS,
