@@ -46,6 +46,9 @@ class ImageTransformerConfig(PreTrainedConfig):
         num_encoder_layers: encoder layers of the super-resolution model; num_hidden_layers if None.
         source_image_size: height and width of the images that model enlarges, or one number for both.
         encoder_attention_patterns: patterns of its encoder, in raster order.
+        predict_residual: its decoder reads and predicts how values differ from the small image after bicubic
+            interpolation, instead of values themselves. Not in the paper (Kim et al. 2016, arXiv:1511.04587, have it);
+            for output="logistic_mixture".
         layer_norm_eps: epsilon of the layer norms.
         initializer_range: standard deviation of the initial weights.
         bos_token_id, decoder_start_token_id: start token of images without classes; num_values if None.
@@ -74,6 +77,7 @@ class ImageTransformerConfig(PreTrainedConfig):
     num_encoder_layers: int | None = None
     source_image_size: int | list[int] | tuple[int, ...] = 8
     encoder_attention_patterns: dict[str, Any] | list[dict[str, Any]] | None = None
+    predict_residual: bool = False
     layer_norm_eps: float = 1e-5
     initializer_range: float = 0.02
     use_cache: bool = True
@@ -192,6 +196,11 @@ class ImageTransformerConfig(PreTrainedConfig):
         for name, allowed in (("output", OUTPUTS), ("coordinates", COORDINATES), ("hidden_act", ACT2FN)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown{nearest(getattr(self, name), allowed)}")
+
+    def validate_predict_residual(self):
+        """Differences are numbers, which a softmax over ids cannot move."""
+        if self.predict_residual and self.output != "logistic_mixture":
+            raise ValueError(f"predict_residual=True needs output='logistic_mixture', got output={self.output!r}.")
 
     def validate_attention_patterns(self):
         """Patterns are known, complete, can be dealt out to the heads, and agree on the order of generation."""

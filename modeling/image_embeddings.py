@@ -13,7 +13,7 @@ from transformers import initialization as init
 
 from .attention_patterns_images import Block2D
 from .memory_images import ImageCache
-from .mixture_of_logistics import rescale
+from .mixture_of_logistics import RESIDUAL_UNIT, rescale
 from .positions import sinusoids
 
 
@@ -29,7 +29,7 @@ class ValueEmbedding(nn.Module):
         self.channels, self.hidden_size = config.num_channels, config.hidden_size
         self.embed_tokens = nn.Embedding(config.vocab_size, config.num_channels * config.hidden_size)
 
-    def forward(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    def forward(self, ids: torch.Tensor, positions: torch.Tensor, enlarged: None = None) -> torch.Tensor:
         """The ids [B, P, 1] before the values at `positions` [B or 1, P] -> [B, P, d]."""
         return self.of_channel(self.embed_tokens(ids.squeeze(-1)), positions)
 
@@ -68,22 +68,37 @@ class SourcePixelEmbedding(nn.Module):
 
     def forward(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Whole pixels [B, P, C] -> [B, P, d]."""
-        values = rescale(ids.clamp(max=self.num_values - 1), self.num_values, self.embed_values.weight.dtype)
-        return self.embed_values(values).relu()
+        return self.embed_numbers(self.numbers(ids, self.embed_values.weight.dtype))
+
+    def numbers(self, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """From -1 to 1; start tokens as the last value."""
+        return rescale(ids.clamp(max=self.num_values - 1), self.num_values, dtype)
+
+    def embed_numbers(self, numbers: torch.Tensor) -> torch.Tensor:
+        """[B, P, C] -> [B, P, d]"""
+        return self.embed_values(numbers.to(self.embed_values.weight.dtype)).relu()
 
 
 class PixelEmbedding(SourcePixelEmbedding):
-    """The same for the pixels before those to predict; before the first is the start token."""
+    """The same for the pixels before those to predict, or how they differ from an enlarged image.
+
+    Before the first is the start token.
+    """
 
     def __init__(self, config):
         super().__init__(config)
         self.hidden_size = config.hidden_size
         self.embed_start = nn.Embedding(config.vocab_size - config.num_values, config.hidden_size)
 
-    def forward(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """The pixels [B, P, C] before those at `positions` [1, P] -> [B, P, d]."""
+    def forward(self, ids: torch.Tensor, positions: torch.Tensor, enlarged: torch.Tensor | None = None) -> torch.Tensor:
+        """The pixels [B, P, C] before those at `positions` [1, P] -> [B, P, d]; `enlarged` [B, pixels, C]."""
         start = self.embed_start((ids[..., -1] - self.num_values).clamp(min=0)) * math.sqrt(self.hidden_size)
-        return torch.where((positions == 0)[..., None], start, super().forward(ids, positions))
+        if enlarged is None:
+            pixels = super().forward(ids, positions)
+        else:
+            before = enlarged[:, (positions[0] - 1).clamp(min=0)]
+            pixels = self.embed_numbers((self.numbers(ids, enlarged.dtype) - before) / RESIDUAL_UNIT)
+        return torch.where((positions == 0)[..., None], start, pixels)
 
 
 EMBEDDINGS: dict[str, type[nn.Module]] = {"categorical": ValueEmbedding, "logistic_mixture": PixelEmbedding}

@@ -31,7 +31,7 @@ class CategoricalOutput(nn.Module):
         """The linear layer from hidden states to logits."""
         return nn.Linear(config.hidden_size, config.vocab_size)
 
-    def forward(self, layer: nn.Linear, hidden_states, ids, first, kept, targets):
+    def forward(self, layer: nn.Linear, hidden_states, ids, first, kept, targets, enlarged=None):
         """Logits [B, T, V] and what each target [B, T] costs in nats; arguments as of MixtureOutput."""
         logits = layer(hidden_states[:, kept])
         if targets is None:
@@ -65,6 +65,7 @@ class MixtureOutput(nn.Module):
         first: int,
         kept: slice | torch.Tensor,
         targets: torch.Tensor | None,
+        enlarged: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """
         Args:
@@ -74,6 +75,7 @@ class MixtureOutput(nn.Module):
             first: how many ids came before these T.
             kept: those of the T positions that are asked for.
             targets: [B, T] next values; IGNORED ones cost nothing.
+            enlarged: [B, pixels, C] what mixtures are measured from, in the order of generation; None for 0.
 
         Returns:
             Logits [B, T, V], float32, of start tokens the lowest there is; None in training with targets, whose nats
@@ -82,21 +84,23 @@ class MixtureOutput(nn.Module):
         with torch.autocast(hidden_states.device.type, enabled=False):  # brightness needs more than bfloat16's 8 bits
             parameters = layer(hidden_states[:, kept].to(layer.weight.dtype))
             parameters = parameters.to(torch.promote_types(parameters.dtype, torch.float32))
-            mixture = self._mixture(parameters, ids, first, kept)
+            mixture = self._mixture(parameters, ids, first, kept, enlarged)
             nats = None if targets is None else self._nats(mixture, targets[:, kept])
             logits = None if self.training and nats is not None else self._logits(mixture)
         return logits, nats
 
-    def _mixture(self, parameters: torch.Tensor, ids: torch.Tensor, first: int, kept) -> ChannelMixture:
+    def _mixture(self, parameters: torch.Tensor, ids: torch.Tensor, first: int, kept, enlarged) -> ChannelMixture:
         length = ids.shape[1] - self.channels + 1
-        channel = ((first + torch.arange(length, device=ids.device)) % self.channels)[kept]  # [T]
+        places = (first + torch.arange(length, device=ids.device))[kept]  # [T]
+        channel = places % self.channels
         known = ids.clamp(max=self.num_values - 1)
         recent = [known[:, place + 1 : place + 1 + length] for place in range(self.channels - 1)]
         recent = torch.stack([*recent, torch.zeros_like(known[:, :length])], dim=-1)[:, kept]  # [B, T, C]
         # Channel j of this pixel is so many values ago; where it is not known yet, the 0 at the end stands for it.
-        places = torch.arange(self.channels, device=ids.device) + self.channels - 1 - channel[:, None]
-        places = places.clamp(max=self.channels - 1).expand_as(recent)
-        return channel_mixture(parameters, channel.expand(recent.shape[:2]), recent.gather(-1, places), self.num_values)
+        ago = torch.arange(self.channels, device=ids.device) + self.channels - 1 - channel[:, None]
+        earlier = recent.gather(-1, ago.clamp(max=self.channels - 1).expand_as(recent))
+        origin = None if enlarged is None else enlarged[:, places // self.channels]
+        return channel_mixture(parameters, channel.expand(recent.shape[:2]), earlier, self.num_values, origin)
 
     def _nats(self, mixture: ChannelMixture, targets: torch.Tensor) -> torch.Tensor:
         costs = -mixture.log_prob(targets.clamp(0, self.num_values - 1))

@@ -6,15 +6,19 @@ of L stands for x = 2 v / (L - 1) - 1; its probability under a logistic is the m
 ones. Component weights and coefficients are shared by the channels of a pixel, so given earlier channels the weights of
 the next one are those of Bayes' rule; the product of these conditionals is the mixture's own probability.
 
+Means may be measured from an origin: numbers that the values are near, such as those of an enlarged small image.
+
 Shapes: ... any, K components, C channels, L values.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 LOWEST_LOG_SCALE = -7.0
+RESIDUAL_UNIT = 1 / 8  # differences from an origin are mostly within this, so in this unit they are numbers of size 1
 
 
 def num_parameters(num_mixtures: int, num_channels: int) -> int:
@@ -85,7 +89,11 @@ class ChannelMixture:
 
 
 def channel_mixture(
-    parameters: torch.Tensor, channel: torch.Tensor, earlier: torch.Tensor, num_values: int
+    parameters: torch.Tensor,
+    channel: torch.Tensor,
+    earlier: torch.Tensor,
+    num_values: int,
+    origin: torch.Tensor | None = None,
 ) -> ChannelMixture:
     """The mixture of the next channel.
 
@@ -94,14 +102,21 @@ def channel_mixture(
         channel: [...] which channel comes next.
         earlier: [..., C] the pixel's values; only those of channels before `channel` matter.
         num_values: L.
+        origin: [..., C] numbers from -1 to 1 that means and earlier values are measured from, means and scales in
+            RESIDUAL_UNITs; None for 0, in units of 1.
     """
     channels = earlier.shape[-1]
     pairs = channels * (channels - 1) // 2
     parameters = parameters.unflatten(-1, (1 + 2 * channels + pairs, -1))  # [..., ., K]
     log_weights, means, log_scales, coefficients = parameters.split((1, channels, channels, pairs), dim=-2)
     log_weights = log_weights.squeeze(-2).log_softmax(dim=-1)
+    scaled = rescale(earlier, num_values, means.dtype)
+    if origin is None:
+        means = _shifted_means(means, coefficients.tanh(), scaled)
+    else:
+        log_scales = log_scales + math.log(RESIDUAL_UNIT)
+        means = origin[..., None] + _shifted_means(means * RESIDUAL_UNIT, coefficients.tanh(), scaled - origin)
     log_scales = log_scales.clamp(min=LOWEST_LOG_SCALE)
-    means = _shifted_means(means, coefficients.tanh(), rescale(earlier, num_values, means.dtype))
 
     known = torch.arange(channels, device=channel.device) < channel[..., None]  # [..., C]
     evidence = log_interval(earlier[..., None], means, log_scales, num_values)  # [..., C, K]

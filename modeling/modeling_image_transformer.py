@@ -38,6 +38,7 @@ from .image_embeddings import (
     NoCondition,
     PixelConvolution,
 )
+from .image_enlargement import ENLARGEMENTS, EnlargingEncoderOutput, check_enlarged
 from .image_heads import OUTPUTS, mean_nats, next_values
 from .image_layers import ImageTransformerAttention, ImageTransformerBlock, MatchingKeys
 from .memory import PatternCache, PatternCacheGenerationMixin
@@ -144,6 +145,7 @@ class ImageTransformerModel(ImageTransformerStack):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
+        enlarged: torch.FloatTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPastAndCrossAttentions:
         """
@@ -156,8 +158,10 @@ class ImageTransformerModel(ImageTransformerStack):
             encoder_hidden_states: [B, S, hidden] what cross-attention reads.
             encoder_attention_mask: [B, S], 0 for its padding.
             past_key_values: what earlier calls returned.
+            enlarged: [B, pixels, channels] what the encoder interpolated; with `predict_residual`.
         """
         self._check_inputs(input_ids, inputs_embeds, encoder_hidden_states)
+        check_enlarged(self.config.predict_residual, enlarged)
         if past_key_values is None and use_cache:
             past_key_values = self._whole_cache()
         past, cross_past = _split_cache(past_key_values)
@@ -168,7 +172,7 @@ class ImageTransformerModel(ImageTransformerStack):
         attention_mask, position_ids = self._without_padding(attention_mask, position_ids, past)
 
         positions = self._positions(values, attention_mask, position_ids, past)
-        hidden_states = self._embed(input_ids, inputs_embeds, positions, past)
+        hidden_states = self._embed(input_ids, inputs_embeds, positions, past, enlarged)
         if hidden_states.shape[1] > 0:  # else all values belong to a pixel whose position has been computed
             hidden_states = self.dropout(hidden_states + self.coordinates(positions, hidden_states))
             trunk = past.trunk if self.needs_state and past is not None else past
@@ -233,13 +237,13 @@ class ImageTransformerModel(ImageTransformerStack):
         check_positions(places, self.config.max_position_embeddings, counted_to=seen + length)
         return places if width == 1 else places[:, -seen % width :: width] // width
 
-    def _embed(self, input_ids, inputs_embeds, positions: torch.Tensor, past: Cache | None) -> torch.Tensor:
+    def _embed(self, input_ids, inputs_embeds, positions: torch.Tensor, past: Cache | None, enlarged) -> torch.Tensor:
         """[B, P, hidden] of the values before those at `positions`, without coordinates."""
         if inputs_embeds is not None:
             embeddings = self.embedding.of_channel(inputs_embeds, positions)
         else:
             ids = windows(input_ids, positions.shape[1], past, self.values_per_position)
-            embeddings = self.embedding(ids, positions)
+            embeddings = self.embedding(ids, positions, enlarged)
         return self.condition(embeddings, positions, image_state(past))
 
 
@@ -272,6 +276,7 @@ class ImageTransformerForCausalLM(ImageTransformerPreTrainedModel, ImageTransfor
     _tied_weights_keys = {"lm_head.weight": "model.embedding.embed_tokens.weight"}
 
     def __init__(self, config: ImageTransformerConfig):
+        check_enlarged(config.predict_residual, None)
         config = _with_encoder(config, False)
         super().__init__(config)
         self.model = ImageTransformerModel(config)
@@ -339,6 +344,7 @@ class ImageTransformerEncoder(ImageTransformerStack):
         patterns = patterns_for_layers(config.encoder_attention_patterns, config.num_encoder_layers)
         self.patterns = [pattern.bind(grid) for pattern in patterns]
         self.embedding = SOURCE_EMBEDDINGS[config.output](config)
+        self.enlargement = ENLARGEMENTS[config.predict_residual](config)
         stretch = tuple(large / small for large, small in zip(config.image_size, config.source_image_size))
         self.coordinates = ImageCoordinates(config.coordinates, grid, None, config.hidden_size, stretch)
         self.dropout = nn.Dropout(config.resid_dropout)
@@ -355,7 +361,7 @@ class ImageTransformerEncoder(ImageTransformerStack):
         input_ids: torch.LongTensor,
         attention_mask: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> BaseModelOutput:
+    ) -> EnlargingEncoderOutput:
         """
         Args:
             input_ids: [B, S] values of the image to enlarge.
@@ -377,7 +383,9 @@ class ImageTransformerEncoder(ImageTransformerStack):
         masks = layer_masks(self.patterns, self.config, hidden_states, attention_mask, causal=False)
         for layer, mask in zip(self.layers, masks):
             hidden_states = layer(hidden_states, mask, **kwargs)
-        return BaseModelOutput(last_hidden_state=hidden_states)
+        return EnlargingEncoderOutput(
+            last_hidden_state=hidden_states, enlarged=self.enlargement(pixels, like=hidden_states)
+        )
 
 
 class ImageTransformerForSuperResolution(ImageTransformerPreTrainedModel, ImageTransformerGenerationMixin):
@@ -448,6 +456,7 @@ class ImageTransformerForSuperResolution(ImageTransformerPreTrainedModel, ImageT
             if input_ids is None:
                 raise ValueError("Give input_ids, the values of the image to enlarge, or encoder_outputs.")
             encoder_outputs = self.encoder(input_ids, attention_mask=attention_mask, **kwargs)
+        enlarged = getattr(encoder_outputs, "enlarged", None)
         first = 0 if past_key_values is None else past_key_values.get_seq_length()
         ids = with_recent(decoder_input_ids, _split_cache(past_key_values)[0], self.config.num_channels)
         outputs = self.model(
@@ -457,9 +466,10 @@ class ImageTransformerForSuperResolution(ImageTransformerPreTrainedModel, ImageT
             encoder_attention_mask=self.encoder.unpadded(attention_mask),
             past_key_values=past_key_values,
             use_cache=use_cache,
+            enlarged=enlarged,
             **kwargs,
         )
-        logits, nats = self.output(self.lm_head, outputs.last_hidden_state, ids, first, slice(None), labels)
+        logits, nats = self.output(self.lm_head, outputs.last_hidden_state, ids, first, slice(None), labels, enlarged)
         return Seq2SeqLMOutput(
             loss=None if nats is None else mean_nats(nats, labels, num_items),
             logits=logits,

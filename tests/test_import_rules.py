@@ -52,6 +52,7 @@ MAY_IMPORT = {
     "attention_windows": PATTERNS,
     "attention": MASKS | PLAN | {"attention_block_sparse"},
     "image_embeddings": {"memory_images", "mixture_of_logistics", "positions"} | PATTERNS,
+    "image_enlargement": {"mixture_of_logistics"} | PATTERNS,
     "image_heads": {"mixture_of_logistics"},
     "image_layers": {"attention"},
     "layers": {"attention", "position_schemes"},

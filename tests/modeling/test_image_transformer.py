@@ -4,6 +4,7 @@ import copy
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -18,12 +19,14 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
+from transformers.modeling_outputs import BaseModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import hf_tfamily  # noqa: F401
 from hf_tfamily.modeling.attention import eager_attention_forward, layer_masks
 from hf_tfamily.modeling.attention_patterns_images import Block1D, Block2D
 from hf_tfamily.modeling.configuration_image_transformer import ImageTransformerConfig
+from hf_tfamily.modeling.image_enlargement import BicubicEnlargement
 from hf_tfamily.modeling.image_processing_tokens import ImageTokenProcessor
 from hf_tfamily.modeling.memory import PatternCacheLayer
 from hf_tfamily.modeling.mixture_of_logistics import channel_mixture
@@ -46,6 +49,11 @@ VALUES, CLASSES = 5, 3
 
 every_output = pytest.mark.parametrize("output", OUTPUTS)
 every_pattern = pytest.mark.parametrize("pattern", PATTERNS)
+every_enlargement = pytest.mark.parametrize(
+    ("output", "fields"),
+    [("categorical", {}), ("logistic_mixture", {}), ("logistic_mixture", {"predict_residual": True})],
+    ids=["categorical", "logistic_mixture", "residual"],
+)
 with_classes = pytest.mark.parametrize("classes", [0, CLASSES])
 every_implementation = pytest.mark.parametrize("implementation", ["eager", "sdpa", "block_sparse", "flex_attention"])
 every_differentiable = pytest.mark.parametrize("implementation", ["eager", "sdpa", "block_sparse"])
@@ -144,12 +152,34 @@ def test_logits_equal_the_loops_for_other_images(output, classes, fields):
     torch.testing.assert_close(found, by_loops(model, ids), rtol=1e-8, atol=1e-8)
 
 
-@every_output
-def test_enlarging_equals_the_loops(output):
-    model = tiny_model(output, large=True).double()
+@pytest.mark.parametrize("pattern", ["1d", "2d"])
+@every_enlargement
+def test_enlarging_equals_the_loops(output, fields, pattern):
+    model = tiny_model(output, pattern, large=True, **fields).double()
     ids, source = image_ids(model), small_images(model)
     found = values_of(model(input_ids=source, decoder_input_ids=ids).logits, output)
     torch.testing.assert_close(found, by_loops(model, ids, source), rtol=1e-8, atol=1e-8)
+
+
+def test_gradients_of_residuals_equal_those_of_the_loops():
+    model = tiny_model("logistic_mixture", large=True, predict_residual=True).double()
+    ids, source, targets = image_ids(model, 1), small_images(model, 1), torch.randint(VALUES, (1, 36))
+    weights = {name: weight.detach().clone().requires_grad_() for name, weight in model.state_dict().items()}
+    logits = loops.logits(weights, model.config, ids[0].tolist(), source[0].tolist())
+    nn.functional.cross_entropy(logits, targets[0]).backward()
+    model.train()
+    for name, gradient in gradients(model, input_ids=source, decoder_input_ids=ids, labels=targets).items():
+        torch.testing.assert_close(gradient, weights[name].grad, rtol=1e-6, atol=1e-7, msg=name)
+
+
+def test_enlarged_images_are_those_of_pillow():
+    """Which rounds to whole values, once for each axis."""
+    image = pytest.importorskip("PIL.Image")
+    picture = np.random.default_rng(0).integers(64, 192, (3, 5, 3), dtype=np.uint8)  # so that nothing is clipped
+    config = ImageTransformerConfig(output="logistic_mixture", image_size=[9, 20], source_image_size=[3, 5])
+    found = BicubicEnlargement(config)(torch.tensor(picture, dtype=torch.long).reshape(1, 15, 3), torch.empty(()))
+    expected = np.asarray(image.fromarray(picture).resize((20, 9), image.Resampling.BICUBIC), np.float64)
+    assert np.abs((found[0].numpy() + 1) * 127.5 - expected.reshape(-1, 3)).max() <= 1.5
 
 
 @every_differentiable
@@ -347,10 +377,10 @@ def test_generate_equals_ancestral_sampling(output, classes, pattern):
     assert torch.equal(model.generate(start, attention_mask=torch.ones_like(start), **options), expected)
 
 
-@every_output
+@every_enlargement
 @torch.no_grad()
-def test_generate_enlarges_as_ancestral_sampling_does(output):
-    model = tiny_model(output, implementation="block_sparse", large=True).double()
+def test_generate_enlarges_as_ancestral_sampling_does(output, fields):
+    model = tiny_model(output, implementation="block_sparse", large=True, **fields).double()
     source, start = small_images(model), torch.full((2, 1), VALUES)
     torch.manual_seed(7)
     expected = ancestral_samples(model, start, input_ids=source)
@@ -371,6 +401,18 @@ def test_beams_and_copies_carry_what_the_cache_holds(output, classes):
             for use in (True, False)
         )
         assert torch.equal(cached, plain)
+
+
+@every_enlargement
+@torch.no_grad()
+def test_beams_carry_the_small_image(output, fields):
+    model = tiny_model(output, large=True, **fields)
+    source = small_images(model)
+    cached, plain = (
+        model.generate(source, do_sample=False, max_length=37, num_beams=3, suppress_tokens=[VALUES], use_cache=use)
+        for use in (True, False)
+    )
+    assert torch.equal(cached, plain)
 
 
 @pytest.mark.parametrize(
@@ -442,9 +484,9 @@ def test_labels(output):
     torch.testing.assert_close(model(ids, logits_to_keep=torch.tensor([3, 8])).logits, logits[:, [3, 8]])
 
 
-@every_output
-def test_labels_of_enlarged_images_are_aligned(output):
-    model = tiny_model(output, large=True)
+@every_enlargement
+def test_labels_of_enlarged_images_are_aligned(output, fields):
+    model = tiny_model(output, large=True, **fields)
     source, targets = small_images(model), torch.randint(VALUES, (2, 36))
     ids = torch.nn.functional.pad(targets[:, :-1], (1, 0), value=VALUES)
     logits = model(input_ids=source, decoder_input_ids=ids).logits
@@ -525,8 +567,10 @@ def test_another_number_of_classes(tmp_path):
 
 @every_output
 def test_saved_models_load_by_the_auto_classes(output, tmp_path):
+    residual = output == "logistic_mixture"
     for large, auto_class in ((False, AutoModelForCausalLM), (True, AutoModelForSeq2SeqLM)):
-        model, folder = tiny_model(output, large=large, coordinates="learned"), tmp_path / str(large)
+        fields = {"coordinates": "learned", "predict_residual": large and residual}
+        model, folder = tiny_model(output, large=large, **fields), tmp_path / str(large)
         model.save_pretrained(folder)
         loaded, report = auto_class.from_pretrained(folder, output_loading_info=True)
         assert type(loaded) is type(model)
@@ -618,6 +662,7 @@ def test_weights_are_those_of_the_processors_order():
         ({"hidden_size": 10}, "hidden_size must be a multiple of 4"),
         ({"hidden_size": 12, "num_attention_heads": 5, "head_dim": None}, "not a multiple of num_attention_heads=5"),
         ({"output": "logistic_mixture", "vocab_size": 2}, "needs num_values of at least 2, got 1"),
+        ({"predict_residual": True}, "predict_residual=True needs output='logistic_mixture', got output='categorical'"),
         ({"tie_word_embeddings": True}, "tie_word_embeddings needs output='categorical' and num_channels=1"),
         ({"attention_patterns": [BLOCKS, BLOCKS | {"width": 2}]}, "blocks of 2x3 and 2x2 pixels"),
         ({"attention_patterns": {"type": "block_2d", "height": 2}}, "'block_2d' needs 'width'"),
@@ -702,6 +747,20 @@ def test_sources_of_whole_pixels_are_whole():
     ):
         with pytest.raises(ValueError, match=message):
             model(**inputs, labels=targets)
+
+
+def test_residuals_need_the_enlarged_image():
+    model = tiny_model("logistic_mixture", large=True, predict_residual=True)
+    targets, source = torch.zeros(1, 36, dtype=torch.long), small_images(model, 1)
+    with pytest.raises(ValueError, match=r"whole images of \[2, 1\] pixels; input_ids hold 1"):
+        model(input_ids=source[:, :3], labels=targets)
+    with pytest.raises(ValueError, match="or with encoder_outputs as its encoder returned them"):
+        model(encoder_outputs=BaseModelOutput(model.encoder(source)[0]), labels=targets)
+    with pytest.raises(ValueError, match="use ImageTransformerForSuperResolution"):
+        ImageTransformerForCausalLM(model.config)
+    plain = ImageTransformerModel(tiny_config("logistic_mixture"))
+    with pytest.raises(ValueError, match="enlarged is for models with predict_residual=True"):
+        plain(targets, enlarged=torch.zeros(1, 12, 3))
 
 
 def test_a_past_without_its_class_is_refused():

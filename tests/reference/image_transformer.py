@@ -45,11 +45,12 @@ def memory(pattern: dict, order: list[tuple], query: int) -> list[int]:
 def logits(weights: dict, config, ids: list[int], source: list[int] | None = None) -> torch.Tensor:
     """[T, V] of the values after each of T ids; under a mixture their log-probabilities, [T, values]."""
     encoded = None if source is None else encode(weights, config, source)
+    enlarged = enlarge(config, source) if config.predict_residual else None
     if config.output == "categorical":
         inputs = [value_embedding(weights, "model", config, token, t - 1) for t, token in enumerate(ids)]
         channels = config.num_channels
     else:
-        inputs = pixel_embeddings(weights, config, ids)
+        inputs = pixel_embeddings(weights, config, ids, enlarged)
         channels = 1
     if config.num_classes:
         inputs = [x + inputs[0] if position else x for position, x in enumerate(inputs)]
@@ -63,7 +64,7 @@ def logits(weights: dict, config, ids: list[int], source: list[int] | None = Non
     if config.output == "categorical":
         return torch.stack([linear(weights, "lm_head", h) for h in hidden])
     return torch.stack(
-        [next_channel(weights, config, ids, t, hidden[t // config.num_channels]) for t in range(len(ids))]
+        [next_channel(weights, config, ids, t, hidden[t // config.num_channels], enlarged) for t in range(len(ids))]
     )
 
 
@@ -73,16 +74,24 @@ def value_embedding(weights: dict, stack: str, config, token: int, position: int
     return weights[f"{stack}.embedding.embed_tokens.weight"][token, channel * d : (channel + 1) * d] * math.sqrt(d)
 
 
-def pixel_embeddings(weights: dict, config, ids: list[int]) -> list[torch.Tensor]:
+def pixel_embeddings(weights: dict, config, ids: list[int], enlarged: list | None) -> list[torch.Tensor]:
     """The start token, and then each whole pixel."""
     start = weights["model.embedding.embed_start.weight"][ids[0] - config.num_values] * math.sqrt(config.hidden_size)
     firsts = range(1, len(ids) - config.num_channels + 1, config.num_channels)
-    return [start, *(pixel_embedding(weights, "model", config, ids, first) for first in firsts)]
+    origins = [None] * len(firsts) if enlarged is None else enlarged
+    return [start, *(pixel_embedding(weights, "model", config, ids, *at) for at in zip(firsts, origins))]
 
 
-def pixel_embedding(weights: dict, stack: str, config, ids: list[int], first: int) -> torch.Tensor:
-    """A convolution over the channels of the pixel whose values begin at place `first` (section 3.1)."""
+def pixel_embedding(
+    weights: dict, stack: str, config, ids: list[int], first: int, origin: list | None = None
+) -> torch.Tensor:
+    """A convolution over the channels of the pixel whose values begin at place `first` (section 3.1).
+
+    Over eight times their differences from `origin`, if there is one.
+    """
     pixel = [2 * ids[first + c] / (config.num_values - 1) - 1 for c in range(config.num_channels)]
+    if origin is not None:
+        pixel = [8 * (pixel[c] - origin[c]) for c in range(config.num_channels)]
     x = torch.tensor(pixel, dtype=weights[f"{stack}.embedding.embed_values.weight"].dtype)
     return torch.relu(linear(weights, f"{stack}.embedding.embed_values", x))
 
@@ -122,6 +131,40 @@ def encode(weights: dict, config, source: list[int]) -> list[torch.Tensor]:
     return hidden
 
 
+def enlarge(config, source: list[int]) -> list[list[float]]:
+    """Values -1 ... 1 of each pixel of the large image, in the order of generation, by bicubic interpolation."""
+    (height, width), (small_height, small_width) = config.image_size, config.source_image_size
+    enlarged = []
+    for row, column, _ in order_of(config, 1):
+        rows = interpolation_weights(row, height, small_height)
+        columns = interpolation_weights(column, width, small_width)
+        pixel = []
+        for c in range(config.num_channels):
+            total = 0
+            for y in range(small_height):
+                for x in range(small_width):
+                    value = source[(y * small_width + x) * config.num_channels + c]
+                    total += rows[y] * columns[x] * (2 * value / (config.num_values - 1) - 1)
+            pixel.append(total)
+        enlarged.append(pixel)
+    return enlarged
+
+
+def interpolation_weights(place: int, large: int, small: int) -> list[float]:
+    """Of each small pixel along one side, by Keys' kernel with a = -1/2; those outside the image have none."""
+    centre = (place + 0.5) * small / large - 0.5
+    weights = []
+    for other in range(small):
+        x = abs(centre - other)
+        if x < 1:
+            weights.append(1.5 * x**3 - 2.5 * x**2 + 1)
+        elif x < 2:
+            weights.append(-0.5 * x**3 + 2.5 * x**2 - 4 * x + 2)
+        else:
+            weights.append(0.0)
+    return [weight / sum(weights) for weight in weights]
+
+
 def block(weights: dict, name: str, config, hidden: list, seen: list[list[int]], encoded: list | None) -> list:
     """Equations 1 and 2, norms after the residuals."""
     attended = attention(weights, f"{name}.self_attn", config, hidden, hidden, seen)
@@ -154,32 +197,41 @@ def attention(weights: dict, name: str, config, queries: list, keys: list, seen:
     return outputs
 
 
-def next_channel(weights: dict, config, ids: list[int], t: int, hidden: torch.Tensor) -> torch.Tensor:
+def next_channel(
+    weights: dict, config, ids: list[int], t: int, hidden: torch.Tensor, enlarged: list | None
+) -> torch.Tensor:
     """[values] log-probabilities of the value after id t: the pixel's joint probability over that of what is known."""
     channel = t % config.num_channels
     known = ids[t - channel + 1 : t + 1]
     pixel = weights["lm_head.weight"] @ hidden
-    before = joint_probability(pixel, config, known)
+    origin = None if enlarged is None else enlarged[t // config.num_channels]
+    before = joint_probability(pixel, config, known, origin)
     return torch.stack(
-        [torch.log(joint_probability(pixel, config, [*known, v]) / before) for v in range(config.num_values)]
+        [torch.log(joint_probability(pixel, config, [*known, v], origin) / before) for v in range(config.num_values)]
     )
 
 
-def joint_probability(pixel: torch.Tensor, config, values: list[int]) -> torch.Tensor:
-    """P of the first channels of a pixel: sum over components of weight times the channels' probabilities."""
+def joint_probability(pixel: torch.Tensor, config, values: list[int], origin: list | None) -> torch.Tensor:
+    """P of the first channels of a pixel: sum over components of weight times the channels' probabilities.
+
+    With an origin, means and earlier values are measured from it, and means and scales in eighths.
+    """
     K, C = config.num_mixtures, config.num_channels
     logits, means, log_scales, coefficients = pixel.split([K, K * C, K * C, K * (C * (C - 1) // 2)])
     mixture_weights = torch.softmax(logits, 0)
+    unit = 1 if origin is None else 1 / 8
+    origin = [0] * C if origin is None else origin
     total = 0
     for k in range(K):
         product = mixture_weights[k]
         pair = 0
         for c, value in enumerate(values):
-            mean = means[c * K + k]
+            mean = origin[c] + unit * means[c * K + k]
             for j in range(c):
-                mean = mean + torch.tanh(coefficients[pair * K + k]) * (2 * values[j] / (config.num_values - 1) - 1)
+                earlier = 2 * values[j] / (config.num_values - 1) - 1
+                mean = mean + torch.tanh(coefficients[pair * K + k]) * (earlier - origin[j])
                 pair += 1
-            scale = torch.exp(torch.clamp(log_scales[c * K + k], min=-7))
+            scale = torch.exp(torch.clamp(log_scales[c * K + k] + math.log(unit), min=-7))
             product = product * interval_probability(value, mean, scale, config.num_values)
         total = total + product
     return total
@@ -188,6 +240,8 @@ def joint_probability(pixel: torch.Tensor, config, values: list[int]) -> torch.T
 def interval_probability(value: int, mean: torch.Tensor, scale: torch.Tensor, num_values: int) -> torch.Tensor:
     """The mass of a logistic between the ends of a value's interval; the outermost ones have no end."""
     x, half = 2 * value / (num_values - 1) - 1, 1 / (num_values - 1)
+    if x > mean:  # the mirror image, whose sigmoids are small: the difference of two near 1 would be lost
+        return interval_probability(num_values - 1 - value, -mean, scale, num_values)
     above = 1.0 if value == num_values - 1 else torch.sigmoid((x + half - mean) / scale)
     below = 0.0 if value == 0 else torch.sigmoid((x - half - mean) / scale)
     return above - below
