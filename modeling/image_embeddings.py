@@ -122,7 +122,7 @@ class ClassCondition(nn.Module):
         starts = starts.expand(embeddings.shape[:2])[..., None].expand_as(embeddings)
         classes = torch.cat([before, embeddings], dim=1).gather(1, starts)
         if past is not None:
-            past.first = classes[:, -1:].detach()
+            past.first = classes[:, -1:]
         return embeddings + classes * (positions > 0)[..., None]
 
 

@@ -1,43 +1,26 @@
 """A decoding cache that keeps only keys somebody can still see, and hands out only those the next queries can see.
 
-What is kept follows from a head's pattern:
-
-    Local(w), FixedBlock(l)    a ring of the last w or l keys
-    FixedSummary(l, c)         c keys of every block, appended
-    Strided(l)                 every key, laid out so that a column is one contiguous run of N / l
-    Block1D, Block2D           keys that a later block can see (memory_blocks.py)
-    anything else              every key
-
-Everything is counted in positions of tokens, so padding is never stored and left-padded rows are exact. Keys are
-written into their place: no step copies what earlier steps stored, except that a store which grows doubles its room.
+What is kept follows from a head's pattern (memory_stores.py). Without gradients, keys are written into their place: no
+step copies what earlier steps stored, except that a store which grows doubles its room. Where gradients are enabled,
+every step leaves the buffers of earlier ones as they were, for the backward pass to read.
 
 Shapes: B batch, Hk key heads, T new tokens, S keys handed out, W widths of a key and a value together. R rows: 1 where
-the whole batch stands at the same position, else B. As a position or a slot, -1 means nothing.
+the whole batch stands at the same position, else B. As a slot, -1 means nothing.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.generation import GenerationMixin
 from transformers.generation.configuration_utils import GenerationConfig, GenerationMode
 
-from .attention_masks import VisibleKeys, token_positions
-from .attention_patterns import (
-    FixedBlock,
-    FixedSummary,
-    Full,
-    Intersection,
-    Local,
-    Strided,
-    Union,
-    patterns_for_layers,
-    walk,
-)
+from .attention_masks import VisibleKeys
+from .attention_patterns import patterns_for_layers
 from .attention_patterns_base import Pattern
-from .attention_patterns_images import Block1D, Block2D
-from .memory_blocks import BlockStore
+from .memory_steps import Step
+from .memory_stores import Past
 
 
 class PatternCache(Cache):
@@ -49,16 +32,22 @@ class PatternCache(Cache):
         patterns: the pattern of each layer.
         num_heads: query heads.
         num_key_value_heads: key heads; as many as query heads if None.
+
+    Attributes:
+        end: one more than the highest position that any row has reached.
     """
 
     def __init__(self, patterns: list[Pattern], num_heads: int, num_key_value_heads: int | None = None):
         key_heads = num_heads if num_key_value_heads is None else num_key_value_heads
-        self.pasts = {pattern: _Past(pattern, num_heads, key_heads) for pattern in patterns}
+        self.pasts = {pattern: Past(pattern, num_heads, key_heads) for pattern in patterns}
+        self.end = 0
         super().__init__(layers=[PatternCacheLayer(self.pasts[pattern]) for pattern in patterns])
 
     @classmethod
     def from_config(cls, config) -> "PatternCache":
         """The cache for one of our decoders, from its config's attention_patterns."""
+        if not config.attention_patterns:
+            raise ValueError("config.attention_patterns is not set; a model without patterns takes a DynamicCache.")
         patterns = patterns_for_layers(config.attention_patterns, config.num_hidden_layers)
         return cls(patterns, config.num_attention_heads, getattr(config, "num_key_value_heads", None))
 
@@ -83,10 +72,15 @@ class PatternCache(Cache):
         Raises:
             ValueError: where a row's past is not one document, or the mask is no padding mask.
         """
-        step = _step(hidden_states, self.get_seq_length(), attention_mask, position_ids)
+        step = Step.of_call(hidden_states, self.get_seq_length(), self.end, attention_mask, position_ids)
+        self.end = step.end
         for layer in self.layers:
             layer.step = step
         return {pattern: past.visible_keys(step) for pattern, past in self.pasts.items()}
+
+    def reset(self) -> None:
+        super().reset()
+        self.end = 0
 
 
 class PatternCacheLayer(CacheLayerMixin):
@@ -94,14 +88,20 @@ class PatternCacheLayer(CacheLayerMixin):
 
     is_sliding = False
     is_compileable = False
-    is_croppable = False
+    is_croppable = True
 
-    def __init__(self, past: "_Past"):
+    def __init__(self, past: Past):
         super().__init__()
         self.past = past
-        self.step: _Step | None = None
-        self.cumulative_length = 0
+        self.step: Step | None = None
+        self.record_past = False
+        self._forget()
+
+    def _forget(self) -> None:
+        self.cumulative_length, self.is_initialized = 0, False
         self.buffers: list[torch.Tensor] = []
+        self._in_a_graph = False
+        self._recorded: list[_Written] = []
 
     @property
     def nbytes(self) -> int:
@@ -122,8 +122,7 @@ class PatternCacheLayer(CacheLayerMixin):
         step = self._take_step(key_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        states = torch.cat([key_states, value_states], dim=-1).detach()
-        self.cumulative_length += step.length
+        states = torch.cat([key_states, value_states], dim=-1)
         if step.is_first:
             self._write(step, states)
             return key_states, value_states
@@ -135,7 +134,7 @@ class PatternCacheLayer(CacheLayerMixin):
             self._write(step, states)
         return seen.split([key_states.shape[-1], value_states.shape[-1]], dim=-1)
 
-    def _take_step(self, key_states: torch.Tensor) -> "_Step":
+    def _take_step(self, key_states: torch.Tensor) -> Step:
         step, self.step = self.step, None
         if step is None or step.length != key_states.shape[2]:
             raise ValueError(
@@ -146,16 +145,32 @@ class PatternCacheLayer(CacheLayerMixin):
             raise ValueError(f"The cache holds {len(self.buffers[0])} rows, got keys of {len(key_states)}.")
         return step
 
-    def _write(self, step: "_Step", states: torch.Tensor) -> None:
+    def _write(self, step: Step, states: torch.Tensor) -> None:
+        before = []
         for index, store in enumerate(self.past.stores):
-            self.buffers[index] = buffer = _with_room(self.buffers[index], store.room(step.end))
+            self.buffers[index] = buffer = self._writable(self.buffers[index], store.room(step.end))
             slots = step.once(store.write_slots).expand(-1, len(store.heads), -1)  # [R, heads, T]
             row, head, token = (slots >= 0).nonzero(as_tuple=True)
             of_head = torch.tensor(store.heads, device=slots.device)[head]
             rows = slice(None) if len(slots) == 1 else row
-            buffer.flatten(2, 3)[rows, head, slots[row, head, token]] = states[rows, of_head, token]
+            places, where = buffer.flatten(2, 3), (rows, head, slots[row, head, token])
+            if self.record_past and store.overwrites:
+                before.append((index, where, places[where]))
+            places[where] = states[rows, of_head, token]
+        self._in_a_graph = torch.is_grad_enabled()
+        self.cumulative_length += step.length
+        if self.record_past:
+            self._recorded.append(_Written(step, states, before))
 
-    def _read(self, step: "_Step") -> torch.Tensor:
+    def _writable(self, buffer: torch.Tensor, room: int) -> torch.Tensor:
+        """The buffer with at least so much room; a copy where a backward pass may read it."""
+        missing = room - buffer.shape[3]
+        if missing > 0:
+            return torch.cat([buffer, buffer.new_zeros(*buffer.shape[:3], missing, buffer.shape[4])], dim=3)
+        frozen = buffer.is_inference() and not torch.is_inference_mode_enabled()
+        return buffer.clone() if frozen or self._in_a_graph or torch.is_grad_enabled() else buffer
+
+    def _read(self, step: Step) -> torch.Tensor:
         """[B, Hk, S, W]"""
         read = [
             _select(buffer.flatten(2, 3), step.once(store.read_slots))
@@ -174,337 +189,105 @@ class PatternCacheLayer(CacheLayerMixin):
         return -1
 
     def reset(self) -> None:
-        self.buffers, self.step = [], None
-        self.cumulative_length, self.is_initialized = 0, False
+        self.step = None
+        self._forget()
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        self.buffers = [buffer.index_select(0, indices.to(buffer.device)) for buffer in self.buffers]
+        self._change_batch(lambda buffer: buffer.index_select(0, indices.to(buffer.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self.buffers = [buffer.repeat_interleave(repeats, dim=0) for buffer in self.buffers]
+        self._change_batch(lambda buffer: buffer.repeat_interleave(repeats, dim=0))
+
+    def _change_batch(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self.buffers = [change(buffer) for buffer in self.buffers]
+        self._recorded = []
+
+    def activate_past_recording(self) -> None:
+        """From now on remember what tokens overwrite, until `crop` says which of them stay."""
+        self.record_past = True
 
     def crop(self, tokens_to_remove: int) -> None:
-        if tokens_to_remove:
+        """Take back the last -`tokens_to_remove` tokens, and let go of what was recorded.
+
+        Raises:
+            ValueError: if they were not recorded: keys that a shorter past would need may be forgotten.
+        """
+        surplus = -tokens_to_remove
+        if not 0 <= surplus <= sum(written.step.length for written in self._recorded):
             raise ValueError(
-                "A pattern-aware cache has forgotten the keys that a shorter past would need; "
-                "pass past_key_values=DynamicCache() where tokens are taken back."
+                f"crop({tokens_to_remove}): a pattern-aware cache takes back only tokens (their number negated) that "
+                "came after activate_past_recording() and the crop before, since it forgets what nobody sees any "
+                "more; pass past_key_values=DynamicCache() to take back others."
             )
+        while surplus > 0:
+            written = self._recorded.pop()
+            self._take_back(written)
+            kept = max(written.step.length - surplus, 0)
+            surplus -= written.step.length
+            if kept:
+                self._write(written.step.shortened(kept), written.states[:, :, :kept])
+        self._recorded = []
+
+    def _take_back(self, written: "_Written") -> None:
+        for index, where, states in written.before:
+            buffer = self.buffers[index]
+            self.buffers[index] = buffer = self._writable(buffer, buffer.shape[3])
+            buffer.flatten(2, 3)[where] = states
+        self.cumulative_length -= written.step.length
+
+
+@dataclass(frozen=True)
+class _Written:
+    """A step that may be taken back: its states [B, Hk, T, W], and (buffer, places, states) that it overwrote."""
+
+    step: Step
+    states: torch.Tensor
+    before: list[tuple[int, tuple, torch.Tensor]]
 
 
 class PatternCacheGenerationMixin(GenerationMixin):
-    """`generate()` that uses a PatternCache unless it is asked for another one, or must take tokens back."""
+    """`generate()` that uses a PatternCache unless it is asked for another one."""
 
     def _prepare_cache_for_generation(
         self, generation_config: GenerationConfig, model_kwargs: dict, generation_mode: GenerationMode, *args, **kwargs
     ):
-        asked = generation_config.cache_implementation is not None or model_kwargs.get("past_key_values") is not None
-        takes_back = generation_mode == GenerationMode.ASSISTED_GENERATION or generation_config.is_assistant
-        patterns = getattr(self.config, "attention_patterns", None)
-        if patterns and generation_config.use_cache is not False and not asked and not takes_back:
-            model_kwargs["past_key_values"] = self.new_pattern_cache()
-            return None
+        past, is_assistant = model_kwargs.get("past_key_values"), generation_config.is_assistant
+        assisted = generation_mode == GenerationMode.ASSISTED_GENERATION
+        self._refuse_what_transformers_cannot(generation_config, model_kwargs, assisted)
+        asked = generation_config.cache_implementation is not None or past is not None
+        if getattr(self.config, "attention_patterns", None) and generation_config.use_cache is not False and not asked:
+            cache = self.new_pattern_cache()
+            if isinstance(cache, PatternCache) or not (assisted or is_assistant):  # others take no tokens back
+                if is_assistant:
+                    cache.activate_past_recording()
+                model_kwargs["past_key_values"] = cache
+                return None
         return super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, *args, **kwargs)
 
     def new_pattern_cache(self) -> Cache:
         """The cache that `generate()` begins with."""
         return PatternCache.from_config(self.config)
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# One step
-
-
-class _Step:
-    """The tokens of one forward pass: positions [R, T], how many came before, and what was worked out for them."""
-
-    def __init__(self, positions: torch.Tensor, past_length: int, batch_size: int, device: torch.device):
-        self.positions = positions
-        self.past_length = past_length
-        self.batch_size = batch_size
-        self.device = device
-        self.length = positions.shape[1]
-        self.is_first = past_length == 0
-        self._worked_out: dict = {}
-
-    @cached_property
-    def first(self) -> torch.Tensor:
-        """Lowest position of each row's new tokens, [R, 1]; 0 for a row of padding."""
-        beyond = self.last + 1
-        lowest = torch.where(self.positions < 0, beyond, self.positions).amin(dim=1, keepdim=True)
-        return lowest.clamp(min=0)
-
-    @cached_property
-    def last(self) -> torch.Tensor:
-        """Highest position of each row's new tokens, [R, 1]."""
-        return self.positions.amax(dim=1, keepdim=True)
-
-    @cached_property
-    def end(self) -> int:
-        """One more than the highest position."""
-        return int(self.last.max()) + 1
-
-    @property
-    def newest(self) -> torch.Tensor:
-        """Highest position to read, [R, 1]: a single token is stored before it reads, several are stored after."""
-        return self.first if self.length == 1 else self.first - 1
-
-    def once(self, method) -> torch.Tensor:
-        """`method(self)`, worked out once for all layers."""
-        if method not in self._worked_out:
-            self._worked_out[method] = method(self)
-        return self._worked_out[method]
-
-
-def _step(hidden_states, past_length, attention_mask, position_ids) -> _Step:
-    batch_size, length = hidden_states.shape[:2]
-    if attention_mask is not None:
-        wanted = [batch_size, past_length + length]
-        if list(attention_mask.shape) != wanted:
+    def _refuse_what_transformers_cannot(
+        self, generation_config: GenerationConfig, model_kwargs: dict, assisted: bool
+    ) -> None:
+        """Raise ValueError where `generate()` itself would be wrong, or fail without saying why."""
+        past, cache_implementation = model_kwargs.get("past_key_values"), generation_config.cache_implementation
+        if assisted and past is not None and past.get_seq_length() > 0:  # which it would read once more
             raise ValueError(
-                f"A pattern-aware cache takes an attention_mask of shape [batch, past + new tokens] = {wanted}, "
-                f"got {list(attention_mask.shape)}; for other masks pass past_key_values=DynamicCache()."
+                f"Assisted decoding reads the whole prompt, but past_key_values holds {int(past.get_seq_length())} "
+                "tokens of it; pass no past_key_values, or decode without an assistant or prompt_lookup_num_tokens."
             )
-        positions = token_positions(attention_mask).masked_fill(attention_mask == 0, -1)[:, past_length:]
-    elif position_ids is not None:
-        positions = position_ids.expand(batch_size, -1)
-        if bool((positions.diff(dim=-1) != 1).any()):
+        if generation_config.prefill_chunk_size is not None and model_kwargs.get("inputs_embeds") is not None:
+            raise ValueError("prefill_chunk_size cuts input_ids, not inputs_embeds; leave it out, or give input_ids.")
+        if "offloaded" in (cache_implementation or "") and self.device.type == "cpu":
             raise ValueError(
-                "A pattern-aware cache holds one document a row, but position_ids start anew within a row; "
-                "pass use_cache=False or past_key_values=DynamicCache()."
+                f"cache_implementation={cache_implementation!r} moves keys from a GPU to the CPU, where this model "
+                "is already; leave it out, or use 'dynamic' or 'static'."
             )
-    else:  # on the CPU, where its values cost no synchronisation
-        positions = torch.arange(past_length, past_length + length)[None]
-    return _Step(positions, past_length, batch_size, hidden_states.device)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Stores: what a pattern needs of the past, and where it lies
-
-
-@dataclass(frozen=True)
-class _Ring:
-    """The last `size` keys: those of a window of `window` keys, of the own block of `block`, or of both."""
-
-    heads: tuple[int, ...]
-    window: int
-    block: int
-    lanes: int = 1
-
-    @property
-    def size(self) -> int:
-        return max(self.window, self.block)
-
-    def room(self, end: int) -> int:
-        return self.size
-
-    def write_slots(self, step: _Step) -> torch.Tensor:
-        kept = (step.positions >= 0) & (step.positions > step.last - self.size)
-        return torch.where(kept, step.positions % self.size, -1)[:, None]
-
-    def start(self, step: _Step) -> torch.Tensor:
-        """Lowest position that the step's queries see in the ring, [R, 1]."""
-        starts = [step.first - self.window + 1] if self.window else []
-        starts += [step.first // self.block * self.block] if self.block else []
-        return torch.stack(starts).amin(dim=0).clamp(min=0)
-
-    def read_positions(self, step: _Step) -> torch.Tensor:
-        start = step.once(self.start)
-        span = int((step.newest - start + 1).max())
-        positions = step.newest - torch.arange(span - 1, -1, -1, device=start.device)
-        return positions.masked_fill(positions < start, -1)[:, None]
-
-    def read_slots(self, step: _Step) -> torch.Tensor:
-        positions = step.once(self.read_positions)
-        return torch.where(positions >= 0, positions % self.size, -1)
-
-
-@dataclass(frozen=True)
-class _Summaries:
-    """The summary positions of every block; `firsts` says where in a block those of each head begin."""
-
-    heads: tuple[int, ...]
-    block: int
-    summary: int
-    firsts: tuple[int, ...]
-    ring: _Ring | None
-    lanes: int = 1
-
-    def room(self, end: int) -> int:
-        return _doubled(-(-end // self.block)) * self.summary
-
-    def write_slots(self, step: _Step) -> torch.Tensor:
-        firsts = torch.tensor(self.firsts, device=step.positions.device)[:, None]
-        positions = step.positions[:, None]
-        index = positions % self.block - firsts
-        kept = (positions >= 0) & (index >= 0) & (index < self.summary)
-        return torch.where(kept, positions // self.block * self.summary + index, -1)
-
-    def read_positions(self, step: _Step) -> torch.Tensor:
-        """Of blocks up to the newest key's; what the ring also holds is left to it."""
-        end = step.newest + 1 if self.ring is None else step.once(self.ring.start)
-        slots = torch.arange(-(-int(end.max()) // self.block) * self.summary, device=end.device)
-        firsts = torch.tensor(self.firsts, device=end.device)[:, None]
-        positions = slots // self.summary * self.block + firsts + slots % self.summary  # [heads, S]
-        return positions[None].masked_fill(positions >= end[:, None], -1)
-
-    def read_slots(self, step: _Step) -> torch.Tensor:
-        return torch.arange(step.once(self.read_positions).shape[-1])[None, None]
-
-
-@dataclass(frozen=True)
-class _Everything:
-    """Every key; position p in lane p mod `lanes`, so that a column of that stride is contiguous."""
-
-    heads: tuple[int, ...]
-    lanes: int
-    pattern: Pattern
-
-    def room(self, end: int) -> int:
-        return _doubled(-(-end // self.lanes))
-
-    def _slots(self, positions: torch.Tensor, end: int) -> torch.Tensor:
-        slots = positions % self.lanes * self.room(end) + positions // self.lanes
-        return torch.where(positions >= 0, slots, -1)
-
-    def write_slots(self, step: _Step) -> torch.Tensor:
-        return self._slots(step.positions, step.end)[:, None]
-
-    def read_positions(self, step: _Step) -> torch.Tensor:
-        newest = step.newest
-        places = torch.arange(int(newest.max()), -1, -1, device=newest.device)
-        if step.length == 1 and _knows_distances_only(self.pattern):
-            seen = self.pattern.visible(0, places, torch.zeros_like(places))
-            positions = newest - places[seen]
-        else:
-            positions = places.flip(0).expand(len(newest), -1)
-        return positions.masked_fill((positions < 0) | (positions > newest), -1)[:, None]
-
-    def read_slots(self, step: _Step) -> torch.Tensor:
-        # Several tokens read before they make the store grow.
-        end = step.end if step.length == 1 else int(step.newest.max()) + 1
-        return self._slots(step.once(self.read_positions), end)
-
-
-class _Past:
-    """What all layers of one pattern share: which stores serve which key heads."""
-
-    def __init__(self, pattern: Pattern, num_heads: int, num_key_heads: int):
-        pattern.check_heads(num_heads)
-        self.pattern = pattern
-        self.num_heads = num_heads
-        self.num_key_heads = num_key_heads
-        alike: dict = {}
-        for head in range(num_key_heads):
-            alike.setdefault(_kind(self._pattern_of_key_head(head)), []).append(head)
-        self.stores = [store for heads in alike.values() for store in self._stores(tuple(heads))]
-
-    def _pattern_of_key_head(self, key_head: int) -> Pattern:
-        """What the query heads that read `key_head` see, together."""
-        group = self.num_heads // self.num_key_heads
-        patterns = dict.fromkeys(self.pattern.for_head(h) for h in range(key_head * group, (key_head + 1) * group))
-        return next(iter(patterns)) if len(patterns) == 1 else Union(tuple(patterns))
-
-    def _stores(self, heads: tuple[int, ...]) -> list:
-        """The stores of heads with the same needs."""
-        patterns = [self._pattern_of_key_head(head) for head in heads]
-        if isinstance(patterns[0], (Block1D, Block2D)):
-            return [BlockStore(heads, patterns[0])]
-        window, block, summary, stride, _ = _needs(patterns[0])
-        if stride:
-            return [_Everything(heads, stride, patterns[0])]
-        ring = _Ring(heads, window, block) if window or block else None
-        if summary is None:
-            return [ring]
-        firsts = tuple(_needs(pattern)[-1] for pattern in patterns)
-        summaries = _Summaries(heads, *summary, firsts, ring)
-        return [summaries] if ring is None else [ring, summaries]
-
-    def join_heads(self, read: list[torch.Tensor]) -> torch.Tensor:
-        """What the stores handed out, each [., heads, S', ...], as [., Hk, S, ...]; missing keys are 0."""
-        by_heads: dict[tuple[int, ...], list[torch.Tensor]] = {}
-        for store, tensor in zip(self.stores, read):
-            by_heads.setdefault(store.heads, []).append(tensor)
-        joined = {heads: _cat(tensors, len(heads)) for heads, tensors in by_heads.items()}
-        if len(joined) == 1:
-            return next(iter(joined.values()))
-        longest = max(tensor.shape[2] for tensor in joined.values())
-        sample = next(iter(joined.values()))
-        whole = sample.new_zeros(len(sample), self.num_key_heads, longest, *sample.shape[3:])
-        for heads, tensor in joined.items():
-            whole[:, list(heads), : tensor.shape[2]] = tensor
-        return whole
-
-    def visible_keys(self, step: _Step) -> VisibleKeys:
-        """What the step's queries see among the keys that `update` will hand out."""
-        positions = step.positions[:, None]  # [R, 1, T]
-        if not step.is_first:
-            # One more than the position, so that a missing key is 0 also where heads were filled up.
-            past = self.join_heads([step.once(store.read_positions) + 1 for store in self.stores]) - 1
-            new = positions.expand(len(past), past.shape[1], -1)
-            positions = past if step.length == 1 else torch.cat([past, new], dim=2)
-        if positions.shape[1] > 1:
-            positions = positions.repeat_interleave(self.num_heads // self.num_key_heads, dim=1)
-        positions, queries = (
-            p.to(step.device).expand(step.batch_size, *p.shape[1:]) for p in (positions, step.positions)
-        )
-        return VisibleKeys(
-            self.pattern,
-            self.num_heads,
-            causal=True,
-            batch_size=step.batch_size,
-            query_length=step.length,
-            key_length=positions.shape[-1],
-            query_offset=positions.shape[-1] - step.length,
-            key_valid=positions >= 0,
-            query_positions=queries.clamp(min=0),
-            key_positions=positions.clamp(min=0),
-        )
-
-
-def _kind(pattern: Pattern):
-    """Equal for heads that one store can serve."""
-    return pattern if isinstance(pattern, (Block1D, Block2D)) else _needs(pattern)[:-1]
-
-
-def _needs(pattern: Pattern) -> tuple[int, int, tuple[int, int] | None, int, int]:
-    """What a head-independent pattern needs: (window, block, (block, summary), stride, first summary column).
-
-    A stride other than 0 means every key, in so many lanes.
-    """
-    kinds: dict[type, list] = {}
-    for part in pattern.parts:
-        kinds.setdefault(type(part), []).append(part)
-    forgetful = set(kinds) <= {Local, FixedBlock, FixedSummary}
-    window = max((part.window for part in kinds.get(Local, [])), default=0)
-    blocks, summaries = kinds.get(FixedBlock, []), kinds.get(FixedSummary, [])
-    if not forgetful or len(blocks) > 1 or len(summaries) > 1:
-        strides = [part.stride for part in kinds.get(Strided, [])]
-        return 0, 0, None, max(strides, default=1), 0
-    summary = (summaries[0].block, summaries[0].summary) if summaries else None
-    return window, blocks[0].block if blocks else 0, summary, 0, summaries[0].first_column(0) if summaries else 0
-
-
-def _knows_distances_only(pattern: Pattern) -> bool:
-    """Does what a query sees depend on distances alone?"""
-    return all(isinstance(inner, (Full, Local, Strided, Union, Intersection)) for inner in walk(pattern))
-
-
-def _with_room(buffer: torch.Tensor, room: int) -> torch.Tensor:
-    """The buffer [B, heads, lanes, room, W], grown to `room` if it is smaller."""
-    missing = room - buffer.shape[3]
-    return (
-        buffer
-        if missing <= 0
-        else torch.cat([buffer, buffer.new_zeros(*buffer.shape[:3], missing, buffer.shape[4])], 3)
-    )
-
-
-def _doubled(count: int) -> int:
-    """The next power of two: room for `count` that grows seldom."""
-    return 1 << max(count - 1, 0).bit_length()
 
 
 def _select(buffer: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
@@ -517,11 +300,3 @@ def _select(buffer: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
         return buffer.index_select(2, slots.clamp(min=0).to(buffer.device))
     slots = slots.clamp(min=0).to(buffer.device).expand(*buffer.shape[:2], -1)
     return buffer.gather(2, slots[..., None].expand(-1, -1, -1, buffer.shape[-1]))
-
-
-def _cat(tensors: list[torch.Tensor], num_heads: int) -> torch.Tensor:
-    if len(tensors) == 1:
-        return tensors[0]
-    if any(tensor.shape[1] > 1 for tensor in tensors):
-        tensors = [tensor.expand(-1, num_heads, *tensor.shape[2:]) for tensor in tensors]
-    return torch.cat(tensors, dim=2)

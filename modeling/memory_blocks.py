@@ -21,6 +21,7 @@ class BlockStore:
     heads: tuple[int, ...]
     pattern: Block1D | Block2D
     lanes: int = 1
+    overwrites = True
 
     def room(self, end: int) -> int:
         if isinstance(self.pattern, Block1D):

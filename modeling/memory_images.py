@@ -43,6 +43,10 @@ class ImageCache(Cache):
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.values_seen
 
+    @property
+    def is_croppable(self) -> bool:
+        return False
+
     def reset(self) -> None:
         self.trunk.reset()
         self._forget()
@@ -95,7 +99,7 @@ def for_each_value(hidden_states: torch.Tensor, length: int, cache: Cache | None
             hidden_states = torch.cat([state.last_hidden, hidden_states], dim=1)
         hidden_states = hidden_states.repeat_interleave(width, dim=1)[:, within : within + length]
     if state is not None:
-        state.last_hidden = hidden_states[:, -1:].detach()
+        state.last_hidden = hidden_states[:, -1:]
         state.values_seen += length
     return hidden_states
 

@@ -208,14 +208,15 @@ class RoPEDecoderModel(RoPEDecoderPreTrainedModel):
 
     def make_masks(self, inputs_embeds, attention_mask, position_ids, past_key_values) -> list:
         """One mask for each layer. Without patterns any attention implementation of Transformers will do."""
+        patterns = self.patterns[: self.config.num_hidden_layers]  # fewer than there are layers in an early exit
         if isinstance(attention_mask, dict):
-            return [attention_mask[layer] for layer in range(len(self.layers))]
+            return [attention_mask[layer] for layer in range(len(patterns))]
         if self.config.attention_patterns is None and self.config._attn_implementation not in PATTERN_BACKENDS:
             mask = create_causal_mask(self.config, inputs_embeds, attention_mask, past_key_values, position_ids)
-            return [mask] * len(self.layers)
+            return [mask] * len(patterns)
         causal = attention_mask is None or attention_mask.ndim != 4
         return layer_masks(
-            self.patterns, self.config, inputs_embeds, attention_mask, position_ids, past_key_values, causal=causal
+            patterns, self.config, inputs_embeds, attention_mask, position_ids, past_key_values, causal=causal
         )
 
     @staticmethod

@@ -194,7 +194,8 @@ class SparseTransformerModel(SparseTransformerPreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
 
-        masks = layer_masks(self.patterns, self.config, inputs_embeds, attention_mask, position_ids, past_key_values)
+        patterns = self.patterns[: self.config.num_hidden_layers]  # fewer than there are layers in an early exit
+        masks = layer_masks(patterns, self.config, inputs_embeds, attention_mask, position_ids, past_key_values)
         position_ids = self._positions(inputs_embeds, attention_mask, position_ids, past_key_values)
         hidden_states = inputs_embeds + self.embed_positions(position_ids)  # equation 15
         for layer, mask in zip(self.layers, masks):

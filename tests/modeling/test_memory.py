@@ -16,6 +16,7 @@ from hf_tfamily.modeling.attention_patterns import (
     Union,
     pattern_from_dict,
 )
+from hf_tfamily.modeling.configuration_rope_decoder import RoPEDecoderConfig
 from hf_tfamily.modeling.configuration_sparse_transformer import SparseTransformerConfig
 from hf_tfamily.modeling.memory import PatternCache
 from hf_tfamily.modeling.modeling_sparse_transformer import SparseTransformerForCausalLM
@@ -164,37 +165,170 @@ def test_a_mix_of_one_strided_and_three_local_layers_keeps_a_quarter():
     assert cache.nbytes / dense.nbytes < 0.28
 
 
-class Allocations(TorchDispatchMode):
-    """Elements of every tensor that an operator makes anew."""
+class Copied(TorchDispatchMode):
+    """Elements of the tensors of numbers that operators make anew: of all together, of the largest."""
 
-    def __init__(self):
-        super().__init__()
-        self.largest = 0
+    total = largest = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         output = func(*args, **(kwargs or {}))
-        if isinstance(output, torch.Tensor) and not func.is_view and not output.dtype.is_floating_point:
-            return output
-        if isinstance(output, torch.Tensor) and not func.is_view:
-            inputs = [a.untyped_storage().data_ptr() for a in args if isinstance(a, torch.Tensor)]
-            if output.untyped_storage().data_ptr() not in inputs:
-                self.largest = max(self.largest, output.numel())
+        if isinstance(output, torch.Tensor) and output.is_floating_point():
+            known = [a.untyped_storage().data_ptr() for a in args if isinstance(a, torch.Tensor)]
+            made = 0 if output.untyped_storage().data_ptr() in known else output.numel()
+            self.total, self.largest = self.total + made, max(self.largest, made)
         return output
 
 
 @pytest.mark.parametrize("pattern", [Local(64), Strided(64), Fixed(64, 4)], ids=str)
+@torch.no_grad()
 def test_a_step_copies_nothing_that_was_stored(pattern):
     """No step makes a tensor anywhere near as large as the past (a `cat` per token would)."""
     heads, dim, length = 2, 4, 4_000
     cache = PatternCache([pattern], num_heads=heads)
     decode_once(cache, length, heads=heads, dim=dim)
     buffers = [buffer.data_ptr() for buffer in cache.layers[0].buffers]
-    with Allocations() as allocations:
+    with Copied() as copied:
         for _ in range(3):
             cache.announce(torch.zeros(1, 1, 1))
             cache.update(torch.zeros(1, heads, 1, dim), torch.zeros(1, heads, 1, dim), 0)
     assert [buffer.data_ptr() for buffer in cache.layers[0].buffers] == buffers
-    assert 0 < allocations.largest <= heads * 2 * dim * (64 + 4 * 63)  # what one step of `fixed` reads
+    assert 0 < copied.largest <= heads * 2 * dim * (64 + 4 * 63)  # what one step of `fixed` reads
+
+
+@pytest.mark.parametrize(
+    ("pattern", "keys", "growths"),
+    [
+        (Local(16), 256 * (1 + 16) + 16, 0),  # a ring is not in the order of its keys
+        (Strided(16), 2 * 256 + 1168, 2),  # a column is read where it lies
+        (Fixed(16, 2), 9_000, 2),
+        (Full(), 2 * 256 + 1168, 2),
+    ],
+    ids=str,
+)
+@torch.no_grad()
+def test_256_tokens_are_written_into_their_place(pattern, keys, growths):
+    """So many keys and values are copied by all steps from 65 to 320 together; a cat for each token copies 49,536."""
+    heads, dim = 2, 4
+    cache, new = PatternCache([pattern], num_heads=heads), torch.zeros(1, heads, 1, dim)
+    decode_once(cache, 64, heads=heads, dim=dim)
+    places = set()
+    with Copied() as copied:
+        for _ in range(256):
+            cache.announce(torch.zeros(1, 1, 1))
+            cache.update(new, new, 0)
+            places.update((number, buffer.shape) for number, buffer in enumerate(cache.layers[0].buffers))
+    assert copied.total <= keys * 2 * heads * dim
+    assert len(places) == len(cache.layers[0].buffers) + growths
+    cat, past = DynamicCache(), torch.zeros(1, heads, 65, dim)
+    cat.update(past, past, 0)
+    with Copied() as copied:
+        for _ in range(256):
+            cat.update(new, new, 0)
+    assert copied.total == 49_536 * 2 * heads * dim
+
+
+def gradients(model, ids, mask, sizes, cache):
+    """Of all weights by name, of some weighted sum of the logits of tokens, computed in such steps."""
+    model.zero_grad()
+    total, start = 0.0, 0
+    for size in sizes:
+        end = start + size
+        step_mask = None if mask is None else mask[:, :end]
+        logits = model(ids[:, start:end], attention_mask=step_mask, past_key_values=cache).logits
+        weights = torch.linspace(-1, 1, LENGTH)[start:end, None] * torch.arange(27).sin()
+        total = total + (logits * weights * (1 if mask is None else step_mask[:, start:, None])).sum()
+        start = end
+    total.backward()
+    return {name: weight.grad.clone() for name, weight in model.named_parameters()}
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("implementation", ["eager", "block_sparse"])
+def test_gradients_flow_through_the_past(padded, implementation):
+    """As through Transformers' own DynamicCache; every weight's equals that of one pass over all tokens."""
+    model = causal_lm(*MIXED, FixedSummary(4, 1), Full()).double()
+    model.set_attn_implementation(implementation)
+    ids, mask = torch.randint(0, 27, (2, LENGTH)), LEFT_PADDED if padded else None
+    expected = gradients(model, ids, mask, [LENGTH], None)
+    for sizes in ([15, 15], [9, 1, 1, 12, 1, 6]):
+        found = gradients(model, ids, mask, sizes, PatternCache.from_config(model.config))
+        for name, gradient in expected.items():
+            torch.testing.assert_close(found[name], gradient, atol=1e-9, rtol=1e-9, msg=name)
+
+
+def test_a_past_without_gradients_and_one_with_them_keep_out_of_each_others_way():
+    """A frozen prompt, steps to learn from, steps of inference in between: no step writes over what others read."""
+    model = causal_lm(*MIXED)
+    ids = torch.randint(0, 27, (2, 16))
+    cache = PatternCache.from_config(model.config)
+    with torch.inference_mode():
+        model(ids[:, :8], past_key_values=cache)
+    learnt = [model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(8, 12)]
+    with torch.no_grad():
+        after = [model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(12, 16)]
+    torch.cat(learnt).square().sum().backward()
+    with torch.no_grad():
+        expected = model(ids).logits[:, 8:]
+    torch.testing.assert_close(torch.cat(learnt + after, dim=1), expected, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@pytest.mark.parametrize("padded", [False, True])
+def test_recorded_tokens_can_be_taken_back(pattern, padded):
+    """As assisted decoding does: wrong tokens come, some at a time, and go again."""
+    model = causal_lm(pattern)
+    ids, mask = torch.randint(0, 27, (2, LENGTH)), LEFT_PADDED if padded else torch.ones_like(LEFT_PADDED)
+    cache = PatternCache.from_config(model.config)
+    cache.activate_past_recording()
+    with torch.no_grad():
+        expected = model(ids, attention_mask=mask).logits
+        start = 0
+        for right, wrong in (([9], []), ([1], [3]), ([2, 1], [9, 2, 1]), ([], [7]), ([1, 1, 1, 10], [2])):
+            found = []
+            for size in right:
+                step = slice(start, start + size)
+                found.append(model(ids[:, step], attention_mask=mask[:, : step.stop], past_key_values=cache).logits)
+                start += size
+            seen = mask[:, :start]
+            for size in wrong:
+                seen = torch.cat([seen, seen.new_ones(2, size)], dim=1)
+                model(torch.randint(0, 27, (2, size)), attention_mask=seen, past_key_values=cache)
+            cache.crop(-sum(wrong))
+            assert cache.get_seq_length() == start
+            if found:
+                found = torch.cat(found, dim=1)
+                where = slice(start - found.shape[1], start)
+                tokens = mask[:, where].bool()
+                torch.testing.assert_close(found[tokens], expected[:, where][tokens], atol=2e-5, rtol=2e-5)
+
+
+def test_part_of_a_step_can_be_taken_back():
+    model = causal_lm(*MIXED)
+    ids = torch.randint(0, 27, (2, 26))
+    cache = PatternCache.from_config(model.config)
+    cache.activate_past_recording()
+    with torch.no_grad():
+        model(ids[:, :20], past_key_values=cache)
+        cache.crop(-7)
+        model(ids[:, [13, 14, 0, 0, 0, 0, 0, 0, 0, 0, 0]], past_key_values=cache)
+        cache.crop(-9)
+        found = model(ids[:, 15:], past_key_values=cache).logits
+        torch.testing.assert_close(found, model(ids).logits[:, 15:], atol=2e-5, rtol=2e-5)
+    with pytest.raises(ValueError, match=r"takes back only tokens .* after activate_past_recording"):
+        cache.crop(-12)
+    assert cache.get_seq_length() == 26
+
+
+def test_a_row_that_ended_does_not_move_what_others_stored():
+    """Rows of 20 and 6 tokens; while the shorter goes on alone, the longer gets padding."""
+    model = causal_lm(Strided(4), Union((Local(3), Strided(4))))
+    ids = torch.randint(0, 27, (2, 24))
+    mask = torch.ones(2, 24, dtype=torch.long)
+    mask[1, 6:20] = 0
+    mask[0, 20:23] = 0
+    expected = model(ids, attention_mask=mask).logits
+    found = logits_in_steps(model, ids, mask, [20, 1, 1, 1, 1])
+    torch.testing.assert_close(found[mask.bool()], expected[mask.bool()], atol=2e-5, rtol=2e-5)
 
 
 def test_reset_forgets_and_starts_anew():
@@ -271,10 +405,13 @@ def test_what_it_cannot_do_is_refused():
     with pytest.raises(ValueError, match=r"attention_mask of shape .*\[2, 6\], got \[2, 1, 6, 6\]"):
         model(ids, attention_mask=torch.ones(2, 1, 6, 6, dtype=torch.bool), past_key_values=cache)
     model(ids, past_key_values=cache)
-    with pytest.raises(ValueError, match="DynamicCache"):
-        cache.crop(2)
+    for tokens in (2, -2):
+        with pytest.raises(ValueError, match="DynamicCache"):
+            cache.crop(tokens)
     with pytest.raises(ValueError, match="holds 2 rows, got keys of 1"):
         model(ids[:1, :1], past_key_values=cache)
+    with pytest.raises(ValueError, match="attention_patterns is not set"):
+        PatternCache.from_config(RoPEDecoderConfig())
     with pytest.raises(ValueError, match="come unannounced"):
         cache.update(torch.zeros(2, 8, 1, 4), torch.zeros(2, 8, 1, 4), 0)
 
