@@ -18,7 +18,7 @@ from hf_tfamily.data.enlargement import shrink
 from hf_tfamily.finished import evaluate, load_finished
 from hf_tfamily.recipes import load_recipe
 from hf_tfamily.tasks import task_of
-from hf_tfamily.tasks.super_resolution import SuperResolutionTask, bicubic_bits_per_dim, pair_collator, psnr
+from hf_tfamily.tasks.super_resolution import SuperResolutionTask, bicubic_bits_per_dim, pair_collator, psnr, ssim
 
 TINY = [
     "model.hidden_size=16",
@@ -70,6 +70,12 @@ def test_psnr_is_that_of_an_error_of_one_step():
     assert psnr(np.full((2, 3), 7), np.full((2, 3), 8)) == pytest.approx(48.1308, abs=1e-4)
 
 
+def test_structural_similarity_is_that_of_each_picture():
+    picture = np.random.default_rng(0).integers(0, 256, (1, 8, 8, 3))
+    assert ssim(picture, picture) == pytest.approx(1)
+    assert ssim(np.concatenate([picture, picture]), np.concatenate([picture, 255 - picture])) < 0.5
+
+
 def test_bicubic_interpolation_costs_less_on_smooth_pictures_than_on_noise(monkeypatch):
     data = load_data(recipe().data)
     ramp = np.broadcast_to(np.arange(24) * 5, (16, 24))[..., None].repeat(3, axis=-1)
@@ -106,12 +112,15 @@ def test_from_training_to_enlarged_pictures(tmp_path):
     folder = training.train(recipe(), tmp_path / "run")
     metrics = json.loads((folder / "metrics.json").read_text())
     assert 0 < metrics["bits_per_dim"] < 20
+    assert metrics["psnr_nearest"] < 48 < metrics["small_psnr_nearest"]
+    assert {"psnr_bicubic", "ssim_bicubic", "psnr_t0.5", "ssim_t1", "small_psnr_t0.8"} <= set(metrics)
     for name, figure in evaluate(folder, progress=False).items():
         assert figure == pytest.approx(metrics[name], abs=1e-4), name
     assert Image.open(folder / "samples.png").size[0] > 100
     card = ModelCard.load(folder / "README.md")
     assert "ImageTokenProcessor(4, 4, 3)" in card.text
     assert "what bicubic interpolation leaves: " in card.text
+    assert "model, T = 0.5 " in card.text
     assert card.data.pipeline_tag == "image-to-image"
     assert folder_card(folder, with_code=True).data.pipeline_tag == "image-to-image"
     assert load_finished(folder).processor.block == [4, 4]
