@@ -1,17 +1,14 @@
-"""What Transformer-XL keeps of the segments it has read: a Cache of the last `mem_len` places of every layer. And what
-the Compressive Transformer keeps: a second memory of compressed places before it.
+"""What Transformer-XL keeps of the segments it has read: a Cache of the last `mem_len` places of every layer.
 
 While gradients flow it keeps each layer's input, detached, so that the key and value projections learn through memory
 positions too (Dai et al. 2019, arXiv:1901.02860, section 3.2). Otherwise it keeps projected keys and values, and the
 projected distances: the same result for far less work.
 
-Shapes: B batch, H heads, T new tokens, M places in memory, C compressed places before them, D head dim, L distances,
-E tokens that the short memory has no room for, a multiple of the compression rate.
+Shapes: B batch, H heads, T new tokens, M places in memory, D head dim, L distances.
 """
 
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -120,13 +117,18 @@ class HiddenStateLayer(MemoryLayer):
 
 
 class KeyValueLayer(MemoryLayer):
-    """Keeps keys and values [B, H, M, D], and the projected distances [H, L, D]."""
+    """Keeps keys and values [B, H, M, D], and the projected distances [H, L, D].
+
+    Without gradients new entries are written behind the held ones, which move only when the room behind them is full.
+    """
 
     names = ("keys", "values")
 
     def __init__(self, config):
         super().__init__(config)
         self.projected_distances: torch.Tensor | None = None
+        self._rooms: dict[str, torch.Tensor] = {}
+        self._start = 0
 
     def past_states(self, like: torch.Tensor) -> torch.Tensor:
         batch_size, _, hidden_size = like.shape
@@ -136,7 +138,38 @@ class KeyValueLayer(MemoryLayer):
         """`update` did."""
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
-        return self.append(key_states, value_states)
+        if torch.is_grad_enabled():  # a backward pass may read what is returned, so nothing is written there
+            self._rooms = {}
+            return self.append(key_states, value_states)
+        return self._write(key_states, value_states)
+
+    def _write(self, *entries: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """What is held, then the new entries; the last `capacity` of them stay. Nothing that is held is copied."""
+        if not self.is_initialized:
+            self.lazy_initialization(*entries)
+        for name, new in zip(self.names, entries):
+            check_same_kind(getattr(self, name), new)
+        length, places = entries[0].shape[-2], self.held + entries[0].shape[-2]
+        self._make_room(places)
+        first, end = self._start, self._start + places
+        self._start = max(first, end - self.capacity)
+        for name, new in zip(self.names, entries):
+            self._rooms[name][..., end - length : end, :] = new
+            setattr(self, name, self._rooms[name][..., self._start : end, :])
+        self.segments += 1
+        return tuple(self._rooms[name][..., first:end, :] for name in self.names)
+
+    def _make_room(self, places: int) -> None:
+        """For so many places from `_start` on; else what is held moves to the front of larger tensors."""
+        room = self._rooms.get(self.names[0])
+        frozen = room is not None and room.is_inference() and not torch.is_inference_mode_enabled()
+        if room is None or frozen or self._start + places > room.shape[-2]:
+            self._rooms = {name: _moved(getattr(self, name), places) for name in self.names}
+            self._start = 0
+
+    def change_batch(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().change_batch(change)
+        self._rooms = {}
 
     def relative_keys(self, position_states: torch.Tensor, project: Callable) -> torch.Tensor:
         if not len(position_states):
@@ -153,7 +186,7 @@ class KeyValueLayer(MemoryLayer):
 
     def reset(self) -> None:
         super().reset()
-        self.projected_distances = None
+        self.projected_distances, self._rooms = None, {}
 
 
 class SegmentMemory(Cache):
@@ -284,191 +317,6 @@ class SegmentMemory(Cache):
         return {**self.__dict__, "_model": None}
 
 
-@dataclass(frozen=True)
-class Evicted:
-    """What leaves the short memory of a layer with the coming segment, to be compressed.
-
-    Attributes:
-        states: [B, E, hidden], without gradient.
-        valid: [B, E] bool, False for padding; None if all are tokens.
-        usage: [B, E] attention received before the coming segment, summed over queries; None if nobody asks.
-        start: C, where the evicted begin among the keys.
-        age: [E] number of queries that could see each, those of the coming segment included.
-    """
-
-    states: torch.Tensor
-    valid: torch.Tensor | None
-    usage: torch.Tensor | None
-    start: int
-    age: torch.Tensor
-
-
-class CompressiveLayer(MemoryLayer):
-    """A short memory of hidden states, and before it a compressed one (Rae et al. 2019, arXiv:1911.05507, section 3).
-
-    The short memory keeps `capacity` places, and up to `rate` - 1 more that wait until so many are compressed together.
-    """
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.compressed_capacity = config.compressed_mem_len
-        self.rate = config.compression_rate
-        self.usage: torch.Tensor | None = None
-        if config.compression == "most_used":
-            self.names = (*self.names, "usage")
-
-    @property
-    def recent(self) -> int:
-        """M, the number of places that hold one token each."""
-        return self.states.shape[1] if self.is_initialized else 0
-
-    @property
-    def first(self) -> torch.Tensor | None:
-        return self.states if self.is_initialized else None
-
-    def lazy_initialization(self, hidden_states: torch.Tensor) -> None:
-        self.states = hidden_states[:, :0].detach()
-        if "usage" in self.names:
-            self.usage = self.states.new_zeros(self.states.shape[:2])
-        self.is_initialized = True
-
-    def num_evicted(self, length: int) -> int:
-        """E for a coming segment of `length` tokens."""
-        return max(0, self.recent + length - self.capacity) // self.rate * self.rate
-
-    def evict(self, hidden_states: torch.Tensor, valid: torch.Tensor | None) -> Evicted:
-        """What of the memory and the coming segment [B, T, hidden] is compressed."""
-        if not self.is_initialized:
-            self.lazy_initialization(hidden_states)
-        check_same_kind(self.states, hidden_states)
-        length, start = hidden_states.shape[1], self.held - self.recent
-        end, together = self.num_evicted(length), self.recent + length
-        return Evicted(
-            states=torch.cat([self.states, hidden_states], dim=1)[:, :end].detach(),
-            valid=None if valid is None else valid[:, start : start + end],
-            usage=None if self.usage is None else nn.functional.pad(self.usage, (0, length))[:, :end],
-            start=start,
-            age=torch.arange(together, together - end, -1, device=hidden_states.device),
-        )
-
-    def remember(self, hidden_states: torch.Tensor, compressed: torch.Tensor, usage: torch.Tensor | None) -> None:
-        length = hidden_states.shape[1]
-        end, together = self.num_evicted(length), self.recent + length
-        if self.usage is not None:
-            self.usage = (nn.functional.pad(self.usage, (0, length)) + usage[:, -together:])[:, end:].detach()
-        self.states = torch.cat([self.states, hidden_states], dim=1)[:, end:].detach()
-
-
-class CompressiveStateLayer(CompressiveLayer, HiddenStateLayer):
-    """Keeps hidden states [B, M, hidden] and [B, C, hidden]; every segment projects them anew."""
-
-    names = ("states", "compressed")
-
-    @property
-    def held(self) -> int:
-        return self.recent + self.compressed.shape[1] if self.is_initialized else 0
-
-    def lazy_initialization(self, hidden_states: torch.Tensor) -> None:
-        super().lazy_initialization(hidden_states)
-        self.compressed = self.states
-
-    def past_states(self, like: torch.Tensor) -> torch.Tensor:
-        return torch.cat([self.compressed, self.states], dim=1)
-
-    def remember(self, hidden_states: torch.Tensor, compressed: torch.Tensor, usage: torch.Tensor | None) -> None:
-        super().remember(hidden_states, compressed, usage)
-        self.compressed = torch.cat([self.compressed, compressed], dim=1)[:, -self.compressed_capacity :].detach()
-        self.segments += 1
-
-    def compress(self, compressed: torch.Tensor, project: Callable) -> None:
-        """`remember` will."""
-
-
-class CompressiveKeyValueLayer(CompressiveLayer, KeyValueLayer):
-    """Keeps keys and values [B, H, C + M, D], and the hidden states [B, M, hidden] that are yet to be compressed."""
-
-    names = ("states", "keys", "values")
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.num_compressed = 0
-
-    @property
-    def held(self) -> int:
-        return self.recent + self.num_compressed
-
-    def reset(self) -> None:
-        super().reset()
-        self.num_compressed = 0
-
-    def past_states(self, like: torch.Tensor) -> torch.Tensor:
-        return like[:, :0]
-
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
-        """What is held, then the new entries; `compress` will shorten it."""
-        if self.keys is not None:
-            check_same_kind(self.keys, key_states)
-            key_states = torch.cat([self.keys, key_states], dim=-2)
-            value_states = torch.cat([self.values, value_states], dim=-2)
-        self.keys, self.values = key_states.detach(), value_states.detach()
-        self.segments += 1
-        return key_states, value_states
-
-    def compress(self, compressed: torch.Tensor, project: Callable) -> None:
-        """Put the compressed entries [B, E / rate, hidden] in the place of the E tokens they stand for."""
-        if not compressed.shape[1]:
-            return
-        start = self.num_compressed
-        end = start + compressed.shape[1] * self.rate
-        for name, new in zip(("keys", "values"), project(compressed)):
-            held = getattr(self, name)
-            before = torch.cat([held[..., :start, :], new], dim=-2)[..., -self.compressed_capacity :, :]
-            setattr(self, name, torch.cat([before, held[..., end:, :]], dim=-2).detach())
-        self.num_compressed = before.shape[-2]
-
-
-class CompressiveMemory(SegmentMemory):
-    """The two memories of a Compressive Transformer; see SegmentMemory.
-
-    Args:
-        config: a CompressiveTransformerConfig, for num_hidden_layers, mem_len, compressed_mem_len and compression_rate.
-        projected: keep keys and values besides the hidden states that are yet to be compressed; not for training.
-
-    Attributes:
-        valid: [B, C + M] bool, False where a place holds padding, or was compressed from some.
-    """
-
-    kind = "compressive"
-    layer_classes = (CompressiveStateLayer, CompressiveKeyValueLayer)
-
-    @property
-    def recent(self) -> int:
-        return self.layers[0].recent
-
-    def evict(self, hidden_states: torch.Tensor, layer_idx: int, valid: torch.Tensor | None) -> Evicted:
-        """What a layer compresses, given its new input [B, T, hidden] and which keys are `valid` [B, C + M + T]."""
-        return self.layers[layer_idx].evict(hidden_states, valid)
-
-    def compress(self, layer_idx: int, compressed: torch.Tensor, project: Callable) -> None:
-        """Put `compressed` [B, E / rate, hidden] in the place of what a layer evicted, if it keeps keys and values."""
-        self.layers[layer_idx].compress(compressed, project)
-
-    def remember(
-        self, hidden_states: torch.Tensor, layer_idx: int, compressed: torch.Tensor, usage: torch.Tensor | None
-    ) -> None:
-        """Take in a layer's new input, what it evicted in compressed form, and the attention [B, S] that keys got."""
-        self.layers[layer_idx].remember(hidden_states, compressed, usage)
-
-    def valid_after(self, valid: torch.Tensor | None, length: int, compress: Callable) -> torch.Tensor | None:
-        """What `valid` [B, C + M + T] is once T tokens have come in and `compress` has dealt with those evicted."""
-        if valid is None:
-            return None
-        start = self.held - self.recent
-        end = start + self.layers[0].num_evicted(length)
-        before = torch.cat([valid[:, :start], compress(valid[:, start:end])], dim=1)
-        return torch.cat([before[:, -self.layers[0].compressed_capacity :], valid[:, end:]], dim=1)
-
-
 def check_memory(memory, kind: str) -> None:
     """Raise ValueError if past_key_values is some other cache. By name: a checkpoint's own code has its own classes."""
     if getattr(memory, "kind", None) != kind:
@@ -491,3 +339,10 @@ def check_same_kind(held: torch.Tensor, new: torch.Tensor) -> None:
                 f"past_key_values does not fit the new segment: its {name} is {mine}, the segment's is {other}. "
                 "Start with past_key_values=None, or give the memory of this very stream."
             )
+
+
+def _moved(held: torch.Tensor, places: int) -> torch.Tensor:
+    """The held entries at the front of a tensor with a quarter more places than are needed now."""
+    room = held.new_empty(*held.shape[:-2], places + max(places // 4, 16), held.shape[-1])
+    room[..., : held.shape[-2], :] = held
+    return room

@@ -19,7 +19,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .attention import eager_attention_forward
 from .configuration_compressive_transformer import CompressiveTransformerConfig
-from .memory_segments import CompressiveMemory, Evicted
+from .memory_compressive import CompressiveMemory, Evicted
 from .modeling_transformer_xl import (
     TransformerXLBlock,
     TransformerXLForCausalLM,

@@ -63,6 +63,7 @@ MAY_IMPORT = {
     "memory_blocks": PATTERNS,
     "memory_steps": MASKS,
     "memory_stores": MASKS | {"memory_blocks", "memory_steps"},
+    "memory_compressive": {"memory_segments"},
     "memory_sparse_segments": {"memory_segments"} | PATTERNS,
     "memory_*": MASKS | {"memory"},
     "configuration_*": PATTERNS,

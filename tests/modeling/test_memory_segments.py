@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from hf_tfamily.modeling.memory_segments import SegmentMemory, check_memory, check_same_kind
+from tests.modeling.test_memory import Copied
 
 MEM_LEN, HEADS, DIM = 4, 2, 3
 CONFIG = SimpleNamespace(mem_len=MEM_LEN, num_hidden_layers=2, zero_initial_memory=False)
@@ -81,6 +82,36 @@ def test_zero_initial_memory_holds_zeros_that_are_no_tokens(projected):
     assert (memory.held, memory.get_seq_length()) == (MEM_LEN, 0)
     past = memory.past_states(torch.ones(2, 3, DIM), 0)
     assert torch.equal(past, torch.zeros(2, MEM_LEN, DIM))
+
+
+@torch.no_grad()
+def test_256_tokens_are_written_behind_what_is_held():
+    """So many entries are copied by all steps together; a cat for each token copies 256 * (64 + 1) keys and values."""
+    config = SimpleNamespace(mem_len=64, num_hidden_layers=2, zero_initial_memory=False)
+    memory = SegmentMemory(config, projected=True)
+    fill(memory, 64)
+    numbers = torch.arange(256.0).view(1, 1, -1, 1).expand(2, HEADS, -1, DIM)
+    with Copied() as copied:
+        for step in range(256):
+            new = numbers[:, :, step : step + 1]
+            keys, _ = memory.update(new, new, 0)
+            assert keys.shape[2] == 65
+    assert copied.total <= 2 * numbers[:, :, :1].numel() * (256 / 16 * (64 + 16 + 1) + 256)
+    assert memory.layers[0].keys[0, 0, :, 0].tolist() == list(range(192, 256))
+
+
+def test_gradients_and_inference_leave_alone_what_others_read():
+    memory, plain = SegmentMemory(CONFIG, projected=True), SegmentMemory(CONFIG, projected=True)
+    states = torch.randn(8, 2, HEADS, 2, DIM)
+    learnt = []
+    for number, new in enumerate(states):
+        with torch.inference_mode(number % 4 < 2), torch.set_grad_enabled(number % 4 == 3):
+            new = new.clone().requires_grad_(number % 4 == 3)
+            keys, values = memory.update(new, new, 0)
+            learnt += [(keys * values).sum()] if number % 4 == 3 else []
+        expected = plain.layers[0].append(new.detach().clone(), new.detach().clone())
+        torch.testing.assert_close((keys, values), expected)
+    sum(learnt).backward()
 
 
 def test_hidden_states_lose_their_gradient_and_stay_as_they_were():
