@@ -5,11 +5,13 @@ Parmar et al. 2018 (arXiv:1802.05751), section 3.4. Both hand out logits of the 
 Shapes: B batch, T values, C channels, V ids.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy, pad
 
-from .mixture_of_logistics import ChannelMixture, channel_mixture, num_parameters
+from .mixture_of_logistics import ChannelMixture, channel_mixture, log_prob_of_pixels, num_parameters
 
 IGNORED = -100
 
@@ -82,12 +84,30 @@ class MixtureOutput(nn.Module):
             need no logits of other values. And the nats [B, T]; None without targets.
         """
         with torch.autocast(hidden_states.device.type, enabled=False):  # brightness needs more than bfloat16's 8 bits
-            parameters = layer(hidden_states[:, kept].to(layer.weight.dtype))
-            parameters = parameters.to(torch.promote_types(parameters.dtype, torch.float32))
-            mixture = self._mixture(parameters, ids, first, kept, enlarged)
-            nats = None if targets is None else self._nats(mixture, targets[:, kept])
+            if self.training and targets is not None and self._are_pixels(hidden_states.shape[1], first, kept):
+                return None, self._nats_of_pixels(layer, hidden_states, ids, first, targets, enlarged)
+            mixture = self._mixture(_exact(layer, hidden_states[:, kept]), ids, first, kept, enlarged)
+            nats = None if targets is None else _nats(mixture.log_prob, targets[:, kept], self.num_values)
             logits = None if self.training and nats is not None else self._logits(mixture)
         return logits, nats
+
+    def _are_pixels(self, length: int, first: int, kept) -> bool:
+        """Are these T positions the values of whole pixels, and all of them asked for?"""
+        everything = isinstance(kept, slice) and not kept.start
+        return everything and first % self.channels == 0 and length % self.channels == 0
+
+    def _nats_of_pixels(self, layer, hidden_states, ids, first: int, targets, enlarged) -> torch.Tensor:
+        """What targets cost, as `_mixture` has it; what the values of a pixel share is worked out once."""
+        parameters = _exact(layer, hidden_states[:, :: self.channels])  # [B, P, .]
+        earlier = pad(ids[:, self.channels :], (0, 1)).clamp(max=self.num_values - 1).unflatten(1, (-1, self.channels))
+        count = parameters.shape[1]
+        origin = None if enlarged is None else enlarged[:, first // self.channels :][:, :count]
+
+        def log_prob(values: torch.Tensor) -> torch.Tensor:
+            values = values.unflatten(1, (-1, self.channels))
+            return log_prob_of_pixels(parameters, values, earlier, self.num_values, origin).flatten(1)
+
+        return _nats(log_prob, targets, self.num_values)
 
     def _mixture(self, parameters: torch.Tensor, ids: torch.Tensor, first: int, kept, enlarged) -> ChannelMixture:
         length = ids.shape[1] - self.channels + 1
@@ -102,13 +122,20 @@ class MixtureOutput(nn.Module):
         origin = None if enlarged is None else enlarged[:, places // self.channels]
         return channel_mixture(parameters, channel.expand(recent.shape[:2]), earlier, self.num_values, origin)
 
-    def _nats(self, mixture: ChannelMixture, targets: torch.Tensor) -> torch.Tensor:
-        costs = -mixture.log_prob(targets.clamp(0, self.num_values - 1))
-        return costs.masked_fill(targets == IGNORED, 0.0)
-
     def _logits(self, mixture: ChannelMixture) -> torch.Tensor:
         logits = mixture.log_probs()
         return pad(logits, (0, self.vocab_size - self.num_values), value=torch.finfo(logits.dtype).min)
+
+
+def _exact(layer: nn.Linear, hidden_states: torch.Tensor) -> torch.Tensor:
+    """The layer's outputs, in at least float32."""
+    parameters = layer(hidden_states.to(layer.weight.dtype))
+    return parameters.to(torch.promote_types(parameters.dtype, torch.float32))
+
+
+def _nats(log_prob: Callable, targets: torch.Tensor, num_values: int) -> torch.Tensor:
+    """[B, T] what targets cost; IGNORED ones nothing."""
+    return -log_prob(targets.clamp(0, num_values - 1)).masked_fill(targets == IGNORED, 0.0)
 
 
 OUTPUTS: dict[str, type[nn.Module]] = {"categorical": CategoricalOutput, "logistic_mixture": MixtureOutput}

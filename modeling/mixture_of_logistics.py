@@ -105,26 +105,48 @@ def channel_mixture(
         origin: [..., C] numbers from -1 to 1 that means and earlier values are measured from, means and scales in
             RESIDUAL_UNITs; None for 0, in units of 1.
     """
-    channels = earlier.shape[-1]
-    pairs = channels * (channels - 1) // 2
-    parameters = parameters.unflatten(-1, (1 + 2 * channels + pairs, -1))  # [..., ., K]
-    log_weights, means, log_scales, coefficients = parameters.split((1, channels, channels, pairs), dim=-2)
-    log_weights = log_weights.squeeze(-2).log_softmax(dim=-1)
-    scaled = rescale(earlier, num_values, means.dtype)
-    if origin is None:
-        means = _shifted_means(means, coefficients.tanh(), scaled)
-    else:
-        log_scales = log_scales + math.log(RESIDUAL_UNIT)
-        means = origin[..., None] + _shifted_means(means * RESIDUAL_UNIT, coefficients.tanh(), scaled - origin)
-    log_scales = log_scales.clamp(min=LOWEST_LOG_SCALE)
-
-    known = torch.arange(channels, device=channel.device) < channel[..., None]  # [..., C]
+    log_weights, means, log_scales = _components(parameters, earlier, num_values, origin)
+    known = torch.arange(earlier.shape[-1], device=channel.device) < channel[..., None]  # [..., C]
     evidence = log_interval(earlier[..., None], means, log_scales, num_values)  # [..., C, K]
     log_weights = (log_weights + evidence.masked_fill(~known[..., None], 0.0).sum(dim=-2)).log_softmax(dim=-1)
     chosen = channel[..., None, None].expand(*channel.shape, 1, means.shape[-1])
     return ChannelMixture(
         log_weights, means.gather(-2, chosen).squeeze(-2), log_scales.gather(-2, chosen).squeeze(-2), num_values
     )
+
+
+def log_prob_of_pixels(
+    parameters: torch.Tensor,
+    values: torch.Tensor,
+    earlier: torch.Tensor,
+    num_values: int,
+    origin: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """log P(value) of each channel, [..., C], given the earlier ones: `channel_mixture` of all channels at once.
+
+    Args:
+        values: [..., C] whose probabilities are asked for.
+        parameters, earlier, num_values, origin: as of `channel_mixture`.
+    """
+    log_weights, means, log_scales = _components(parameters, earlier, num_values, origin)
+    evidence = log_interval(earlier[..., :-1, None], means[..., :-1, :], log_scales[..., :-1, :], num_values)
+    log_weights = torch.cat([log_weights[..., None, :], evidence], dim=-2).cumsum(dim=-2).log_softmax(dim=-1)
+    return torch.logsumexp(log_weights + log_interval(values[..., None], means, log_scales, num_values), dim=-1)
+
+
+def _components(parameters, earlier, num_values, origin) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Log-weights [..., K]; means and log-scales [..., C, K], the means given the values of earlier channels."""
+    channels = earlier.shape[-1]
+    pairs = channels * (channels - 1) // 2
+    parameters = parameters.unflatten(-1, (1 + 2 * channels + pairs, -1))  # [..., ., K]
+    log_weights, means, log_scales, coefficients = parameters.split((1, channels, channels, pairs), dim=-2)
+    scaled = rescale(earlier, num_values, means.dtype)
+    if origin is None:
+        means = _shifted_means(means, coefficients.tanh(), scaled)
+    else:
+        log_scales = log_scales + math.log(RESIDUAL_UNIT)
+        means = origin[..., None] + _shifted_means(means * RESIDUAL_UNIT, coefficients.tanh(), scaled - origin)
+    return log_weights.squeeze(-2).log_softmax(dim=-1), means, log_scales.clamp(min=LOWEST_LOG_SCALE)
 
 
 def _shifted_means(means: torch.Tensor, coefficients: torch.Tensor, scaled: torch.Tensor) -> torch.Tensor:

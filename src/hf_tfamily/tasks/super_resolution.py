@@ -248,7 +248,7 @@ def _with_start(data: EnlargementPairs, values: torch.Tensor) -> torch.Tensor:
 
 
 def _row_name(made_by: str) -> str:
-    return re.sub(r"^t([0-9.e-]+)$", r"model, T = \1", made_by)
+    return re.sub(r"^t([0-9.e-]+)$", r"model, T = \1", made_by).replace("nearest", "small, nearest")
 
 
 def _draw(rows: dict[str, list], file: Path) -> None:
