@@ -3,7 +3,13 @@
 import pytest
 import torch
 
-from hf_tfamily.modeling.mixture_of_logistics import channel_mixture, log_interval, log_intervals, num_parameters
+from hf_tfamily.modeling.mixture_of_logistics import (
+    channel_mixture,
+    log_interval,
+    log_intervals,
+    log_prob_of_pixels,
+    num_parameters,
+)
 
 
 def random_mixture(channels, channel, num_mixtures=10, num_values=256, spread=1.0, dtype=torch.float64, count=5):
@@ -106,3 +112,32 @@ def test_gradients_are_finite_at_the_lowest_scale_and_ends():
             mixture = channel_mixture(parameters, torch.full((4,), channel), pixels, 256)
             (grad,) = torch.autograd.grad(mixture.log_prob(pixels[:, 0]).sum(), parameters)
             assert grad.isfinite().all()
+
+
+@pytest.mark.parametrize("with_origin", [False, True])
+@pytest.mark.parametrize("channels", [1, 2, 3])
+def test_all_channels_at_once_are_each_of_them(channels, with_origin):
+    """Also where the values asked for are not those that follow."""
+    torch.manual_seed(2)
+    parameters = torch.randn(7, num_parameters(5, channels), dtype=torch.float64)
+    earlier, values = torch.randint(0, 256, (2, 7, channels))
+    origin = torch.rand(7, channels, dtype=torch.float64) * 2 - 1 if with_origin else None
+    mixtures = [channel_mixture(parameters, torch.full((7,), c), earlier, 256, origin) for c in range(channels)]
+    for mixture in mixtures:
+        torch.testing.assert_close(mixture.log_probs().logsumexp(-1), torch.zeros(7, dtype=torch.float64))
+    expected = torch.stack([mixture.log_prob(values[:, c]) for c, mixture in enumerate(mixtures)], dim=-1)
+    found = log_prob_of_pixels(parameters, values, earlier, 256, origin)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_a_moved_origin_moves_the_distribution():
+    """Means, and the values that later means depend on, are measured from it."""
+    torch.manual_seed(3)
+    parameters = torch.randn(6, num_parameters(5, 3), dtype=torch.float64)
+    earlier, origin = torch.randint(100, 120, (6, 3)), torch.full((6, 3), -0.1, dtype=torch.float64)
+    for channel in range(3):
+        of_channel = torch.full((6,), channel)
+        found = channel_mixture(parameters, of_channel, earlier, 256, origin)
+        moved = channel_mixture(parameters, of_channel, earlier + 20, 256, origin + 40 / 255)
+        for a, b in zip((found.log_weights, found.means + 40 / 255, found.log_scales), vars(moved).values()):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
