@@ -1,4 +1,4 @@
-"""A part of a plan (attention_plan.py) and its gradients by batched matrix products, some tiles at a time.
+"""A part of a plan (attention_parts.py) and its gradients by batched matrix products, some tiles at a time.
 
 Flash kernels are slow where tiles are small, and give no gradient to what is added to the scores. Here scores and their
 gradients lie in memory (`ScoreMemory`) such that sums along distances, and along the queries that share a key, are
@@ -17,12 +17,13 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from .attention_plan import Part, Tokens
+from .attention_parts import Part, Tokens
 
 MASKED = -1e30  # not -inf: a row without keys then keeps a finite LSE, far below any real one
 LOG2_E = math.log2(math.e)
-_PIECE = 1 << 20  # scores taken together: few enough to stay in the processor's cache
-_KEPT = 2 * _PIECE  # elements of the largest tensors that are kept from call to call
+_PIECE = 1 << 19  # scores taken together: few enough to stay in the processor's cache
+_DELTA_PIECE = 1 << 16  # elements of outputs taken together
+_KEPT = 4 * _PIECE  # elements of the largest tensors that are kept from call to call
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -30,7 +31,7 @@ _KEPT = 2 * _PIECE  # elements of the largest tensors that are kept from call to
 
 
 class Piece(NamedTuple):
-    """Either one tile of all heads and batch entries, or of one head several batch entries or tiles."""
+    """One tile of all heads and batch entries, or several tiles of all heads, or several of either of one head."""
 
     heads: range
     batch: range
@@ -46,17 +47,22 @@ class Piece(NamedTuple):
         return self._replace(heads=range(first, first + len(self.heads)))
 
 
-def pieces(part: Part, q: Tensor, k: Tensor) -> list[Piece]:
-    """How a part is cut, for queries [B, T, H, D] and keys [B, S, Hk, D]."""
+def pieces(part: Part, q: Tensor, k: Tensor, *, relative: bool) -> list[Piece]:
+    """How a part is cut, for queries [B, T, H, D] and keys [B, S, Hk, D], with scores by distance or without."""
     batch, _, heads, _ = q.shape
-    at_once = max(1, _PIECE // (part.queries.count * part.keys.count))
+    at_once = max(1, _PIECE * (1 + relative) // (part.queries.count * part.keys.count))
     if part.tiles <= heads * batch <= at_once and heads == k.shape[2]:
         return [Piece(range(heads), range(batch), range(tile, tile + 1)) for tile in range(part.tiles)]
+    columns = part.queries.stride > 1 and part.keys.stride > 1
+    if columns and not relative and batch <= part.tiles and heads == k.shape[2]:  # the heads of a token lie together
+        at_once = _PIECE // (part.queries.count * max(part.keys.count, q.shape[3]))
+        some = _split(part.tiles, max(1, at_once // heads))
+        return [Piece(range(heads), range(entry, entry + 1), tiles) for tiles in some for entry in range(batch)]
     if batch > part.tiles:
         one_head = [(some, tile) for tile in _split(part.tiles, 1) for some in _split(batch, at_once)]
     else:
         one_head = [(entry, some) for entry in _split(batch, 1) for some in _split(part.tiles, at_once)]
-    return [Piece(range(head, head + 1), *which) for head in range(heads) for which in one_head]
+    return [Piece(range(head, head + 1), *which) for which in one_head for head in range(heads)]
 
 
 def _split(count: int, at_once: int) -> Iterator[range]:
@@ -110,7 +116,7 @@ class Space:
             copy = self.take(name, *span.shape[3:]).copy_(span[0, 0, 0])
             dim = x.shape[3]
             return copy.as_strided((piece.count, tokens.count, dim), (tokens.step * dim, dim, 1))
-        if x.dtype != self.dtype or (len(piece.heads) > 1 and len(piece.batch) > 1):
+        if x.dtype != self.dtype or (len(piece.heads) > 1 and len(piece.batch) * len(piece.tiles) > 1):
             tiles = self.take(name, *tiles.shape).copy_(tiles)
         return tiles.flatten(0, 2)
 
@@ -122,11 +128,13 @@ def overlaps(tokens: Tokens, piece: Piece) -> bool:
 
 def of_piece(x: Tensor, piece: Piece) -> Tensor:
     """From [A or 1, H or 1, ...] what belongs to a piece: [G or 1, ...]."""
-    if len(piece.heads) > 1:
-        x = x[piece.tiles.start if len(x) > 1 else 0]
-        return x.repeat_interleave(len(piece.batch), 0) if len(x) > 1 else x
     tiles = slice(piece.tiles.start, piece.tiles.stop) if len(x) > 1 else slice(1)
-    return x[tiles, piece.heads.start if x.shape[1] > 1 else 0]
+    heads = slice(piece.heads.start, piece.heads.stop) if x.shape[1] > 1 else slice(1)
+    if len(x) == 1 and (x.shape[1] == 1 or len(piece.heads) == 1):
+        return x[0, heads]
+    x = x[tiles, heads].transpose(0, 1)[:, None]
+    sizes = len(piece.heads), len(piece.batch), len(piece.tiles)
+    return x.expand(*sizes, *x.shape[3:]).flatten(0, 2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -218,6 +226,11 @@ class Work:
     grad_k: Tensor | None = None
     grad_v: Tensor | None = None
 
+    @property
+    def shares_keys(self) -> bool:
+        """Do several query heads read one key head?"""
+        return self.q.shape[2] > self.k.shape[2]
+
 
 @dataclass(frozen=True)
 class Extra:
@@ -245,7 +258,7 @@ class Extra:
 def forward_part(part: Part, work: Work, extra: Extra) -> None:
     """Merge a part into the output and LSE so far, in place."""
     space = work.space
-    for piece in pieces(part, work.q, work.k):
+    for piece in pieces(part, work.q, work.k, relative=True):
         q = space.read("q", work.q, part.queries, piece)
         k, v = (
             space.read(name, x, part.keys, piece.of_keys(work.q, work.k)) for name, x in zip("kv", (work.k, work.v))
@@ -269,7 +282,7 @@ def forward_part(part: Part, work: Work, extra: Extra) -> None:
 def scaled_delta(grad_out: Tensor, output: Tensor, scale: float) -> Tensor:
     """scale * sum(grad_out * output) [B, T, H, 1], some tokens at a time."""
     delta = grad_out.new_empty((*grad_out.shape[:3], 1), dtype=torch.promote_types(grad_out.dtype, torch.float32))
-    at_once = max(1, _PIECE // max(1, grad_out[:, :1].numel()))
+    at_once = max(1, _DELTA_PIECE // max(1, grad_out[:, :1].numel()))
     for some, *pair in zip(*(x.split(at_once, 1) for x in (delta, grad_out, output)), strict=True):
         torch.sum(pair[0].to(delta.dtype) * pair[1], -1, keepdim=True, out=some).mul_(scale)
     return delta
@@ -277,7 +290,8 @@ def scaled_delta(grad_out: Tensor, output: Tensor, scale: float) -> Tensor:
 
 def backward_part(part: Part, work: Work, extra: Extra) -> None:
     """Add up the gradients of a part, exactly: with P = exp(S - LSE) over all parts, each stands alone."""
-    space, plan, row = work.space, pieces(part, work.q, work.k), (part.queries.count, part.keys.count)
+    space, row = work.space, (part.queries.count, part.keys.count)
+    plan = pieces(part, work.q, work.k, relative=extra.scores is not None)
     largest = max(piece.count for piece in plan)
     pitch = max(part.keys.count, extra.scores.pitch if extra.scores else 0)
     outside = _outside(part, plan, pitch)
@@ -313,7 +327,7 @@ def backward_part(part: Part, work: Work, extra: Extra) -> None:
                 _add_chunks(total, torch.bmm(of_chunks, queries, out=gradient), part, of_keys)
             else:
                 gradient = torch.bmm(memory.by_key(piece.count).mT, queries, out=space.take("of keys", *k.shape))
-                _add_tiles(total, gradient, part.keys, of_keys)
+                _add_tiles(total, gradient, part.keys, of_keys, writes=part.writes_keys and not work.shares_keys)
 
 
 def _outside(part: Part, plan: list[Piece], pitch: int) -> int:
@@ -321,7 +335,8 @@ def _outside(part: Part, plan: list[Piece], pitch: int) -> int:
     queries, keys = part.queries, part.keys
     even = queries.stride == keys.stride == 1 and queries.step == keys.step == queries.count
     chunks = math.ceil(keys.count / queries.count)
-    return chunks - 1 if even and len(plan[0].tiles) > 1 and chunks * queries.count >= pitch else 0
+    one_head = len(plan[0].tiles) > 1 and len(plan[0].heads) == 1
+    return chunks - 1 if even and one_head and chunks * queries.count >= pitch else 0
 
 
 class _QueryWindows:
@@ -355,12 +370,15 @@ def _add_chunks(total: Tensor, chunks: Tensor, part: Part, piece: Piece) -> None
     total[piece.batch.start, start : start + len(keys), piece.heads.start].add_(keys)
 
 
-def _add_tiles(total: Tensor, tiles: Tensor, tokens: Tokens, piece: Piece) -> None:
-    """Add key tiles [G, J, D] to [B, S, Hk, D], where the tokens of neighbouring tiles may be the same."""
+def _add_tiles(total: Tensor, tiles: Tensor, tokens: Tokens, piece: Piece, *, writes: bool) -> None:
+    """Write or add key tiles [G, J, D] to [B, S, Hk, D]; to be added, neighbours may share tokens."""
     if len(piece.tiles) > 1 and tokens.step == 0:
         tiles, piece = tiles.sum(0, keepdim=True), piece._replace(tiles=piece.tiles[:1])
     view = tiles_of(total, tokens, piece)
     tiles = tiles.view_as(view)
+    if writes:
+        view.copy_(tiles)
+        return
     width = tokens.step if overlaps(tokens, piece) else tokens.count
     for start in range(0, tokens.count, width):  # in tokens that are not yet shared
         view[..., start : start + width, :].add_(tiles[..., start : start + width, :])

@@ -12,8 +12,8 @@ of a tile, U distances that it meets; G tiles, batch entries or heads taken toge
 import torch
 from torch import Tensor
 
+from .attention_parts import Group, Part
 from .attention_patterns_base import Pattern
-from .attention_plan import Group, Part
 from .attention_products import (
     LOG2_E,
     MASKED,
@@ -162,7 +162,7 @@ def _backward(
     delta, lse = scaled_delta(grad_out, output, scale), lse * LOG2_E
     table, space = _Table(_widen(relative_key), distances, with_gradient=True), Space.shared(q)
     grad_q, grad_pq = (q.new_empty(q.shape) if plan.complete else q.new_zeros(q.shape) for _ in range(2))
-    grad_k, grad_v = (k.new_zeros(k.shape) for _ in range(2))
+    grad_k, grad_v = (k.new_empty(k.shape) if plan.complete_keys else k.new_zeros(k.shape) for _ in range(2))
     for group in plan.groups:
         keys = _Keys(group.keys, k, key_valid)
         picked = [keys.pick_zeros(x) for x in (grad_k, grad_v)]
@@ -242,7 +242,7 @@ class _PartScores:
         self.heads = slice(group.heads.start, group.heads.stop, group.heads.step)
         self.position_query, self.gradient = position_query, gradient
         self.read = None  # the piece read last, and its position queries
-        self.largest = max(piece.count for piece in pieces(self.part, work.q, work.k))
+        self.largest = max(piece.count for piece in pieces(self.part, work.q, work.k, relative=True))
         self.mask = None if relative.mask is None else additive(~self._of_group(relative.mask), position_query.dtype)
 
     def _of_group(self, x: Tensor) -> Tensor:

@@ -16,9 +16,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from .attention_parts import Group, Part, Tokens
 from .attention_patterns import Fixed, FixedBlock, FixedSummary, Full, Intersection, Local, PerHead, Strided, Union
 from .attention_patterns_base import Pattern
-from .attention_plan import Group, Part, Tokens, plan_attention
+from .attention_plan import plan_attention
 
 _ROWS = 256  # queries of a tile without a mask
 
@@ -66,7 +67,7 @@ class ListedPart:
 
 @dataclass(frozen=True, eq=False)
 class RelativeGroup:
-    """Parts over the same heads and keys, as attention_plan.Group."""
+    """Parts over the same heads and keys, as attention_parts.Group."""
 
     keys: Group
     parts: tuple[EvenPart | ListedPart, ...]
@@ -78,6 +79,7 @@ class RelativePlan:
 
     groups: tuple[RelativeGroup, ...]
     complete: bool
+    complete_keys: bool
 
 
 @lru_cache(maxsize=64)
@@ -87,12 +89,13 @@ def plan_relative_attention(
     """The plan of causal attention, with the distances that its parts meet. Arguments as for plan_attention."""
     where = {"num_heads": num_heads, "causal": True, "first_query": first_query, "first_key": first_key}
     plan = plan_attention(pattern, num_queries, num_keys, **where)
-    groups = []
+    groups, complete_keys = [], plan.complete_keys
     for group in plan.groups:
-        parts = _in_rows(group) if group.index is None else _by_phase(group, pattern, first_query)
+        parts = list(_in_rows(group) if group.index is None else _by_phase(group, pattern, first_query))
+        complete_keys &= sum(part.writes_keys for part in group.parts) == sum(part.writes_keys for part in parts)
         parts = tuple(_relative(part, group, num_heads, first_query, first_key) for part in parts)
         groups.append(RelativeGroup(group, parts))
-    return RelativePlan(tuple(groups), plan.complete)
+    return RelativePlan(tuple(groups), plan.complete, complete_keys)
 
 
 @lru_cache(maxsize=64)
@@ -237,6 +240,7 @@ def _in_rows(group: Group) -> Iterator[Part]:
             yield part
             continue
         for start in range(0, part.queries.count, _ROWS):
+            part = replace(part, writes_keys=False)
             queries = _some(part.queries, start, min(_ROWS, part.queries.count - start))
             if not part.causal:
                 yield replace(part, queries=queries)

@@ -1,4 +1,4 @@
-"""Runs a plan (attention_plan.py) with PyTorch: on the CPU by its flash kernel, elsewhere by plain matrix products.
+"""Runs a plan (attention_plan.py) with PyTorch, tiles by attention_tile_kernels.py or attention_products.py.
 
 Each part is one strided view of the queries and one of the keys, computed some tiles at a time; outputs are merged by
 their log-sum-exp (LSE). The backward drives each part with the *global* output and LSE, which makes it exact: with
@@ -9,23 +9,22 @@ taken together; I queries and J keys of one tile.
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import lru_cache
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .attention_parts import Group, Part, Tokens
 from .attention_patterns import grid_of, pattern_from_dict
 from .attention_patterns_base import Pattern
-from .attention_plan import Group, Part, Plan, Tokens, plan_attention
+from .attention_plan import Plan, plan_attention
 from .attention_products import LOG2_E, MASKED, Extra, Space, Work, additive, backward_part, causal_bias, scaled_delta
+from .attention_tile_kernels import Kernel, kernel_for, overlap_step, span_of, wide, windows_of
 
 _EMPTY_ROW = -1e29
 _PIECE = 1 << 17  # elements of the queries taken together: small enough to stay in the processor's cache
-_BAND_KEYS = 512  # of a tile that products take over
-_PIECE_SCORES = 1 << 22  # scores held at once without a flash kernel
 
 
 def block_sparse_attention(
@@ -113,10 +112,10 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """Output [B, T, H, Dv] and LSE [B, T, H]; the LSE is +inf where a query sees nothing."""
     plan = _plan(query, key, pattern, causal, q_offset, kv_offset)
-    kernel = _kernel(query)
+    kernel = kernel_for(query)
     q, k, v = _prepare(plan, query, key, value)
     output = q.new_empty((*q.shape[:3], v.shape[3]))
-    lse = q.new_empty(q.shape[:3], dtype=_wide(q.dtype))
+    lse = q.new_empty(q.shape[:3], dtype=wide(q.dtype))
     if not plan.complete:
         output.zero_()
         lse.fill_(MASKED)
@@ -154,11 +153,12 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value. P = exp(S - LSE) with the LSE over all parts, so each part stands alone."""
     plan = _plan(query, key, pattern, causal, q_offset, kv_offset)
-    kernel = _kernel(query)
+    kernel = kernel_for(query)
     q, k, v = _prepare(plan, query, key, value)
     output, grad_output = (_widen(x, v.shape[3]) for x in (output, grad_output))
     grad_q = torch.empty_like(q) if plan.complete else torch.zeros_like(q)
-    grad_k, grad_v = torch.zeros_like(k), torch.zeros_like(v)
+    fresh = torch.empty_like if plan.complete_keys and q.shape[2] == k.shape[2] else torch.zeros_like
+    grad_k, grad_v = fresh(k), fresh(v)
     delta, log2_lse, space = None, (lse * LOG2_E)[..., None], Space.shared(lse)
     for group in plan.groups:
         keys = _Keys(group, k, key_valid)
@@ -166,7 +166,7 @@ def _backward(
         of_queries = [x[:, :, keys.heads] for x in (q, output, lse, grad_output, grad_q)]
         of_keys = (keys.pick(k), keys.pick(v), group_grad_k, group_grad_v)
         for part in group.parts:
-            if kernel.leaves_to_products(part, q.dtype):
+            if kernel.leaves_to_products(part):
                 delta = scaled_delta(grad_output, output, scale) if delta is None else delta
                 work = _work(keys, of_queries, of_keys, log2_lse, delta, scale, space)
                 backward_part(part, work, _extra(part, keys, q))
@@ -196,7 +196,7 @@ def _work(
 
 def _extra(part: Part, keys: "_Keys", query: Tensor) -> Extra:
     """What is added to the scores of a part: causality, its mask, and hidden keys."""
-    dtype, biases = _wide(query.dtype), []
+    dtype, biases = wide(query.dtype), []
     if part.causal:
         biases.append(causal_bias(part, query, dtype))
     if part.mask is not None:
@@ -208,7 +208,7 @@ def _extra(part: Part, keys: "_Keys", query: Tensor) -> Extra:
 def _backward_tiles(
     part: Part,
     keys: "_Keys",
-    kernel: "_Kernel",
+    kernel: Kernel,
     of_queries: list[Tensor],
     of_keys: tuple[Tensor, ...],
     scale: float,
@@ -220,8 +220,8 @@ def _backward_tiles(
             grad_out, tile_q, tile_k, tile_v, out, tile_lse, bias, part.causal, scale
         )
         tile_grad_q.copy_(part_grad_q) if part.writes else tile_grad_q.add_(part_grad_q)
-        _add_windows(tile_grad_k, part_grad_k)
-        _add_windows(tile_grad_v, part_grad_v)
+        for total, gradient in ((tile_grad_k, part_grad_k), (tile_grad_v, part_grad_v)):
+            total.copy_(gradient) if part.writes_keys else _add_windows(total, gradient)
 
 
 def _plan(query: Tensor, key: Tensor, pattern: str, causal: bool, q_offset: int, kv_offset: int) -> Plan:
@@ -257,22 +257,18 @@ def _merge(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor) -> None
 
 def _add_windows(total: Tensor, part: Tensor) -> None:
     """total += part for key tiles [A, Hk, J, D], where windows of neighbouring tiles may overlap in `total`."""
-    step = _overlap_step(total)
+    step = overlap_step(total)
     if step is None:
         total.add_(part)
         return
     if total.dtype != part.dtype:  # sum up what overlaps before it is rounded
-        span = _span(total, step)
-        wide = torch.zeros_like(span, dtype=part.dtype)
-        _add_windows(_windows(wide, total.shape, step), part)
-        span.add_(wide)
+        span = span_of(total, step)
+        sums = torch.zeros_like(span, dtype=part.dtype)
+        _add_windows(windows_of(sums, total.shape, step), part)
+        span.add_(sums)
         return
     for start in range(0, part.shape[2], step):  # in tokens that are not yet shared
         total[:, :, start : start + step].add_(part[:, :, start : start + step])
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
 
 
 def _widen(x: Tensor, dim: int) -> Tensor:
@@ -316,7 +312,7 @@ class _Keys:
         if self.group.absent is not None:
             absent = self.group.absent.view(len(self.group.absent), -1).to(key.device)
             hidden = absent.expand(key.shape[0], -1, -1) if hidden is None else hidden | absent
-        return None if hidden is None else _bias(~hidden, _wide(key.dtype))
+        return None if hidden is None else _bias(~hidden, wide(key.dtype))
 
     def pick(self, x: Tensor) -> Tensor:
         """From [B, S, Hk, D] the keys of the group, [B, J, heads, D]; a view where they are the sequence itself."""
@@ -359,29 +355,6 @@ def _pieces(views: list[Tensor], at_once: int) -> Iterator[tuple[Tensor, ...]]:
         yield from zip(*(line.split(at_once) for line in lines))
 
 
-def _overlap_step(x: Tensor) -> int | None:
-    """How many tokens the windows [A, H, J, D] of neighbouring tiles lie apart, None if they share no token."""
-    tile, _, token, _ = x.stride()
-    return tile // token if len(x) > 1 and 0 < token <= tile < token * x.shape[2] and tile % token == 0 else None
-
-
-def _span(x: Tensor, step: int) -> Tensor:
-    """The tokens [H, N, D] under the windows [A, H, J, D]."""
-    return x.as_strided((x.shape[1], (len(x) - 1) * step + x.shape[2], x.shape[3]), x.stride()[1:])
-
-
-def _windows(span: Tensor, shape: torch.Size, step: int) -> Tensor:
-    """The windows [A, H, J, D] on the tokens [H, N, D]."""
-    return span.as_strided(shape, (step * span.stride(1), *span.stride()))
-
-
-def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Tiles [A, H, J, D] in `dtype`; what windows share is converted once."""
-    if x.dtype == dtype or (step := _overlap_step(x)) is None:
-        return x.to(dtype)
-    return _windows(_span(x, step).to(dtype), x.shape, step)
-
-
 def _bias(seen: Tensor, dtype: torch.dtype) -> Tensor:
     """0 where `seen`, a huge negative number elsewhere."""
     return additive(~seen, dtype)
@@ -391,7 +364,7 @@ def _biases(part: Part, hidden: Tensor | None, query: Tensor) -> list[Tensor]:
     """What is added to the scores of a part for the query tiles [B, tiles, ...]: [B, tiles, heads or 1, I or 1, J]."""
     biases = []
     if part.mask is not None:
-        mask = _bias(part.mask.to(query.device), _wide(query.dtype))
+        mask = _bias(part.mask.to(query.device), wide(query.dtype))
         biases.append(mask.expand(*query.shape[:2], *mask.shape[1:]))
     if hidden is not None:
         biases.append(_view(hidden, part.keys, part.tiles)[:, :, :, None])
@@ -405,96 +378,12 @@ def _sum(biases: tuple[Tensor, ...]) -> Tensor | None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Kernels: attention of tiles [A, H, I, D] over [A, Hk, J, D], with LSE [A, H, I]
-
-
-class _Kernel(NamedTuple):
-    forward: Callable[..., tuple[Tensor, Tensor]]
-    backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
-    leaves_to_products: Callable[[Part, torch.dtype], bool] = lambda *_: False  # rather than run the backward itself
-
-
-def _kernel(query: Tensor) -> _Kernel:
-    return _FLASH if query.device.type == "cpu" else _PLAIN
-
-
-def _flash_forward(q, k, v, bias, causal, scale):
-    if q.dtype == torch.float16:  # its range does not hold the bias
-        q, k, v = (_cast(x, torch.float32) for x in (q, k, v))
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q, k, v, is_causal=causal, attn_mask=None if bias is None else bias.to(q.dtype), scale=scale
-    )
-
-
-def _flash_backward(grad_out, q, k, v, out, lse, bias, causal, scale):
-    # For half precision the kernel's backward takes twice as long as in float32, even with matrix instructions.
-    grad_out, q, k, v, out = (_cast(x, lse.dtype) for x in (grad_out, q, k, v, out))
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        grad_out, q, k, v, out, lse, 0.0, causal, attn_mask=bias, scale=scale
-    )
-
-
-def _is_half_band(part: Part, dtype: torch.dtype) -> bool:
-    """Small tiles whose keys overlap, in half precision, of which the flash kernel's backward makes nothing."""
-    overlap = part.tiles > 1 and part.keys.stride == 1 and 0 < part.keys.step < part.keys.count
-    return overlap and dtype.itemsize == 2 and part.keys.count <= _BAND_KEYS
-
-
-def _plain_forward(q, k, v, bias, causal, scale):
-    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-    outs, lses = [], []
-    for rows in _rows(q, k):
-        scores = _scores(q, k, bias, causal, scale, rows)
-        lse = scores.logsumexp(-1)
-        outs.append((scores - lse[..., None]).exp().to(v.dtype) @ v)
-        lses.append(lse)
-    return torch.cat(outs, 2), torch.cat(lses, 2)
-
-
-def _plain_backward(grad_out, q, k, v, out, lse, bias, causal, scale):
-    num_key_heads = k.shape[1]
-    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-    grad_q, grad_k, grad_v = [], torch.zeros_like(k), torch.zeros_like(v)
-    delta = (grad_out.to(lse.dtype) * out).sum(-1, keepdim=True)
-    for rows in _rows(q, k):
-        weights = (_scores(q, k, bias, causal, scale, rows) - lse[:, :, rows, None]).exp()
-        grad_weights = (grad_out[:, :, rows] @ v.mT).to(lse.dtype)
-        grad_scores = (weights * (grad_weights - delta[:, :, rows]) * scale).to(q.dtype)
-        grad_q.append(grad_scores @ k)
-        grad_k += grad_scores.mT @ q[:, :, rows]
-        grad_v += weights.to(v.dtype).mT @ grad_out[:, :, rows]
-    grad_k, grad_v = (x.unflatten(1, (num_key_heads, -1)).sum(2) for x in (grad_k, grad_v))
-    return torch.cat(grad_q, 2), grad_k, grad_v
-
-
-def _rows(q: Tensor, k: Tensor) -> Iterator[slice]:
-    """Slices of the queries whose scores are held at once."""
-    at_once = max(1, _PIECE_SCORES // (q.shape[0] * q.shape[1] * k.shape[2]))
-    return (slice(start, start + at_once) for start in range(0, q.shape[2], at_once))
-
-
-def _scores(q: Tensor, k: Tensor, bias: Tensor | None, causal: bool, scale: float, rows: slice) -> Tensor:
-    """Scores [A, H, rows, J] in at least float32, with the bias and causality added."""
-    scores = (q[:, :, rows] @ k.mT).to(_wide(q.dtype)) * scale
-    if bias is not None:
-        scores += bias[:, :, rows] if bias.shape[2] > 1 else bias
-    if causal:
-        query, key = (torch.arange(x.shape[2], device=x.device) for x in (q, k))
-        scores.masked_fill_(key > query[rows, None], MASKED)
-    return scores
-
-
-_FLASH = _Kernel(_flash_forward, _flash_backward, _is_half_band)
-_PLAIN = _Kernel(_plain_forward, _plain_backward)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # The operator, so that torch.compile and torch.export see one node
 
 
 def _forward_fake(query, key, value, key_valid, pattern, causal, scale, q_offset, kv_offset):
     output = query.new_empty((*query.shape[:3], value.shape[3]))
-    return output, query.new_empty(query.shape[:3], dtype=_wide(query.dtype))
+    return output, query.new_empty(query.shape[:3], dtype=wide(query.dtype))
 
 
 def _backward_fake(grad_output, query, key, value, *_):

@@ -18,7 +18,7 @@ FILES = sorted(path.stem for path in MODELING.glob("*.py") if path.stem != "__in
 
 PATTERNS = {"attention_patterns", "attention_patterns_base", "attention_patterns_images"}
 MASKS = {"attention_masks"} | PATTERNS
-PLAN = {"attention_plan"} | PATTERNS
+PLAN = {"attention_parts", "attention_plan"} | PATTERNS
 EXECUTORS = {"attention_torch", "attention_triton", "attention_triton_relative"}
 KERNELS = {f"attention_triton_{name}" for name in ("kernels", "key_gradients", "query_gradients")}
 TRITON = {f"attention_triton_{name}" for name in ("call", "configs", "layout", "tables")}
@@ -30,11 +30,13 @@ MAY_IMPORT = {
     "attention_masks": PATTERNS,
     "attention_patterns": PATTERNS,
     "attention_patterns_images": {"attention_patterns_base"},
-    "attention_plan": PATTERNS,
+    "attention_plan": {"attention_parts", "attention_tiles"} | PATTERNS,
+    "attention_tiles": {"attention_parts"} | PATTERNS,
     "attention_relative_plan": PLAN,
-    "attention_products": {"attention_plan"},
+    "attention_products": {"attention_parts"},
     "attention_relative": PLAN | {"attention_products", "attention_relative_plan", "attention_torch"},
-    "attention_torch": PLAN | {"attention_products"},
+    "attention_tile_kernels": {"attention_parts", "attention_products"},
+    "attention_torch": PLAN | {"attention_products", "attention_tile_kernels"},
     "attention_triton": {"attention_triton_call", "attention_triton_launch", "attention_triton_views"},
     "attention_triton_*_gradients": {"attention_triton_kernels"},
     "attention_triton_call": {"attention_triton_views"} | PATTERNS | KERNELS | TRITON,

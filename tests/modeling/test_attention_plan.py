@@ -109,6 +109,29 @@ def test_writes(pattern):
         assert not plan.complete or written.all()
 
 
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_writes_keys(pattern):
+    """A part writes only keys that no part had before and none of its tiles shares; if complete, every key."""
+    for num_queries, num_keys, first_query, first_key in EXTENTS:
+        plan = plan_attention(
+            pattern, num_queries, num_keys, num_heads=HEADS, causal=True, first_query=first_query, first_key=first_key
+        )
+        written = torch.zeros(HEADS, num_keys, dtype=torch.bool)
+        touched = torch.zeros_like(written)
+        for group in plan.groups:
+            for part in group.parts:
+                places = part.keys.places(part.tiles).flatten()
+                places = places if group.index is None else group.index.view(len(group.index), -1)[places].flatten()
+                for head in group.heads:
+                    if part.writes_keys:
+                        assert group.index is None
+                        assert len(places.unique()) == len(places)
+                        assert not touched[head, places].any()
+                        written[head, places] = True
+                    touched[head, places] = True
+        assert not plan.complete_keys or written.all()
+
+
 @pytest.mark.parametrize(
     ("pattern", "most"),
     [

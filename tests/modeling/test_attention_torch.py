@@ -9,7 +9,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hf_tfamily.modeling import attention_torch
+from hf_tfamily.modeling import attention_products, attention_tile_kernels, attention_torch
 from hf_tfamily.modeling.attention_patterns import (
     Fixed,
     FixedBlock,
@@ -77,7 +77,7 @@ def poisoned_memory():
 def kernel(request, monkeypatch):
     """Both kernels, although on the CPU the plain one is not chosen."""
     if request.param == "plain":
-        monkeypatch.setattr(attention_torch, "_kernel", lambda query: attention_torch._PLAIN)
+        monkeypatch.setattr(attention_torch, "kernel_for", lambda query: attention_tile_kernels.PLAIN)
 
 
 def test_dense_oracle_equals_loops():
@@ -127,7 +127,7 @@ def test_dtypes(pattern, dtype):
 def test_pieces(monkeypatch):
     """However the work is cut: along tiles or along the batch."""
     monkeypatch.setattr(attention_torch, "_PIECE", 1 << 11)
-    monkeypatch.setattr(attention_torch, "_PIECE_SCORES", 1 << 12)
+    monkeypatch.setattr(attention_tile_kernels, "_PIECE_SCORES", 1 << 12)
     for batch, pattern in itertools.product(
         (1, 5), (Full(), Union([Local(40), Strided(8)]), Fixed(16, 4, sub_blocks=2))
     ):
@@ -211,7 +211,8 @@ class LargestTensor(TorchDispatchMode):
     ids=str,
 )
 def test_never_length_times_length(pattern, monkeypatch):
-    monkeypatch.setattr(attention_torch, "_PIECE_SCORES", 1 << 16)
+    monkeypatch.setattr(attention_tile_kernels, "_PIECE_SCORES", 1 << 16)
+    monkeypatch.setattr(attention_products, "_PIECE", 1 << 16)
     length = 1024
     query, key, value = (x.detach() for x in make_inputs(length, length, dim=4, value_dim=4, batch=1))
     where = (attention_torch._to_json(pattern), True, 0.5, 0, 0)
