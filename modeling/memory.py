@@ -90,8 +90,7 @@ class PatternCacheLayer(CacheLayerMixin):
     is_compileable = False
     is_croppable = True
 
-    def __init__(self, past: Past):
-        super().__init__()
+    def __init__(self, past: Past):  # not the base's, for which keys and values are what is stored
         self.past = past
         self.step: Step | None = None
         self.record_past = False
@@ -99,6 +98,7 @@ class PatternCacheLayer(CacheLayerMixin):
 
     def _forget(self) -> None:
         self.cumulative_length, self.is_initialized = 0, False
+        self.newest_step: Step | None = None
         self.buffers: list[torch.Tensor] = []
         self._in_a_graph = False
         self._recorded: list[_Written] = []
@@ -107,11 +107,27 @@ class PatternCacheLayer(CacheLayerMixin):
     def nbytes(self) -> int:
         return sum(buffer.nbytes for buffer in self.buffers)
 
+    @property
+    def keys(self) -> torch.Tensor | None:
+        """[B, Hk, S, D], a copy of those that a coming token can see; anything where a head or a row has fewer."""
+        return self._seen_next()[0]
+
+    @property
+    def values(self) -> torch.Tensor | None:
+        """[B, Hk, S, Dv], as `keys`."""
+        return self._seen_next()[1]
+
+    def _seen_next(self) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:
+        if self.newest_step is None:
+            return None, None
+        return self._read(self.newest_step.following()).clone().split(self.widths, dim=-1)
+
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
-        batch, width = key_states.shape[0], key_states.shape[-1] + value_states.shape[-1]
+        self.widths = (key_states.shape[-1], value_states.shape[-1])
         self.buffers = [
-            key_states.new_empty(batch, len(store.heads), store.lanes, 0, width) for store in self.past.stores
+            key_states.new_empty(len(key_states), len(store.heads), store.lanes, 0, sum(self.widths))
+            for store in self.past.stores
         ]
         self.is_initialized = True
 
@@ -132,7 +148,7 @@ class PatternCacheLayer(CacheLayerMixin):
         else:  # a ring may overwrite what the first of these queries still sees, so it is read before
             seen = torch.cat([self._read(step), states], dim=2)
             self._write(step, states)
-        return seen.split([key_states.shape[-1], value_states.shape[-1]], dim=-1)
+        return seen.split(self.widths, dim=-1)
 
     def _take_step(self, key_states: torch.Tensor) -> Step:
         step, self.step = self.step, None
@@ -158,9 +174,10 @@ class PatternCacheLayer(CacheLayerMixin):
                 before.append((index, where, places[where]))
             places[where] = states[rows, of_head, token]
         self._in_a_graph = torch.is_grad_enabled()
-        self.cumulative_length += step.length
         if self.record_past:
-            self._recorded.append(_Written(step, states, before))
+            self._recorded.append(_Written(step, states, before, self.newest_step))
+        self.newest_step = step
+        self.cumulative_length += step.length
 
     def _writable(self, buffer: torch.Tensor, room: int) -> torch.Tensor:
         """The buffer with at least so much room; a copy where a backward pass may read it."""
@@ -203,6 +220,7 @@ class PatternCacheLayer(CacheLayerMixin):
 
     def _change_batch(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         self.buffers = [change(buffer) for buffer in self.buffers]
+        self.newest_step = None if self.newest_step is None else self.newest_step.with_rows(change)
         self._recorded = []
 
     def activate_past_recording(self) -> None:
@@ -236,16 +254,19 @@ class PatternCacheLayer(CacheLayerMixin):
             buffer = self.buffers[index]
             self.buffers[index] = buffer = self._writable(buffer, buffer.shape[3])
             buffer.flatten(2, 3)[where] = states
+        self.newest_step = written.previous
         self.cumulative_length -= written.step.length
 
 
 @dataclass(frozen=True)
 class _Written:
-    """A step that may be taken back: its states [B, Hk, T, W], and (buffer, places, states) that it overwrote."""
+    """A step that may be taken back: its states [B, Hk, T, W], what it overwrote (buffer, places, states), and the step
+    before it."""
 
     step: Step
     states: torch.Tensor
     before: list[tuple[int, tuple, torch.Tensor]]
+    previous: Step | None
 
 
 class PatternCacheGenerationMixin(GenerationMixin):

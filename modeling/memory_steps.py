@@ -3,6 +3,7 @@
 Shapes: B batch, T new tokens; R rows: 1 where the whole batch stands at the same position, else B. -1 is no position.
 """
 
+from collections.abc import Callable
 from functools import cached_property
 
 import torch
@@ -90,3 +91,19 @@ class Step:
     def shortened(self, length: int) -> "Step":
         """The step of its first `length` tokens; stores keep the room that they have."""
         return Step(self.positions[:, :length], self.past_length, self.end, self.batch_size, self.device)
+
+    def following(self) -> "Step":
+        """Two more tokens, of which nothing is stored yet."""
+        positions = self.last + torch.arange(1, 3, device=self.last.device)
+        return Step(positions, self.past_length + self.length, self.end, self.batch_size, self.device)
+
+    def with_rows(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Step":
+        """The step of a batch whose rows were reordered, chosen or repeated by `change`."""
+        if len(self.positions) == 1 and self.batch_size > 1:
+            return self
+        positions = change(self.positions)
+        return Step(positions, self.past_length, self.past_end, len(positions), self.device)
+
+    def __getstate__(self) -> dict:
+        """Copies and files leave out what can be worked out anew."""
+        return {**self.__dict__, "_worked_out": {}}

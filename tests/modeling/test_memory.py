@@ -366,6 +366,30 @@ def test_rows_can_be_reordered_repeated_and_chosen():
     torch.testing.assert_close(chosen, plain[1:])
 
 
+def test_keys_and_values_can_be_looked_at():
+    """As tools do with any cache: all of them while nothing is forgotten, a window's afterwards; reordered rows too."""
+    model = causal_lm(*MIXED, Full())
+    ids, mask = torch.randint(0, 27, (2, 12)), LEFT_PADDED[:, 2:14]
+    for length, given in ((4, None), (4, torch.ones(2, 4)), (12, mask)):
+        cache, dense = PatternCache.from_config(model.config), DynamicCache()
+        assert cache.layers[0].keys is None
+        with torch.no_grad():
+            for past in (cache, dense):
+                model(ids[:, :length], attention_mask=given, past_key_values=past)
+        for past in (cache, dense):
+            past.reorder_cache(torch.tensor([1, 0]))
+        for layer, expected in zip(cache.layers, dense.layers):
+            if length == 4:
+                torch.testing.assert_close((layer.keys, layer.values), (expected.keys, expected.values))
+            assert layer.keys.shape[2] <= 12
+        if length == 12:  # a row of 12 tokens, and one of 9 behind padding, which is not stored
+            torch.testing.assert_close(layer.keys[0], expected.keys[0])
+            torch.testing.assert_close(layer.keys[1, :, :9], expected.keys[1, :, 3:])
+    local = PatternCache([Local(5)], num_heads=2)
+    decode_once(local, 11, heads=2)
+    assert local.layers[0].keys[0, 0, :, 0].tolist() == [8, 9, 10, 11]
+
+
 def test_grouped_heads_share_what_any_of_them_needs():
     """Four query heads read two key heads: the first pair windows, the second a window and a column."""
     pattern = PerHead((Local(3), Local(5), Local(2), Strided(4)))
