@@ -72,6 +72,10 @@ class PatternCache(Cache):
         Raises:
             ValueError: where a row's past is not one document, or the mask is no padding mask.
         """
+        if len({layer.get_seq_length() for layer in self.layers}) > 1:
+            raise ValueError(
+                "past_key_values is half updated, by a call that failed; start with a new cache, or an earlier copy."
+            )
         step = Step.of_call(hidden_states, self.get_seq_length(), self.end, attention_mask, position_ids)
         self.end = step.end
         for layer in self.layers:
@@ -157,8 +161,11 @@ class PatternCacheLayer(CacheLayerMixin):
                 f"{key_states.shape[2]} tokens come unannounced: models whose layers follow attention patterns call "
                 "announce() on this cache; give other models a DynamicCache."
             )
-        if self.is_initialized and len(key_states) != len(self.buffers[0]):
-            raise ValueError(f"The cache holds {len(self.buffers[0])} rows, got keys of {len(key_states)}.")
+        if self.is_initialized and (len(key_states), key_states.dtype) != (len(self.buffers[0]), self.dtype):
+            raise ValueError(
+                f"The cache holds {len(self.buffers[0])} rows of {self.dtype}, got keys of {len(key_states)} rows of "
+                f"{key_states.dtype}; start with a cache of its own."
+            )
         return step
 
     def _write(self, step: Step, states: torch.Tensor) -> None:
@@ -213,7 +220,7 @@ class PatternCacheLayer(CacheLayerMixin):
         self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        self._change_batch(lambda buffer: buffer.index_select(0, indices.to(buffer.device)))
+        self._change_batch(lambda buffer: buffer[indices.to(buffer.device)])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         self._change_batch(lambda buffer: buffer.repeat_interleave(repeats, dim=0))

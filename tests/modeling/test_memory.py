@@ -1,5 +1,7 @@
 """The pattern-aware cache: same results as the full forward pass, from fewer keys kept and fewer read."""
 
+import copy
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -362,8 +364,9 @@ def test_rows_can_be_reordered_repeated_and_chosen():
     )
     repeated = next_logits(lambda cache: cache.batch_repeat_interleave(2), [0, 0, 1, 1])
     torch.testing.assert_close(repeated, plain.repeat_interleave(2, dim=0))
-    chosen = next_logits(lambda cache: cache.batch_select_indices(torch.tensor([1])), [1])
-    torch.testing.assert_close(chosen, plain[1:])
+    for indices in (torch.tensor([1]), torch.tensor([False, True])):
+        chosen = next_logits(lambda cache, indices=indices: cache.batch_select_indices(indices), [1])
+        torch.testing.assert_close(chosen, plain[1:])
 
 
 def test_keys_and_values_can_be_looked_at():
@@ -419,6 +422,7 @@ def test_half_precision_sampling_multiplies_in_float32():
     assert not torch.isfinite(torch.cat(overflowing)).all()
 
 
+@torch.no_grad()
 def test_what_it_cannot_do_is_refused():
     model = causal_lm(*MIXED)
     ids = torch.randint(0, 27, (2, 6))
@@ -432,8 +436,15 @@ def test_what_it_cannot_do_is_refused():
     for tokens in (2, -2):
         with pytest.raises(ValueError, match="DynamicCache"):
             cache.crop(tokens)
-    with pytest.raises(ValueError, match="holds 2 rows, got keys of 1"):
+    with pytest.raises(ValueError, match=r"holds 2 rows of torch.float32, got keys of 1 rows"):
         model(ids[:1, :1], past_key_values=cache)
+    with pytest.raises(ValueError, match=r"rows of torch.float32, got keys of 2 rows of torch.float16"):
+        copy.deepcopy(model).half()(ids[:, :1], past_key_values=copy.deepcopy(cache))
+    half = copy.deepcopy(cache)
+    half.announce(torch.zeros(2, 1, 1))
+    half.update(torch.zeros(2, 8, 1, 4), torch.zeros(2, 8, 1, 4), 0)
+    with pytest.raises(ValueError, match="half updated"):
+        model(ids[:, :1], past_key_values=half)
     with pytest.raises(ValueError, match="attention_patterns is not set"):
         PatternCache.from_config(RoPEDecoderConfig())
     with pytest.raises(ValueError, match="come unannounced"):
