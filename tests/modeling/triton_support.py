@@ -1,13 +1,40 @@
 """Shared by the tests of the Triton executor: it as an autograd function, on a GPU or in Triton's interpreter."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
-from hf_tfamily.modeling import attention_triton
+from hf_tfamily.modeling import attention_triton, attention_triton_relative
 from hf_tfamily.modeling.attention_patterns import grid_of
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+OPERATORS = {
+    "block_sparse_attention": attention_triton.forward_operator,
+    "block_sparse_attention_backward": attention_triton.backward_operator,
+    "relative_attention": attention_triton_relative.forward,
+    "relative_attention_backward": attention_triton_relative.backward,
+}
+
+
+@contextmanager
+def models_on_triton() -> Iterator[set[str]]:
+    """On a CPU too the operators run Triton, as on a GPU; gives the names of those that ran (there: nothing)."""
+    ran = set()
+
+    def noted(name: str):
+        def run(*args):
+            ran.add(name)
+            return OPERATORS[name](*args)
+
+        return run
+
+    with torch.library._scoped_library("hf_tfamily", "IMPL") as library:
+        for name in OPERATORS if DEVICE == "cpu" else ():
+            library.impl(name, noted(name), "CPU")
+        yield ran
 
 
 class GivenBias:
