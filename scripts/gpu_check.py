@@ -5,9 +5,10 @@
     python scripts/gpu_check.py --output DIR --sweeps    # at most 9 minutes, for sweeps over lengths, densities, ...
     python scripts/gpu_check.py --output DIR --dry-run   # tiny, on the CPU, in Triton's interpreter; no times
 
-Stages: calibration, correctness of every kernel, dense kernels, benchmark, training steps, sampling, sweeps while there
-is time. A row of the benchmark appears only if the check of that very pattern, head dimension and dtype passed; what
-failed or was out of time is listed with the reason. The exit status is 1 if any check failed.
+Stages: calibration, compilation of the kernels by many processes, correctness of every kernel, dense kernels, decoding,
+benchmark, training steps, sampling, sweeps while there is time. A row of the benchmark, and a model's, appears only if
+the check of these very patterns, head dimensions and dtype passed; what failed or was out of time is listed with the
+reason. The exit status is 1 if any check failed.
 """
 
 import argparse
@@ -27,7 +28,16 @@ if "--dry-run" in sys.argv:
 import torch
 import transformers
 from gpu_contenders import flex_contenders, sdpa_contenders
-from gpu_correctness import check, check_dense_kernels, check_kernels, check_relative, with_gradients
+from gpu_correctness import (
+    check,
+    check_decoding,
+    check_dense_kernels,
+    check_determinism,
+    check_kernels,
+    job,
+    jobs,
+    with_gradients,
+)
 from gpu_run import PHASES, Run, inputs, plot, timed
 from gpu_shapes import SHAPES, Shape, sweeps
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -42,6 +52,9 @@ from hf_tfamily.modeling.attention_triton_views import dense_kernel
 from hf_tfamily.recipes import load_recipe
 
 MODELS_TAKE = 100  # seconds that the benchmark leaves to training and sampling
+CHECKED = 1536  # tokens of a row's check
+COMPILERS = 8  # processes at most, and for how many seconds they may compile
+COMPILATION_TAKES = {"full": 120, "quick": 45, "sweeps": 60, "dry": 120}
 
 
 def main() -> int:
@@ -50,6 +63,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="at most 2 minutes")
     parser.add_argument("--sweeps", action="store_true", help="lengths, head dimensions, densities; at most 9 minutes")
     parser.add_argument("--dry-run", action="store_true", help="tiny, on the CPU, in Triton's interpreter")
+    parser.add_argument("--compile", metavar="I/N", help="only fill Triton's cache with every N-th of what is checked")
     options = parser.parse_args()
     if not options.dry_run and not torch.cuda.is_available():
         print("gpu_check needs a CUDA device; --dry-run goes through all stages without one.", file=sys.stderr)
@@ -58,8 +72,12 @@ def main() -> int:
     if options.dry_run:
         attention_triton.register("cpu")
         attention_triton_relative.register("cpu")
-    stages = (check_kernels, check_relative, check_dense_kernels, benchmark, train, sample)
-    for stage in (describe, calibrate, *(() if run.mode == "sweeps" else stages), sweep, plot):
+    if options.compile:
+        compile_some(run, *map(int, options.compile.split("/")))
+        return 0
+    checks = (check_kernels, check_dense_kernels, check_decoding, check_determinism)
+    stages = () if run.mode == "sweeps" else (*checks, benchmark, train, sample)
+    for stage in (describe, calibrate, compile_all, *stages, sweep, plot):
         print(f"== {stage.__name__}", flush=True)
         try:
             stage(run)
@@ -113,11 +131,61 @@ def calibrate(run: Run) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Compilation: what one process would do in minutes, many do at once
+
+
+def compile_all(run: Run) -> None:
+    """Our kernels and FlexAttention's into the caches on disk; what fails here fails again where it is reported."""
+    processes = max(1, min(COMPILERS, (os.cpu_count() or 1) // 2)) if run.is_gpu else 1
+    begin, end = time.monotonic(), time.monotonic() + COMPILATION_TAKES[run.mode]
+    command = [sys.executable, __file__, *sys.argv[1:], "--compile"]
+    started = [subprocess.Popen([*command, f"{i}/{processes}"], stdout=subprocess.DEVNULL) for i in range(processes)]
+    for process in started:
+        try:
+            process.wait(timeout=max(0.0, end - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            run.leave_out("compilation in advance", "out of time")
+    run.record["calibration"]["compilation by processes"] = processes
+    run.record["calibration"]["compilation s"] = time.monotonic() - begin
+
+
+def compile_some(run: Run, first: int, processes: int) -> None:
+    """Run what is checked and measured, from the first on every so many (in a dry run: the first), once each."""
+    shapes = shapes_of(run) or [shape for shapes in sweeps().values() for shape in shapes]
+    planned: dict[str, Callable] = {f"{shape.name}, flex": partial(run_flex, run, shape) for shape in shapes}
+    checks = [] if run.mode == "sweeps" else list(jobs(run))
+    for shape in shapes:
+        for length in (CHECKED, shape.length):
+            checks.append(job(run, f"{shape.name}, {length}", shape.pattern, (1, length, *sizes_of(run, shape))))
+    planned |= {one.name: lambda one=one: with_gradients(one.ours, one.tensors()) for one in checks}
+    for name in list(planned)[first :: processes if run.is_gpu else len(planned)]:
+        try:
+            planned[name]()
+        except Exception as error:
+            print(f"{name}: {error}", file=sys.stderr)
+
+
+def run_flex(run: Run, shape: Shape) -> None:
+    sizes, length = sizes_of(run, shape), shape.length if run.is_gpu else 64
+    attention = flex_contenders(shape, sizes[0], length, run.device, every=False)["flex"]()
+    for phase in PHASES if run.is_gpu else PHASES[:1]:
+        one_call(attention, [inputs(run, shape.batch, length, *sizes)], phase)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Benchmark
 
 
+def shapes_of(run: Run) -> list[Shape]:
+    if run.mode == "sweeps":
+        return []
+    return SHAPES if run.mode != "quick" else [shape for shape in SHAPES if shape.name[0] in "ACDEFG"]
+
+
 def benchmark(run: Run) -> None:
-    shapes = SHAPES if run.mode != "quick" else [shape for shape in SHAPES if shape.name[0] in "ACDEFG"]
+    shapes = shapes_of(run)
     for number, shape in enumerate(shapes):
         share = (run.end - time.monotonic() - MODELS_TAKE * (run.mode == "full")) / (len(shapes) - number)
         checked_row(run, "rows", shape, share, every_flex=run.mode != "quick")
@@ -136,8 +204,8 @@ def checked_row(run: Run, kind: str, shape: Shape, seconds: float, every_flex: b
     if run.out_of_time(what):
         return
     sizes = sizes_of(run, shape)
-    checked = 1536 if run.is_gpu else 64
-    if not check(run, f"{what}, {checked} tokens", shape.pattern, inputs(run, 1, checked, *sizes)):
+    checked = CHECKED if run.is_gpu else 64
+    if not check(run, f"{what}, {checked} tokens", shape.pattern, (1, checked, *sizes)):
         run.leave_out(what, "its check failed")
         return
     try:
@@ -190,6 +258,7 @@ def measure(run: Run, shape: Shape, sizes: tuple, end: float, every_flex: bool) 
         if "ours" in calls:
             row[f"ours, {phase}, again"] = timed(run, calls["ours"])  # has the machine drifted?
         rate(row, shape, sizes, phase, batch, length)
+        of_machine(run, row, phase)
     print(json.dumps({key: value for key, value in row.items() if "spread" not in key}) if run.is_gpu else "measured")
     return row
 
@@ -275,6 +344,15 @@ def rate(row: dict, shape: Shape, sizes: tuple, phase: str, batch: int, length: 
             row[f"{phase}, of the bound"] = min(found) * density / seconds
 
 
+def of_machine(run: Run, row: dict, phase: str) -> None:
+    """Fractions of what the machine was seen to do."""
+    for name, whole in (("TFLOP/s", "matmul TFLOP/s"), ("GB/s", "copy GB/s")):
+        if f"{phase}, {name}" in row and whole in run.record["calibration"]:
+            row[f"{phase}, {name}, of the {whole.split()[0]}'s"] = (
+                row[f"{phase}, {name}"] / run.record["calibration"][whole]
+            )
+
+
 def pairs(pattern: Pattern, length: int) -> float:
     """Visible causal pairs of one head, averaged over heads; counted in blocks of rows."""
     key, seen, heads = torch.arange(length), 0, min(pattern.head_period, 8)
@@ -312,6 +390,14 @@ def model_of(run: Run, recipe: str, dense: bool):
     return model.to(run.device, torch.bfloat16)
 
 
+def is_right(run: Run, model) -> bool:
+    """Whether the checks of all patterns of a sparse model pass, in its head dimensions."""
+    config, heads = model.config, model.config.num_attention_heads
+    sizes = (1, CHECKED if run.is_gpu else 64, heads, heads, (config.qk_head_dim, config.v_head_dim), torch.bfloat16)
+    patterns = dict.fromkeys(model.model.patterns)
+    return all([check(run, f"{pattern}, of a model", pattern, sizes) for pattern in patterns])
+
+
 def train(run: Run) -> None:
     """One training step of the paper's models, sparse against dense on flash or cuDNN, never on anything slower."""
     for recipe, batch, length in (("sparse_transformer/cifar10", 4, 3072), ("sparse_transformer/enwik8", 1, 12288)):
@@ -321,6 +407,9 @@ def train(run: Run) -> None:
                 continue
             try:
                 model = model_of(run, recipe, kind == "dense").train()
+                if kind == "sparse" and not is_right(run, model):
+                    run.leave_out(row["what"], "a check of its patterns failed")
+                    break
                 model.gradient_checkpointing_enable()
                 ids = torch.randint(257, (batch, length if run.is_gpu else 64), device=run.device)
 
@@ -351,6 +440,9 @@ def sample(run: Run) -> None:
             continue
         try:
             model = model_of(run, "sparse_transformer/enwik8", kind == "dense").eval()
+            if kind == "sparse" and not is_right(run, model):
+                run.leave_out("sampling", "a check of its patterns failed")
+                return
             prompt = torch.randint(257, (8 if run.is_gpu else 1, 4096 if run.is_gpu else 16), device=run.device)
             begin = time.perf_counter()
             with torch.no_grad():

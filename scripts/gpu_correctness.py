@@ -1,14 +1,17 @@
 """Checks of gpu_check.py: every kernel, its outputs and gradients, against float64."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from gpu_run import Run, inputs
 from gpu_shapes import PATTERNS
 
 from hf_tfamily.modeling import attention_triton_views as views
-from hf_tfamily.modeling.attention_patterns import FixedBlock, Full, Local, Strided, Union
+from hf_tfamily.modeling.attention_decode import attend_one
+from hf_tfamily.modeling.attention_masks import VisibleKeys
+from hf_tfamily.modeling.attention_patterns import FixedBlock, Full, Strided
 from hf_tfamily.modeling.attention_patterns_base import Pattern
 from hf_tfamily.modeling.attention_relative import relative_attention
 from hf_tfamily.modeling.attention_relative_plan import distances_met, rows_by_distance
@@ -34,26 +37,49 @@ def masked(query, key, value, mask: torch.Tensor, scale: float) -> torch.Tensor:
     return (weights @ value).transpose(1, 2)
 
 
-def check(run: Run, name: str, pattern: Pattern, tensors: list[torch.Tensor], causal=True, key_valid=None) -> bool:
-    """Output and gradients against float64: within the budget, or twice the error of dense attention in the dtype."""
-    length, scale = tensors[0].shape[1], tensors[0].shape[3] ** -0.5
-    heads = torch.arange(tensors[0].shape[2], device=run.device)[:, None, None]
-    places = torch.arange(length, device=run.device)
-    mask = pattern.visible(heads, places[:, None], places).expand(len(heads), length, length)
+class Job(NamedTuple):
+    """A check: our attention and the dense one that defines it, and what makes their inputs."""
+
+    name: str
+    ours: Callable
+    dense: Callable
+    tensors: Callable[[], list[torch.Tensor]]
+
+
+def job(run: Run, name: str, pattern: Pattern, sizes: tuple, causal: bool = True, key_valid=None) -> Job:
+    """`sizes`: batch, length, heads, key heads, head dimensions, dtype."""
+    _, length, heads, _, dims, _ = sizes
+    scale = dims[0] ** -0.5
+    mask = partial(visible, run, pattern, heads, length, causal, key_valid)
+    where = {"pattern": pattern, "causal": causal, "scale": scale, "q_offset": 0, "key_valid": key_valid}
+
+    def dense(query, key, value):
+        return masked(query, key, value, mask(), scale)
+
+    return Job(name, partial(block_sparse_attention, **where), dense, partial(inputs, run, *sizes))
+
+
+def visible(run: Run, pattern: Pattern, heads: int, length: int, causal: bool, key_valid=None) -> torch.Tensor:
+    """[H, N, N] or [B, H, N, N] bool."""
+    head, places = torch.arange(heads, device=run.device)[:, None, None], torch.arange(length, device=run.device)
+    mask = pattern.visible(head, places[:, None], places).expand(heads, length, length)
     mask = mask & (places <= places[:, None]) if causal else mask
-    if key_valid is not None:
-        mask = mask & key_valid[:, None, None]
-    dense = partial(masked, mask=mask, scale=scale)
-    ours = partial(block_sparse_attention, pattern=pattern, causal=causal, scale=scale, q_offset=0, key_valid=key_valid)
-    return compare(run, name, ours, dense, tensors)
+    return mask if key_valid is None else mask & key_valid[:, None, None]
 
 
-def compare(run: Run, name: str, ours: Callable, dense: Callable, tensors: list[torch.Tensor]) -> bool:
-    exact = with_gradients(dense, [x.double() for x in tensors])
-    plain = with_gradients(dense, tensors)
+def check(run: Run, name: str, pattern: Pattern, sizes: tuple) -> bool:
+    return compare(run, job(run, name, pattern, sizes))
+
+
+def compare(run: Run, job: Job, outcome: Callable = with_gradients) -> bool:
+    """Ours against float64: within the budget, or twice the error of dense attention in the dtype."""
     worst = 0.0
     try:
-        for mine, theirs, true in zip(with_gradients(ours, tensors), plain, exact):
+        tensors = job.tensors()
+        exact = outcome(job.dense, [x.double() for x in tensors])
+        plain = outcome(job.dense, tensors)
+        poison(run)
+        for mine, theirs, true in zip(outcome(job.ours, tensors), plain, exact):
             size = torch.maximum(true.norm(), 1e-2 * exact[0].norm())  # gradients that are 0 have no relative error
             error, peer = ((x.double() - true).norm() / size for x in (mine, theirs))
             ratio = float(error / max(BUDGET[tensors[0].dtype], 2 * float(peer)))
@@ -61,58 +87,138 @@ def compare(run: Run, name: str, ours: Callable, dense: Callable, tensors: list[
         note = f"error over budget {worst:.2f}"
     except Exception as failure:
         worst, note = float("inf"), f"{type(failure).__name__}: {failure}"[:300]
-    run.record["checks"].append({"name": name, "passed": worst <= 1, "note": note})
-    print(f"{'ok ' if worst <= 1 else 'BAD'} {name}: {note}", flush=True)
+    run.record["checks"].append({"name": job.name, "passed": worst <= 1, "note": note})
+    print(f"{'ok ' if worst <= 1 else 'BAD'} {job.name}: {note}", flush=True)
     return worst <= 1
 
 
-def check_kernels(run: Run) -> None:
+def poison(run: Run) -> None:
+    """Leave NaN in the memory that is handed out next: what a kernel does not write shows."""
+    sizes = [1 << power for power in range(10, 25)] if run.is_gpu else []
+    del [torch.full((size,), float("nan"), device=run.device) for size in sizes][:]
+
+
+def jobs(run: Run) -> Iterator[Job]:
+    """All checks of kernels, those of every system's patterns first."""
+    yield from kernel_jobs(run)
+    yield from relative_jobs(run)
+
+
+def kernel_jobs(run: Run) -> Iterator[Job]:
     """Every pattern in every dtype; padding, grouped heads, odd lengths, Dqk != Dv, not causal."""
     length = 333 if run.is_gpu else 48
     for dtype_name, dtype in DTYPES.items():
         for name, pattern in PATTERNS.items():
-            if run.out_of_time(f"check {name}, {dtype_name}"):
-                continue
-            tensors = inputs(run, 2, length, 4, 2, (64, 64) if run.is_gpu else (16, 16), dtype)
-            check(run, f"{name}, {dtype_name}", pattern, tensors)
+            sizes = (2, length, 4, 2, (64, 64) if run.is_gpu else (16, 16), dtype)
+            yield job(run, f"{name}, {dtype_name}", pattern, sizes)
     valid = torch.rand(2, length, device=run.device) > 0.3
+    all_dims = {"quick": [(64, 128)], "dry": [(16, 32)]}.get(run.mode, [(32, 32), (96, 96), (64, 128), (128, 128)])
     for name, pattern in PATTERNS.items():
-        if not run.is_gpu and name not in ("fixed merged", "by table"):
+        if run.mode == "dry" and name not in ("fixed merged", "by table"):
             continue
-        for dims in [(96, 96), (64, 128), (128, 128)] if run.is_gpu else [(16, 32)]:
-            tensors = inputs(run, 2, length, 4, 1, dims, torch.bfloat16)
-            check(run, f"{name}, {dims}, padding", pattern, tensors, key_valid=valid)
-            check(run, f"{name}, {dims}, not causal", pattern, tensors, causal=False)
+        for dims in all_dims:
+            sizes = (2, length, 4, 1, dims, torch.bfloat16)
+            yield job(run, f"{name}, {dims}, padding", pattern, sizes, key_valid=valid)
+            yield job(run, f"{name}, {dims}, not causal", pattern, sizes, causal=False)
 
 
-def check_relative(run: Run) -> None:
+def relative_jobs(run: Run) -> Iterator[Job]:
     """Scores for distances: outputs and the gradients of all five tensors."""
+    dtypes = {"bf16": torch.bfloat16} if run.mode == "quick" else DTYPES
+    for name, pattern in PATTERNS.items():
+        for dtype_name, dtype in dtypes.items():
+            yield relative_job(run, f"relative {name}, {dtype_name}", pattern, dtype)
+
+
+def relative_job(run: Run, name: str, pattern: Pattern, dtype: torch.dtype) -> Job:
     length, heads, dim = (320, 4, 64) if run.is_gpu else (40, 2, 16)
     places = torch.arange(length)
-    for name, pattern in {"local": Local(33), "strided merged": Union([Local(33), Strided(16)]), **PATTERNS}.items():
-        if run.out_of_time(f"check relative {name}"):
+    distances = distances_met(pattern, length)
+    rows = rows_by_distance(distances, places[:, None] - places).to(run.device)
+    shapes = [(2, length, heads, dim)] * 4 + [(heads, len(distances), dim), (2, length, heads, dim)]
+
+    def dense(query, position_query, key, value, relative_key):
+        scores = torch.einsum("bthd,bshd->bhts", query, key)
+        by_distance = torch.einsum("bthd,hld->bhtl", position_query, relative_key)
+        scores = (scores + by_distance.gather(3, rows.expand(*scores.shape))) * dim**-0.5
+        mask = visible(run, pattern, heads, length, True)
+        weights = scores.masked_fill(~mask, float("-inf")).softmax(-1).masked_fill(~mask, 0)
+        return torch.einsum("bhts,bshd->bthd", weights, value)
+
+    def ours(*tensors):
+        return relative_attention(*tensors, distances, pattern, scale=dim**-0.5, q_offset=0)
+
+    return Job(name, ours, dense, lambda: [torch.randn(shape, device=run.device, dtype=dtype) for shape in shapes])
+
+
+def check_kernels(run: Run) -> None:
+    for one in jobs(run):
+        if not run.out_of_time(f"check {one.name}"):
+            compare(run, one)
+
+
+def check_decoding(run: Run) -> None:
+    """One token at a time over a static buffer: on a GPU one CUDA graph, replayed wherever the token stands."""
+    length, heads, dim = (256, 4, 64) if run.is_gpu else (48, 4, 16)
+    places = list(range(0, length, length // 8 + 1))
+    for name, pattern in PATTERNS.items():
+        if run.out_of_time(f"check decoding {name}"):
             continue
-        distances = distances_met(pattern, length)
-        rows = rows_by_distance(distances, places[:, None] - places).to(run.device)
-        seen = pattern.visible(torch.arange(heads)[:, None, None], places[:, None], places).expand(
-            heads, length, length
-        )
-        mask = (seen & (places <= places[:, None])).to(run.device)
 
-        def dense(query, position_query, key, value, relative_key, rows=rows, mask=mask):
-            scores = torch.einsum("bthd,bshd->bhts", query, key)
-            by_distance = torch.einsum("bthd,hld->bhtl", position_query, relative_key)
-            scores = scores + by_distance.gather(3, rows.expand(*scores.shape))
-            weights = (scores * dim**-0.5).masked_fill(~mask, float("-inf")).softmax(-1).masked_fill(~mask, 0)
-            return torch.einsum("bhts,bshd->bthd", weights, value)
+        def ours(query, key, value, _, pattern=pattern):
+            place, one = torch.zeros((), dtype=torch.long, device=run.device), query[:, :1].clone()
 
-        def ours(*tensors, distances=distances, pattern=pattern):
-            return relative_attention(*tensors, distances, pattern, scale=dim**-0.5, q_offset=0)
+            def step() -> torch.Tensor:
+                seen = VisibleKeys(pattern, heads, True, 2, 1, length, query_offset=place, all_places=True)
+                return attend_one(seen, one, key, value, dim**-0.5)
 
-        for dtype_name, dtype in DTYPES.items():
-            shapes = [(2, length, heads, dim)] * 4 + [(heads, len(distances), dim), (2, length, heads, dim)]
-            tensors = [torch.randn(shape, device=run.device, dtype=dtype) for shape in shapes]
-            compare(run, f"relative {name}, {dtype_name}", ours, dense, tensors)
+            replay, outputs = graphed(run, step), []
+            for at in places:
+                place.fill_(at)
+                one.copy_(query[:, at : at + 1])
+                outputs.append(replay().clone())
+            return torch.cat(outputs, 1)
+
+        def dense(query, key, value, _, pattern=pattern):
+            return masked(query, key, value, visible(run, pattern, heads, length, True), dim**-0.5)[:, places]
+
+        tensors = partial(inputs, run, 2, length, heads, 2, (dim, dim), torch.bfloat16)
+        with torch.no_grad():
+            compare(run, Job(f"decoding {name}", ours, dense, tensors), lambda run, tensors: [run(*tensors)])
+
+
+def graphed(run: Run, call: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+    """`call` as one CUDA graph; on a CPU as it is."""
+    if not run.is_gpu:
+        return call
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = call()
+
+    def replay() -> torch.Tensor:
+        graph.replay()
+        return output
+
+    return replay
+
+
+def check_determinism(run: Run) -> None:
+    """The same call gives the same bits, gradients too."""
+    for name, pattern in PATTERNS.items():
+        one = job(run, f"same bits, {name}", pattern, (2, 333 if run.is_gpu else 48, 4, 2, (64, 64), torch.bfloat16))
+        tensors = one.tensors()
+        try:
+            first, second = (with_gradients(one.ours, tensors) for _ in range(2))
+            passed, note = all(map(torch.equal, first, second)), "twice the same call"
+        except Exception as failure:
+            passed, note = False, f"{type(failure).__name__}: {failure}"[:300]
+        run.record["checks"].append({"name": one.name, "passed": passed, "note": note})
 
 
 def check_dense_kernels(run: Run) -> None:
@@ -123,7 +229,7 @@ def check_dense_kernels(run: Run) -> None:
         views.dense_kernel = lambda *_, name=name: name
         try:
             for pattern in (Full(), Strided(16), FixedBlock(16)):
-                tensors = inputs(run, 2, 256 if run.is_gpu else 32, 4, 2, (64, 64), torch.bfloat16)
-                check(run, f"dense kernel {name}, {pattern}", pattern, tensors)
+                sizes = (2, 256 if run.is_gpu else 32, 4, 2, (64, 64), torch.bfloat16)
+                check(run, f"dense kernel {name}, {pattern}", pattern, sizes)
         finally:
             views.dense_kernel = chosen

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from hf_tfamily.modeling.attention_patterns import Fixed, FixedBlock, Full, Local, Strided, Union
+from hf_tfamily.modeling.attention_patterns import Fixed, FixedBlock, FixedSummary, Full, Local, Strided, Union
 from hf_tfamily.modeling.attention_patterns_base import Pattern
 
 Goals = tuple[tuple[float, float] | None, tuple[float, float] | None]  # (must, stretch) of forward, and with backward
@@ -120,5 +120,6 @@ PATTERNS = {
     "own block": FixedBlock(32),
     "strided merged": Union([Local(33), Strided(16)]),
     "fixed merged": Fixed(32, 8, sub_blocks=2),
+    "summary": FixedSummary(32, 8),  # the first block sees nothing
     "by table": RandomBlocks(16, 0.3),
 }
