@@ -196,8 +196,8 @@ def parse_pattern(text: str) -> Pattern:
 
 @lru_cache(maxsize=16)
 def _is_older(device: torch.device) -> bool:
-    """Compute capability below 9, with less shared memory and no wgmma."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] < 9
+    """Compute capability 8 or 12, with less shared memory and no wgmma or its successor."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] not in (9, 10, 11)
 
 
 def padded(dim: int) -> int:

@@ -1,21 +1,30 @@
 """Sizes of tiles for the Triton kernels: chosen by table, never tuned at run time.
 
-For head dimensions 64 and 128 entries compile without register spills for compute capabilities 8.0 and 9.0 and fit
-their shared memory (those for tables with a bias are yet to be compiled). With triton 3.6.0 some entries take 8 to 48
-bytes of stack at 16, 32, 96 and (64, 128). `python -m tests.modeling.compile_kernels` compiles all of them without a
-GPU and prints what they take.
+Entries are chosen so that they compile without register spills for compute capabilities 8.0 and 9.0, with Triton 3.6
+and 3.9, and fit their shared memory. `python -m tests.modeling.compile_kernels` compiles all of them without a GPU and
+prints what they take (benchmarks/triton_compile.md).
 """
 
 from typing import NamedTuple
 
 
 class Tile(NamedTuple):
-    """Queries and keys of a tile, warps, and stages of the software pipeline."""
+    """Queries and keys of a tile, warps, stages of the software pipeline, registers of a thread (None: ptxas chooses).
+
+    ptxas may rather spill a few bytes than let fewer blocks run side by side; an upper bound of 255 keeps it from that.
+    """
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
+    max_registers: int | None = None
+
+    @property
+    def options(self) -> dict[str, int]:
+        """What a kernel is compiled with."""
+        bound = {} if self.max_registers is None else {"maxnreg": self.max_registers}
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, **bound}
 
 
 FORWARD, QUERY_GRAD, KEY_GRAD = "forward", "query_grad", "key_grad"
@@ -26,50 +35,77 @@ HEAD_DIMS = (16, 32, 64, 128)  # others are padded to the next
 # (kernel, walk) -> tile for head dimensions up to 32, 64 and 128; float16 and bfloat16. Tables take square ones.
 HALF = {
     (FORWARD, WIDE): ((128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 2)),
-    (FORWARD, NARROW): ((64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 2)),
-    (FORWARD, FEW): ((16, 64, 4, 2), (16, 64, 4, 2), (16, 64, 4, 2)),
-    (FORWARD, TABLE): ((64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 2)),
-    (FORWARD, BIASED): ((64, 32, 4, 2), (64, 32, 4, 2), (32, 32, 4, 1)),
-    (FORWARD, BIASED_TABLE): ((32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1)),
+    (FORWARD, NARROW): ((64, 64, 4, 3), (64, 64, 4, 3), (64, 32, 4, 3)),
+    (FORWARD, FEW): ((16, 64, 2, 3), (16, 64, 4, 2), (16, 64, 4, 2, 255)),
+    (FORWARD, TABLE): ((64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 8, 2)),
+    (FORWARD, BIASED): ((64, 32, 4, 2), (64, 32, 8, 2), (32, 32, 4, 1, 255)),
+    (FORWARD, BIASED_TABLE): ((32, 32, 4, 1, 255), (32, 32, 8, 1), (32, 32, 8, 1)),
     (QUERY_GRAD, WIDE): ((128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2)),
     (QUERY_GRAD, NARROW): ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 8, 2)),
-    (QUERY_GRAD, FEW): ((16, 64, 4, 2), (16, 64, 4, 2), (16, 64, 4, 2)),
+    (QUERY_GRAD, FEW): ((16, 64, 4, 2), (16, 64, 4, 2), (16, 64, 4, 2, 255)),
     (QUERY_GRAD, TABLE): ((64, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2)),
     (QUERY_GRAD, BIASED): ((64, 32, 4, 2), (64, 32, 4, 2), (32, 32, 8, 1)),
-    (QUERY_GRAD, BIASED_TABLE): ((32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
+    (QUERY_GRAD, BIASED_TABLE): ((32, 32, 4, 1, 255), (32, 32, 4, 1), (32, 32, 8, 1)),
     (KEY_GRAD, WIDE): ((64, 128, 8, 2), (64, 128, 8, 2), (32, 64, 8, 2)),
     (KEY_GRAD, NARROW): ((64, 64, 8, 2), (64, 64, 8, 2), (32, 64, 8, 2)),
     (KEY_GRAD, FEW): ((16, 64, 4, 2), (16, 64, 4, 2), (16, 64, 8, 2)),
     (KEY_GRAD, TABLE): ((64, 64, 8, 2), (64, 64, 8, 2), (32, 32, 4, 2)),
     (KEY_GRAD, BIASED): ((32, 64, 8, 2), (32, 64, 8, 2), (32, 32, 4, 1)),
-    (KEY_GRAD, BIASED_TABLE): ((32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1)),
+    (KEY_GRAD, BIASED_TABLE): ((32, 32, 4, 2), (32, 32, 4, 1, 255), (32, 32, 4, 1)),
 }
-# Where compute capability 8 needs smaller ones.
+# Where compute capabilities 8 and 12 need smaller ones.
 HALF_OLDER = {
     (FORWARD, WIDE): ((64, 32, 4, 3), (64, 64, 4, 3), (64, 64, 8, 2)),
     (FORWARD, NARROW): ((64, 32, 4, 3), (64, 64, 4, 3), (64, 64, 8, 2)),
-    (FORWARD, TABLE): ((64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 8, 2)),
+    (FORWARD, TABLE): ((64, 64, 4, 3, 255), (64, 64, 4, 3), (32, 32, 8, 2)),
     (FORWARD, FEW): ((16, 64, 4, 3), (16, 64, 4, 3), (16, 32, 4, 3)),
-    (QUERY_GRAD, WIDE): ((64, 32, 4, 2), (64, 32, 8, 2), (64, 64, 8, 2)),
-    (QUERY_GRAD, NARROW): ((64, 32, 4, 2), (64, 32, 8, 2), (64, 64, 8, 2)),
+    (QUERY_GRAD, WIDE): ((64, 32, 4, 2), (64, 32, 8, 2), (64, 32, 8, 2)),
+    (QUERY_GRAD, NARROW): ((64, 32, 4, 2), (64, 32, 8, 2), (64, 32, 8, 2)),
     (QUERY_GRAD, FEW): ((16, 64, 4, 2), (16, 64, 4, 2), (16, 32, 4, 2)),
-    (KEY_GRAD, WIDE): ((32, 32, 4, 2), (32, 32, 4, 2), (32, 64, 8, 2)),
-    (KEY_GRAD, NARROW): ((32, 32, 4, 2), (32, 32, 4, 2), (32, 64, 8, 2)),
-    (KEY_GRAD, TABLE): ((32, 32, 4, 2), (32, 32, 4, 2), (64, 64, 8, 2)),
-    (FORWARD, BIASED): ((32, 32, 2, 1), (32, 32, 2, 1), (32, 32, 4, 1)),
-    (QUERY_GRAD, BIASED): ((32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 4, 1)),
+    (QUERY_GRAD, TABLE): ((64, 64, 8, 2, 255), (64, 64, 8, 2), (32, 32, 8, 2)),
+    (KEY_GRAD, WIDE): ((32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 8, 2, 255)),
+    (KEY_GRAD, NARROW): ((32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 8, 2, 255)),
+    (KEY_GRAD, FEW): ((16, 64, 4, 2), (16, 64, 4, 2), (16, 32, 8, 2)),
+    (KEY_GRAD, TABLE): ((32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 8, 2, 255)),
+    (FORWARD, BIASED): ((32, 32, 4, 2), (32, 32, 2, 1), (32, 32, 4, 1)),
+    (QUERY_GRAD, BIASED): ((32, 32, 8, 2, 255), (32, 32, 8, 1), (32, 32, 4, 1, 255)),
+    (QUERY_GRAD, BIASED_TABLE): ((32, 32, 4, 1, 255), (32, 32, 4, 1, 255), (32, 32, 8, 1)),
     (KEY_GRAD, BIASED): ((32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1)),
+    (KEY_GRAD, BIASED_TABLE): ((32, 32, 8, 2, 255), (32, 32, 4, 1), (32, 32, 4, 1)),
 }
-# float32 products need small tiles.
-_FLOAT32 = ((16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 8, 1))
-_FLOAT32_TABLE = {FORWARD: ((16, 16, 2, 2), (16, 16, 2, 2), (16, 16, 8, 1))}
-_FLOAT32_OLDER = {QUERY_GRAD: ((16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1))}
+# float32, whose products take three times the registers; walks that are not named go as wide ones.
+FLOAT32 = {
+    (FORWARD, WIDE): ((64, 32, 4, 2), (64, 32, 4, 2), (16, 16, 4, 2)),
+    (FORWARD, FEW): ((16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 2)),
+    (FORWARD, TABLE): ((32, 32, 8, 2), (32, 32, 8, 2), (16, 16, 8, 1)),
+    (FORWARD, BIASED): ((64, 16, 4, 1), (64, 16, 4, 1), (16, 16, 4, 2)),
+    (FORWARD, BIASED_TABLE): ((16, 16, 4, 2), (16, 16, 4, 2), (16, 16, 8, 1)),
+    (QUERY_GRAD, WIDE): ((64, 32, 4, 2), (64, 32, 4, 2), (16, 16, 8, 2)),
+    (QUERY_GRAD, FEW): ((16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 8, 2)),
+    (QUERY_GRAD, TABLE): ((32, 32, 8, 1), (32, 32, 8, 1), (16, 16, 8, 1)),
+    (QUERY_GRAD, BIASED): ((64, 16, 4, 1), (16, 16, 8, 1), (16, 16, 8, 2)),
+    (QUERY_GRAD, BIASED_TABLE): ((16, 16, 8, 2), (16, 16, 8, 2), (16, 16, 8, 1)),
+    (KEY_GRAD, WIDE): ((16, 32, 4, 1), (16, 32, 4, 1), (16, 16, 8, 1)),
+    (KEY_GRAD, TABLE): ((16, 16, 4, 2), (16, 16, 4, 2), (16, 16, 8, 1)),
+    (KEY_GRAD, BIASED): ((16, 32, 4, 1), (16, 32, 4, 1), (16, 16, 8, 1)),
+    (KEY_GRAD, BIASED_TABLE): ((16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 8, 1)),
+}
+FLOAT32_OLDER = {
+    (FORWARD, WIDE): ((16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 2)),
+    (FORWARD, BIASED): ((16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 2)),
+    (QUERY_GRAD, WIDE): ((16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 8, 2)),
+}
 
 
 def tile_for(kernel: str, walk: str, head_dim: int, is_float32: bool, older: bool = False) -> Tile:
     """The tile of a kernel whose larger head dimension is `head_dim`, one of HEAD_DIMS, on the GPU's generation."""
-    tiles = HALF_OLDER.get((kernel, walk), HALF[kernel, walk]) if older else HALF[kernel, walk]
-    if is_float32:
-        special = _FLOAT32_TABLE if walk in (TABLE, BIASED_TABLE) else _FLOAT32_OLDER if older else {}
-        tiles = special.get(kernel, _FLOAT32)
+    table, smaller = (FLOAT32, FLOAT32_OLDER) if is_float32 else (HALF, HALF_OLDER)
+    if (kernel, walk) not in table:
+        walk = WIDE
+    tiles = smaller.get((kernel, walk), table[kernel, walk]) if older else table[kernel, walk]
     return Tile(*tiles[(head_dim > 32) + (head_dim > 64)])
+
+
+def sum_warps(head_dim: int, keys: int) -> int:
+    """Warps of the kernel that adds up what several programs found for a tile of so many keys."""
+    return 8 if head_dim > 64 and keys >= 64 else 4

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .attention_triton_call import Call, kernels, padded
-from .attention_triton_configs import FORWARD, KEY_GRAD, QUERY_GRAD, Tile
+from .attention_triton_configs import FORWARD, KEY_GRAD, QUERY_GRAD, Tile, sum_warps
 from .attention_triton_layout import Pass, Source, key_items, row_items
 from .attention_triton_tables import Table, TablePass
 
@@ -166,7 +166,7 @@ def launch_key_grad(
         num_out_heads=grads.key.shape[2],
         **of_keys,
         **{name: arguments[name] for name in (*shared, *constants)},
-        num_warps=4,
+        num_warps=sum_warps(call.head_dim, tile.block_n),
     )
 
 
@@ -194,7 +194,7 @@ def _arguments(call: Call, launch, walk: _Walk, tile: Tile, bias: Tensor | None,
         **call.constants,
         **{"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "KIND": walk.kind, "GRANULE": walk.granule},
         **{"HAS_VALID": call.key_valid is not None, "HAS_BIAS": bias is not None},
-        **{"num_warps": tile.num_warps, "num_stages": tile.num_stages},
+        **tile.options,
     }
 
 

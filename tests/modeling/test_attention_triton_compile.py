@@ -54,12 +54,22 @@ print("held")
 """
 
 
-@pytest.mark.slow
-def test_tiles_do_not_spill():
-    """One head dimension here; `python -m tests.modeling.compile_kernels` compiles them all."""
-    command = [sys.executable, "-m", "tests.modeling.compile_kernels", "--quick"]
+def compile_cases(*options):
+    command = [sys.executable, "-m", "tests.modeling.compile_kernels", *options]
     result = subprocess.run(command, capture_output=True, text=True, env=WITHOUT_INTERPRETER)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    assert " 0 that spill or do not fit" in result.stdout
+
+
+def test_a_sample_of_the_tiles_does_not_spill():
+    compile_cases("--cases", "sample", "--arch", "90")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["80", "90"])
+def test_no_entry_spills(arch):
+    """Each once; `python -m tests.modeling.compile_kernels` compiles all that a call can ask of them."""
+    compile_cases("--cases", "entries", "--arch", arch)
 
 
 @pytest.mark.slow
