@@ -40,6 +40,24 @@ def test_a_failing_check_suppresses_the_row(script, run, monkeypatch):
     assert run.record["rows"] == []
 
 
+def test_decoding_and_equal_bits_are_checked(script, run, monkeypatch):
+    import gpu_correctness
+
+    monkeypatch.setattr(gpu_correctness, "PATTERNS", dict(list(gpu_correctness.PATTERNS.items())[4:6]))
+    script.check_decoding(run)
+    script.check_determinism(run)
+    assert [check["passed"] for check in run.record["checks"]] == [True] * 4
+
+
+def test_what_is_compiled_in_advance_is_what_is_measured(script, run, monkeypatch, capsys):
+    """In a dry run the first of it: FlexAttention under the first shape."""
+    calls = []
+    monkeypatch.setattr(script, "one_call", lambda attention, sets, phase: calls.append((phase, len(sets[0]))))
+    script.compile_some(run, 0, 1)
+    assert calls == [("forward", 4)]
+    assert capsys.readouterr().err == ""
+
+
 def test_ratios_are_to_the_best_of_each_kind(script):
     shape = script.SHAPES[4]  # strided column
     times = {"ours": 1.0, "flex": 40.0, "flex, hints": 30.0, "flex* on the view": 2.0}
