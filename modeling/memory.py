@@ -286,18 +286,17 @@ class PatternCacheGenerationMixin(GenerationMixin):
         assisted = generation_mode == GenerationMode.ASSISTED_GENERATION
         self._refuse_what_transformers_cannot(generation_config, model_kwargs, assisted)
         asked = generation_config.cache_implementation is not None or past is not None
-        if getattr(self.config, "attention_patterns", None) and generation_config.use_cache is not False and not asked:
-            cache = self.new_pattern_cache()
-            if isinstance(cache, PatternCache) or not (assisted or is_assistant):  # others take no tokens back
-                if is_assistant:
-                    cache.activate_past_recording()
-                model_kwargs["past_key_values"] = cache
-                return None
+        cache = None if asked or generation_config.use_cache is False else self.new_pattern_cache()
+        if isinstance(cache, PatternCache) or (cache is not None and not (assisted or is_assistant)):
+            if is_assistant:  # its tokens may be taken back, which only a PatternCache can do
+                cache.activate_past_recording()
+            model_kwargs["past_key_values"] = cache
+            return None
         return super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, *args, **kwargs)
 
-    def new_pattern_cache(self) -> Cache:
-        """The cache that `generate()` begins with."""
-        return PatternCache.from_config(self.config)
+    def new_pattern_cache(self) -> Cache | None:
+        """The cache that `generate()` begins with; None where Transformers' own is as good."""
+        return PatternCache.from_config(self.config) if self.config.attention_patterns else None
 
     def _refuse_what_transformers_cannot(
         self, generation_config: GenerationConfig, model_kwargs: dict, assisted: bool

@@ -14,8 +14,6 @@ import copy
 import torch
 from torch import nn
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import GenerationMixin
-from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_outputs import (
     BaseModelOutput,
     CausalLMOutputWithCrossAttentions,
@@ -27,6 +25,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 
 from .configuration_vanilla_transformer import VanillaTransformerConfig
 from .layers import label_smoothed_loss
+from .memory import PatternCacheGenerationMixin
 from .vanilla_stacks import VanillaTransformerDecoder, VanillaTransformerEncoder, VanillaTransformerPreTrainedModel
 
 
@@ -104,19 +103,12 @@ class VanillaTransformerModel(VanillaTransformerPreTrainedModel):
         )
 
 
-class VanillaTransformerGenerationMixin(GenerationMixin):
-    """`generate()` with caches that forget what no pattern shows, unless others are asked for or tokens taken back."""
+class VanillaTransformerGenerationMixin(PatternCacheGenerationMixin):
+    """`generate()` with caches that forget what no pattern shows, unless others are asked for."""
 
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs: dict, generation_mode, *args, **kwargs):
-        asked = generation_config.cache_implementation is not None or model_kwargs.get("past_key_values") is not None
-        takes_back = generation_mode == GenerationMode.ASSISTED_GENERATION or generation_config.is_assistant
-        if generation_config.use_cache is False or asked or takes_back:
-            return super()._prepare_cache_for_generation(
-                generation_config, model_kwargs, generation_mode, *args, **kwargs
-            )
+    def new_pattern_cache(self) -> Cache:
         crosses = hasattr(self.get_decoder().layers[0], "cross_attn")
-        model_kwargs["past_key_values"] = self.get_decoder().new_cache(DynamicCache() if crosses else None, True)
-        return None
+        return self.get_decoder().new_cache(DynamicCache() if crosses else None, True)
 
 
 class VanillaTransformerForConditionalGeneration(VanillaTransformerPreTrainedModel, VanillaTransformerGenerationMixin):
