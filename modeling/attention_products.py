@@ -21,9 +21,9 @@ from .attention_parts import Part, Tokens
 
 MASKED = -1e30  # not -inf: a row without keys then keeps a finite LSE, far below any real one
 LOG2_E = math.log2(math.e)
-_PIECE = 1 << 19  # scores taken together: few enough to stay in the processor's cache
+_PIECE = 1 << 20  # scores taken together: few enough to stay in the processor's cache
 _DELTA_PIECE = 1 << 16  # elements of outputs taken together
-_KEPT = 4 * _PIECE  # elements of the largest tensors that are kept from call to call
+_KEPT = 3 * _PIECE  # elements of the largest tensors that are kept from call to call
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -47,15 +47,16 @@ class Piece(NamedTuple):
         return self._replace(heads=range(first, first + len(self.heads)))
 
 
-def pieces(part: Part, q: Tensor, k: Tensor, *, relative: bool) -> list[Piece]:
-    """How a part is cut, for queries [B, T, H, D] and keys [B, S, Hk, D], with scores by distance or without."""
+def pieces(part: Part, q: Tensor, k: Tensor, *, backward: bool) -> list[Piece]:
+    """How a part is cut, for queries [B, T, H, D] and keys [B, S, Hk, D]."""
     batch, _, heads, _ = q.shape
-    at_once = max(1, _PIECE * (1 + relative) // (part.queries.count * part.keys.count))
+    most = _PIECE if backward else 2 * _PIECE  # which has fewer tensors at hand
+    at_once = max(1, most // (part.queries.count * part.keys.count))
     if part.tiles <= heads * batch <= at_once and heads == k.shape[2]:
         return [Piece(range(heads), range(batch), range(tile, tile + 1)) for tile in range(part.tiles)]
     columns = part.queries.stride > 1 and part.keys.stride > 1
-    if columns and not relative and batch <= part.tiles and heads == k.shape[2]:  # the heads of a token lie together
-        at_once = _PIECE // (part.queries.count * max(part.keys.count, q.shape[3]))
+    if columns and backward and batch <= part.tiles and heads == k.shape[2]:  # the heads of a token lie together
+        at_once = most // (part.queries.count * max(part.keys.count, q.shape[3]))
         some = _split(part.tiles, max(1, at_once // heads))
         return [Piece(range(heads), range(entry, entry + 1), tiles) for tiles in some for entry in range(batch)]
     if batch > part.tiles:
@@ -91,7 +92,7 @@ class Space:
 
     @classmethod
     def shared(cls, like: Tensor) -> "Space":
-        """On the CPU the one that this thread keeps from call to call, some 25 MB; elsewhere allocators do that."""
+        """On the CPU the one that this thread keeps from call to call, some 40 MB; elsewhere allocators do that."""
         if like.device.type != "cpu":
             return cls(like)
         spaces = cls._kept.__dict__.setdefault("spaces", {})
@@ -258,7 +259,7 @@ class Extra:
 def forward_part(part: Part, work: Work, extra: Extra) -> None:
     """Merge a part into the output and LSE so far, in place."""
     space = work.space
-    for piece in pieces(part, work.q, work.k, relative=True):
+    for piece in pieces(part, work.q, work.k, backward=False):
         q = space.read("q", work.q, part.queries, piece)
         k, v = (
             space.read(name, x, part.keys, piece.of_keys(work.q, work.k)) for name, x in zip("kv", (work.k, work.v))
@@ -291,7 +292,7 @@ def scaled_delta(grad_out: Tensor, output: Tensor, scale: float) -> Tensor:
 def backward_part(part: Part, work: Work, extra: Extra) -> None:
     """Add up the gradients of a part, exactly: with P = exp(S - LSE) over all parts, each stands alone."""
     space, row = work.space, (part.queries.count, part.keys.count)
-    plan = pieces(part, work.q, work.k, relative=extra.scores is not None)
+    plan = pieces(part, work.q, work.k, backward=True)
     largest = max(piece.count for piece in plan)
     pitch = max(part.keys.count, extra.scores.pitch if extra.scores else 0)
     outside = _outside(part, plan, pitch)

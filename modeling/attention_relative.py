@@ -242,7 +242,7 @@ class _PartScores:
         self.heads = slice(group.heads.start, group.heads.stop, group.heads.step)
         self.position_query, self.gradient = position_query, gradient
         self.read = None  # the piece read last, and its position queries
-        self.largest = max(piece.count for piece in pieces(self.part, work.q, work.k, relative=True))
+        self.largest = max(piece.count for piece in pieces(self.part, work.q, work.k, backward=gradient is not None))
         self.mask = None if relative.mask is None else additive(~self._of_group(relative.mask), position_query.dtype)
 
     def _of_group(self, x: Tensor) -> Tensor:
