@@ -22,7 +22,7 @@ from .attention_parts import Part, Tokens
 MASKED = -1e30  # not -inf: a row without keys then keeps a finite LSE, far below any real one
 LOG2_E = math.log2(math.e)
 _PIECE = 1 << 20  # scores taken together: few enough to stay in the processor's cache
-_DELTA_PIECE = 1 << 16  # elements of outputs taken together
+_DELTA_PIECE = 1 << 17  # elements of outputs taken together
 _KEPT = 3 * _PIECE  # elements of the largest tensors that are kept from call to call
 
 
