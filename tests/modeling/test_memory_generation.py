@@ -57,8 +57,10 @@ MODELS = [
     *[(rope, pattern) for pattern in ("with full", "per head")],
     *[(llama, pattern) for pattern in ("local", "per head")],
 ]
-every_model = pytest.mark.parametrize(("make", "pattern"), MODELS, ids=lambda x: getattr(x, "__name__", x))
-ours = pytest.mark.parametrize(("make", "pattern"), [(sparse, "fixed"), (rope, "per head")], ids=lambda x: str(x))
+every_model, ours = (
+    pytest.mark.parametrize(("make", "pattern"), models, ids=lambda x: getattr(x, "__name__", x))
+    for models in (MODELS, [(sparse, "fixed"), (rope, "per head")])
+)
 
 
 def model_of(make, pattern, layers=2):
