@@ -89,13 +89,17 @@ def test_each_visible_key_once(pattern, causal):
         assert torch.equal(times_seen(plan, num_queries, num_keys), expected.long()), where
 
 
+def causal_plans(pattern):
+    """The plan of every extent, with its number of queries and of keys."""
+    for num_queries, num_keys, first_query, first_key in EXTENTS:
+        where = {"num_heads": HEADS, "causal": True, "first_query": first_query, "first_key": first_key}
+        yield plan_attention(pattern, num_queries, num_keys, **where), num_queries, num_keys
+
+
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 def test_writes(pattern):
     """A part writes only queries that no part had before; in a complete plan every query is written."""
-    for num_queries, num_keys, first_query, first_key in EXTENTS:
-        plan = plan_attention(
-            pattern, num_queries, num_keys, num_heads=HEADS, causal=True, first_query=first_query, first_key=first_key
-        )
+    for plan, num_queries, _ in causal_plans(pattern):
         written = torch.zeros(HEADS, num_queries, dtype=torch.bool)
         touched = torch.zeros_like(written)
         for group in plan.groups:
@@ -112,10 +116,7 @@ def test_writes(pattern):
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 def test_writes_keys(pattern):
     """A part writes only keys that no part had before and none of its tiles shares; if complete, every key."""
-    for num_queries, num_keys, first_query, first_key in EXTENTS:
-        plan = plan_attention(
-            pattern, num_queries, num_keys, num_heads=HEADS, causal=True, first_query=first_query, first_key=first_key
-        )
+    for plan, _, num_keys in causal_plans(pattern):
         written = torch.zeros(HEADS, num_keys, dtype=torch.bool)
         touched = torch.zeros_like(written)
         for group in plan.groups:
