@@ -57,13 +57,18 @@ class Group:
 
 @dataclass(frozen=True)
 class Extent:
-    """The positions at hand, and whether a query sees keys after itself."""
+    """Lengths, where query 0 and key 0 stand, and whether keys after the query are hidden."""
 
     num_queries: int
     num_keys: int
     first_query: int
     first_key: int
     causal: bool
+
+    @property
+    def distance(self) -> int:
+        """Position of query 0 less that of key 0."""
+        return self.first_query - self.first_key
 
     @property
     def end_query(self) -> int:
@@ -141,39 +146,43 @@ def _part(run: list["Tile"]) -> Part:
     )
 
 
-def mark_writes(groups: list[Group], num_queries: int) -> tuple[list[Group], bool]:
-    """The groups with `writes` set, without those that have no parts; and whether every query is first written."""
-    covered = torch.zeros(num_queries, dtype=torch.bool)
-    marked, all_written = [], True
+def mark_writes(
+    groups: Iterable[Group], num_queries: int, num_keys: int, num_heads: int
+) -> tuple[list[Group], bool, bool]:
+    """The groups that have parts, with `writes` and `writes_keys` set; whether all queries and all keys are written."""
+    queries, keys, marked = _FirstToHave(num_queries), _FirstToHave(num_keys), []
     for group in groups:
         parts = []
         for part in group.parts:
-            places = part.queries.places(part.tiles)
-            before = covered[places]
-            parts.append(replace(part, writes=not bool(before.any())))
-            all_written &= parts[-1].writes or bool(before.all())
-            covered[places] = True
+            writes = queries.take(group.heads, part.queries.places(part.tiles))
+            if group.index is None:
+                writes_keys = keys.take(group.heads, part.keys.places(part.tiles))
+            else:  # a key may be picked twice
+                writes_keys = keys.take(group.heads, group.index, may_write=False)
+            parts.append(replace(part, writes=writes, writes_keys=writes_keys))
         if parts:
             marked.append(replace(group, parts=tuple(parts)))
-    return marked, all_written and bool(covered.all())
+    return marked, queries.all_written(num_heads), keys.all_written(num_heads)
 
 
-def mark_key_writes(groups: list[Group], num_keys: int) -> tuple[list[Group], bool]:
-    """The groups with `writes_keys` set, and whether every key is first written; picked keys are never."""
-    covered = torch.zeros(num_keys, dtype=torch.bool)
-    marked, all_written = [], True
-    for group in groups:
-        if group.index is not None:
-            all_written &= bool(covered[group.index].all())
-            marked.append(group)
-            covered[group.index] = True
-            continue
-        parts = []
-        for part in group.parts:
-            places = part.keys.places(part.tiles)
-            before, alone = covered[places], len(places.unique()) == places.numel()
-            parts.append(replace(part, writes_keys=alone and not bool(before.any())))
-            all_written &= parts[-1].writes_keys or bool(before.all())
-            covered[places] = True
-        marked.append(replace(group, parts=tuple(parts)))
-    return marked, all_written and bool(covered.all())
+class _FirstToHave:
+    """Which parts are, among those of the same heads, the first to have their tokens."""
+
+    def __init__(self, num_tokens: int):
+        self.num_tokens = num_tokens
+        self.had: dict[range, torch.Tensor] = {}
+        self.added_unwritten = False
+
+    def take(self, heads: range, places: torch.Tensor, may_write: bool = True) -> bool:
+        """Whether the next part can write the tokens at `places`: it alone has had them, each in one tile."""
+        had = self.had.setdefault(heads, torch.zeros(self.num_tokens, dtype=torch.bool))
+        before = had[places]
+        writes = may_write and not bool(before.any()) and int(places.flatten().bincount().max()) == 1
+        self.added_unwritten |= not writes and not bool(before.all())
+        had[places] = True
+        return writes
+
+    def all_written(self, num_heads: int) -> bool:
+        """Whether every token of every head was written, and before anything was added to it."""
+        heads = sum(len(heads) for heads, had in self.had.items() if bool(had.all()))
+        return heads == num_heads and not self.added_unwritten

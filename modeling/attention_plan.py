@@ -22,7 +22,7 @@ from functools import lru_cache
 
 import torch
 
-from .attention_parts import Extent, Group, mark_key_writes, mark_writes, parts_of
+from .attention_parts import Extent, Group, mark_writes, parts_of
 from .attention_patterns import FixedBlock, FixedSummary, Full, Local, Strided
 from .attention_patterns_base import Pattern
 from .attention_patterns_images import Block1D, Block2D
@@ -70,13 +70,9 @@ def plan_attention(
     """
     pattern.check_heads(num_heads)
     extent = Extent(num_queries, num_keys, first_query, first_key, causal)
-    groups, complete, complete_keys = [], True, True
-    for alike in _groups(pattern, range(num_heads), extent):
-        alike, written = mark_writes(alike, num_queries)
-        alike, keys_written = mark_key_writes(alike, num_keys)
-        groups += alike
-        complete &= written
-        complete_keys &= keys_written
+    groups, complete, complete_keys = mark_writes(
+        _groups(pattern, range(num_heads), extent), num_queries, num_keys, num_heads
+    )
     return Plan(tuple(groups), complete, complete_keys)
 
 
@@ -107,13 +103,13 @@ def kept_keys(pattern: Pattern, head: int, position: int) -> torch.Tensor:
 # From a pattern to groups of parts
 
 
-def _groups(pattern: Pattern, heads: range, extent: Extent) -> Iterator[list[Group]]:
-    """The groups of all heads: a list for each set of heads that is planned together."""
+def _groups(pattern: Pattern, heads: range, extent: Extent) -> Iterator[Group]:
+    """The groups of all heads, those that are planned together after each other."""
     groups = _view_groups(pattern, heads, extent)
     if groups is not None:
-        yield groups
+        yield from groups
     elif pattern.head_period == 1:
-        yield table_groups(pattern, heads, extent)
+        yield from table_groups(pattern, heads, extent)
     else:
         for head_pattern, alike in _heads_alike(pattern, heads):
             yield from _groups(head_pattern, alike, extent)

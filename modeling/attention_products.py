@@ -227,11 +227,6 @@ class Work:
     grad_k: Tensor | None = None
     grad_v: Tensor | None = None
 
-    @property
-    def shares_keys(self) -> bool:
-        """Do several query heads read one key head?"""
-        return self.q.shape[2] > self.k.shape[2]
-
 
 @dataclass(frozen=True)
 class Extra:
@@ -282,7 +277,7 @@ def forward_part(part: Part, work: Work, extra: Extra) -> None:
 
 def scaled_delta(grad_out: Tensor, output: Tensor, scale: float) -> Tensor:
     """scale * sum(grad_out * output) [B, T, H, 1], some tokens at a time."""
-    delta = grad_out.new_empty((*grad_out.shape[:3], 1), dtype=torch.promote_types(grad_out.dtype, torch.float32))
+    delta = grad_out.new_empty((*grad_out.shape[:3], 1), dtype=wide(grad_out.dtype))
     at_once = max(1, _DELTA_PIECE // max(1, grad_out[:, :1].numel()))
     for some, *pair in zip(*(x.split(at_once, 1) for x in (delta, grad_out, output)), strict=True):
         torch.sum(pair[0].to(delta.dtype) * pair[1], -1, keepdim=True, out=some).mul_(scale)
@@ -293,6 +288,7 @@ def backward_part(part: Part, work: Work, extra: Extra) -> None:
     """Add up the gradients of a part, exactly: with P = exp(S - LSE) over all parts, each stands alone."""
     space, row = work.space, (part.queries.count, part.keys.count)
     plan = pieces(part, work.q, work.k, backward=True)
+    writes_keys = part.writes_keys and work.q.shape[2] == work.k.shape[2]  # else query heads add up in a key head
     largest = max(piece.count for piece in plan)
     pitch = max(part.keys.count, extra.scores.pitch if extra.scores else 0)
     outside = _outside(part, plan, pitch)
@@ -328,7 +324,7 @@ def backward_part(part: Part, work: Work, extra: Extra) -> None:
                 _add_chunks(total, torch.bmm(of_chunks, queries, out=gradient), part, of_keys)
             else:
                 gradient = torch.bmm(memory.by_key(piece.count).mT, queries, out=space.take("of keys", *k.shape))
-                _add_tiles(total, gradient, part.keys, of_keys, writes=part.writes_keys and not work.shares_keys)
+                _add_tiles(total, gradient, part.keys, of_keys, writes=writes_keys)
 
 
 def _outside(part: Part, plan: list[Piece], pitch: int) -> int:
@@ -336,8 +332,7 @@ def _outside(part: Part, plan: list[Piece], pitch: int) -> int:
     queries, keys = part.queries, part.keys
     even = queries.stride == keys.stride == 1 and queries.step == keys.step == queries.count
     chunks = math.ceil(keys.count / queries.count)
-    one_head = len(plan[0].tiles) > 1 and len(plan[0].heads) == 1
-    return chunks - 1 if even and one_head and chunks * queries.count >= pitch else 0
+    return chunks - 1 if even and len(plan[0].tiles) > 1 and chunks * queries.count >= pitch else 0
 
 
 class _QueryWindows:
@@ -389,6 +384,11 @@ def causal_bias(part: Part, like: Tensor, dtype: torch.dtype) -> Tensor:
     """[1, 1, I, J]: what hides the keys behind the i-th of a tile from its i-th query."""
     seen = torch.ones(part.queries.count, part.keys.count, dtype=torch.bool, device=like.device).tril()
     return additive(~seen[None, None], dtype)
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """What scores and sums are held in: at least float32."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def additive(hidden: Tensor, dtype: torch.dtype) -> Tensor:

@@ -30,6 +30,7 @@ from .attention_products import (
     pieces,
     put,
     scaled_delta,
+    wide,
 )
 from .attention_relative_plan import EvenPart, ListedPart, RelativePlan, period, plan_relative_attention
 from .attention_torch import _from_json, _Keys, _to_json
@@ -179,7 +180,7 @@ def _backward(
 
 
 def _widen(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x.to(wide(x.dtype))
 
 
 def _extra(part: Part, keys: _Keys, scores: "_PartScores") -> Extra:
@@ -347,8 +348,7 @@ SCORES = {EvenPart: _EvenScores, ListedPart: _ListedScores}
 
 def _forward_fake(query, position_query, key, value, relative_key, distances, *_):
     batch, length, heads, _ = query.shape
-    dtype = torch.promote_types(query.dtype, torch.float32)
-    return query.new_empty(query.shape), query.new_empty((batch, length, heads, 1), dtype=dtype)
+    return query.new_empty(query.shape), query.new_empty((batch, length, heads, 1), dtype=wide(query.dtype))
 
 
 def _backward_fake(grad_output, query, position_query, key, value, relative_key, *_):

@@ -16,7 +16,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .attention_parts import Group, Part, Tokens
+from .attention_parts import Group, Part, Tokens, mark_writes
 from .attention_patterns import Fixed, FixedBlock, FixedSummary, Full, Intersection, Local, PerHead, Strided, Union
 from .attention_patterns_base import Pattern
 from .attention_plan import plan_attention
@@ -89,13 +89,16 @@ def plan_relative_attention(
     """The plan of causal attention, with the distances that its parts meet. Arguments as for plan_attention."""
     where = {"num_heads": num_heads, "causal": True, "first_query": first_query, "first_key": first_key}
     plan = plan_attention(pattern, num_queries, num_keys, **where)
-    groups, complete_keys = [], plan.complete_keys
-    for group in plan.groups:
-        parts = list(_in_rows(group) if group.index is None else _by_phase(group, pattern, first_query))
-        complete_keys &= sum(part.writes_keys for part in group.parts) == sum(part.writes_keys for part in parts)
-        parts = tuple(_relative(part, group, num_heads, first_query, first_key) for part in parts)
-        groups.append(RelativeGroup(group, parts))
-    return RelativePlan(tuple(groups), plan.complete, complete_keys)
+    cut = (
+        replace(group, parts=tuple(_in_rows(group) if group.index is None else _by_phase(group, pattern, first_query)))
+        for group in plan.groups
+    )
+    groups, complete, complete_keys = mark_writes(cut, num_queries, num_keys, num_heads)
+    relative = (
+        RelativeGroup(group, tuple(_relative(part, group, num_heads, first_query, first_key) for part in group.parts))
+        for group in groups
+    )
+    return RelativePlan(tuple(relative), complete, complete_keys)
 
 
 @lru_cache(maxsize=64)
@@ -240,7 +243,6 @@ def _in_rows(group: Group) -> Iterator[Part]:
             yield part
             continue
         for start in range(0, part.queries.count, _ROWS):
-            part = replace(part, writes_keys=False)
             queries = _some(part.queries, start, min(_ROWS, part.queries.count - start))
             if not part.causal:
                 yield replace(part, queries=queries)
@@ -248,7 +250,7 @@ def _in_rows(group: Group) -> Iterator[Part]:
             if start:
                 yield replace(part, queries=queries, keys=_some(part.keys, 0, start), causal=False)
             own = _some(part.keys, start, queries.count)
-            yield replace(part, queries=queries, keys=own, writes=part.writes and start == 0)
+            yield replace(part, queries=queries, keys=own)
 
 
 def _some(tokens: Tokens, first: int, count: int) -> Tokens:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .attention_parts import Part
-from .attention_products import MASKED, Space
+from .attention_products import MASKED, Space, wide
 
 _PRODUCT_KEYS = 512  # of a tile that products take over
 _PIECE_SCORES = 1 << 22  # scores held at once without a flash kernel
@@ -109,10 +109,6 @@ PLAIN = Kernel(_plain_forward, _plain_backward)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Tiles
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
 
 
 def overlap_step(x: Tensor) -> int | None:

@@ -20,8 +20,19 @@ from .attention_parts import Group, Part, Tokens
 from .attention_patterns import grid_of, pattern_from_dict
 from .attention_patterns_base import Pattern
 from .attention_plan import Plan, plan_attention
-from .attention_products import LOG2_E, MASKED, Extra, Space, Work, additive, backward_part, causal_bias, scaled_delta
-from .attention_tile_kernels import Kernel, kernel_for, overlap_step, span_of, wide, windows_of
+from .attention_products import (
+    LOG2_E,
+    MASKED,
+    Extra,
+    Space,
+    Work,
+    additive,
+    backward_part,
+    causal_bias,
+    scaled_delta,
+    wide,
+)
+from .attention_tile_kernels import Kernel, kernel_for, overlap_step, span_of, windows_of
 
 _EMPTY_ROW = -1e29
 _PIECE = 1 << 17  # elements of the queries taken together: small enough to stay in the processor's cache

@@ -11,6 +11,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from .attention_parts import Extent
 from .attention_patterns import pattern_from_dict
 from .attention_patterns_base import Pattern
 from .attention_triton_configs import (
@@ -26,7 +27,7 @@ from .attention_triton_configs import (
     Tile,
     tile_for,
 )
-from .attention_triton_layout import Extent, Pass, layout, table_heads
+from .attention_triton_layout import Pass, layout, table_heads
 from .attention_triton_tables import TablePass, table_pass
 from .attention_triton_views import View, view_of
 

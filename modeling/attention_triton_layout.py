@@ -21,6 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .attention_parts import Extent
 from .attention_patterns import FixedBlock, FixedSummary, Full, Local, Strided
 from .attention_patterns_base import Pattern
 from .attention_patterns_images import Block1D
@@ -28,22 +29,6 @@ from .attention_patterns_images import Block1D
 FIELDS = 16  # of an item, as in attention_triton_kernels.py
 _SPLIT_TILES = 16  # tiles of queries that one program takes where the work of key tiles is uneven
 _UNEVEN = 4  # longest over mean
-
-
-@dataclass(frozen=True)
-class Extent:
-    """Lengths, where query 0 and key 0 stand, and whether keys after the query are hidden."""
-
-    num_queries: int
-    num_keys: int
-    first_query: int
-    first_key: int
-    causal: bool
-
-    @property
-    def distance(self) -> int:
-        """Position of query 0 less that of key 0."""
-        return self.first_query - self.first_key
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,8 +14,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from .attention_parts import Extent
 from .attention_patterns_base import Pattern
-from .attention_triton_layout import FIELDS, Extent
+from .attention_triton_layout import FIELDS
 
 _SPARE = 1.1  # a coarser granule may cost this much more
 _AT_ONCE = 1 << 24  # elements of `visible` evaluated together

@@ -14,9 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .attention_parts import Extent
 from .attention_patterns import FixedBlock, Full, Strided
 from .attention_patterns_base import Pattern
-from .attention_triton_layout import Extent
 
 _CUDNN_AT_LEAST = 91501  # from here on torch itself prefers cuDNN on Hopper and Blackwell
 aten = torch.ops.aten

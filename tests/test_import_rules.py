@@ -21,7 +21,7 @@ MASKS = {"attention_masks"} | PATTERNS
 PLAN = {"attention_parts", "attention_plan"} | PATTERNS
 EXECUTORS = {"attention_torch", "attention_triton", "attention_triton_relative"}
 KERNELS = {f"attention_triton_{name}" for name in ("kernels", "key_gradients", "query_gradients")}
-TRITON = {f"attention_triton_{name}" for name in ("call", "configs", "layout", "tables")}
+TRITON = {"attention_parts"} | {f"attention_triton_{name}" for name in ("call", "configs", "layout", "tables")}
 SHARED = {name for name in FILES if not name.startswith(("modeling_", "configuration_"))}
 
 # The first line that fits a file holds. Modules without a line of their own import nothing of ours.
@@ -44,9 +44,9 @@ MAY_IMPORT = {
     "attention_triton_relative": {"attention_relative", "attention_relative_plan", "attention_triton"}
     | PATTERNS
     | TRITON,
-    "attention_triton_layout": PATTERNS,
-    "attention_triton_tables": {"attention_triton_layout"} | PATTERNS,
-    "attention_triton_views": {"attention_triton_layout"} | PATTERNS,
+    "attention_triton_layout": {"attention_parts"} | PATTERNS,
+    "attention_triton_tables": {"attention_parts", "attention_triton_layout"} | PATTERNS,
+    "attention_triton_views": {"attention_parts"} | PATTERNS,
     "attention_block_sparse": MASKS
     | PLAN
     | EXECUTORS

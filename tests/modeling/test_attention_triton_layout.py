@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from hf_tfamily.modeling import attention_triton_layout
+from hf_tfamily.modeling.attention_parts import Extent
 from hf_tfamily.modeling.attention_patterns import Fixed, FixedSummary, Full, Local, PerHead, Strided, Union
 from hf_tfamily.modeling.attention_patterns_images import Block1D
-from hf_tfamily.modeling.attention_triton_layout import Extent, key_items, layout, row_items, table_heads
+from hf_tfamily.modeling.attention_triton_layout import key_items, layout, row_items, table_heads
 from hf_tfamily.modeling.attention_triton_tables import build_table, table_pass
 from tests.modeling.test_attention_plan import EXTENTS, HEADS, PATTERNS
 from tests.reference.attention import dense_mask
