@@ -54,19 +54,6 @@ class BicubicEnlargement(nn.Module):
         return enlarged[:, :, rows, columns].mT
 
 
-class NoEnlargement(nn.Module):
-    """Values are predicted as they are."""
-
-    def __init__(self, config):
-        super().__init__()
-
-    def forward(self, pixels: torch.Tensor, like: torch.Tensor) -> None:
-        return None
-
-
-ENLARGEMENTS: dict[bool, type[nn.Module]] = {False: NoEnlargement, True: BicubicEnlargement}
-
-
 def check_enlarged(predict_residual: bool, enlarged: torch.Tensor | None) -> None:
     """Raise ValueError if the enlarged image is missing, or is given to a model that predicts values themselves."""
     if predict_residual and enlarged is None:

@@ -38,7 +38,7 @@ from .image_embeddings import (
     NoCondition,
     PixelConvolution,
 )
-from .image_enlargement import ENLARGEMENTS, EnlargingEncoderOutput, check_enlarged
+from .image_enlargement import BicubicEnlargement, EnlargingEncoderOutput, check_enlarged
 from .image_heads import OUTPUTS, mean_nats, next_values
 from .image_layers import ImageTransformerAttention, ImageTransformerBlock, MatchingKeys
 from .memory import PatternCache, PatternCacheGenerationMixin
@@ -344,7 +344,7 @@ class ImageTransformerEncoder(ImageTransformerStack):
         patterns = patterns_for_layers(config.encoder_attention_patterns, config.num_encoder_layers)
         self.patterns = [pattern.bind(grid) for pattern in patterns]
         self.embedding = SOURCE_EMBEDDINGS[config.output](config)
-        self.enlargement = ENLARGEMENTS[config.predict_residual](config)
+        self.enlargement = BicubicEnlargement(config) if config.predict_residual else None
         stretch = tuple(large / small for large, small in zip(config.image_size, config.source_image_size))
         self.coordinates = ImageCoordinates(config.coordinates, grid, None, config.hidden_size, stretch)
         self.dropout = nn.Dropout(config.resid_dropout)
@@ -383,9 +383,8 @@ class ImageTransformerEncoder(ImageTransformerStack):
         masks = layer_masks(self.patterns, self.config, hidden_states, attention_mask, causal=False)
         for layer, mask in zip(self.layers, masks):
             hidden_states = layer(hidden_states, mask, **kwargs)
-        return EnlargingEncoderOutput(
-            last_hidden_state=hidden_states, enlarged=self.enlargement(pixels, like=hidden_states)
-        )
+        enlarged = None if self.enlargement is None else self.enlargement(pixels, like=hidden_states)
+        return EnlargingEncoderOutput(last_hidden_state=hidden_states, enlarged=enlarged)
 
 
 class ImageTransformerForSuperResolution(ImageTransformerPreTrainedModel, ImageTransformerGenerationMixin):
