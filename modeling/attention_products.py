@@ -196,7 +196,7 @@ class Scores(Protocol):
     pitch: int  # that its ScoreMemory needs
 
     def by_key(self, piece: Piece) -> Tensor:
-        """[G, I, J]"""
+        """[G, I, J] in units of 2"""
 
     def backward(self, gradient: ScoreMemory, piece: Piece) -> None:
         """Take in the gradient of unscaled scores."""
@@ -210,8 +210,7 @@ class Scores(Protocol):
 class Work:
     """What parts read, [B, T, H, D] of queries and [B, S, Hk, D] of keys, and what they are added to.
 
-    Forward: `output` and `lse` [B, T, H, 1] so far. Backward: `lse` over all parts, times log2(e), and
-    `delta` = scale * sum(grad_out * output) [B, T, H, 1].
+    Forward: `output` and `lse` [B, T, H, 1] so far, in units of 2. Backward: `lse` over all parts, and `delta` = scale * sum(grad_out * output) [B, T, H, 1].
     """
 
     q: Tensor
@@ -235,20 +234,24 @@ class Extra:
     Attributes:
         biases: [A or 1, H or 1, I, J], that hide keys.
         hidden: [B, S, H, 1], the same for each key.
-        scores: what has gradients of its own; forward in units of e, backward of 2.
+        scores: what has gradients of its own.
     """
 
     biases: list[Tensor]
     hidden: Tensor | None = None
     scores: Scores | None = None
 
-    def add_to(self, total: Tensor, part: Part, piece: Piece, space: Space) -> None:
+    def scores_of(self, q: Tensor, k: Tensor, work: Work, part: Part, piece: Piece) -> Tensor:
+        """All scores of a piece in units of 2, [G, I, J], for queries [G, I, D] and keys [G, J, D]."""
+        total = work.space.take("scores", piece.count, q.shape[1], k.shape[1])
+        total.baddbmm_(q, k.mT, beta=0, alpha=work.scale * LOG2_E)
+        if self.scores:
+            total.add_(self.scores.by_key(piece))
         for bias in self.biases:
             total.add_(of_piece(bias, piece))
         if self.hidden is not None:
-            total.add_(space.read("hidden", self.hidden, part.keys, piece).mT)
-        if self.scores:
-            total.add_(self.scores.by_key(piece))
+            total.add_(work.space.read("hidden", self.hidden, part.keys, piece).mT)
+        return total
 
 
 def forward_part(part: Part, work: Work, extra: Extra) -> None:
@@ -259,20 +262,20 @@ def forward_part(part: Part, work: Work, extra: Extra) -> None:
         k, v = (
             space.read(name, x, part.keys, piece.of_keys(work.q, work.k)) for name, x in zip("kv", (work.k, work.v))
         )
-        scores = space.take("scores", piece.count, part.queries.count, part.keys.count)
-        scores.baddbmm_(q, k.mT, beta=0, alpha=work.scale)
-        extra.add_to(scores, part, piece, space)
+        scores = extra.scores_of(q, k, work, part, piece)
         top = scores.amax(-1, keepdim=True)
-        weights = torch.softmax(scores, -1, out=scores)
+        weights = scores.sub_(top).exp2_()
+        total = weights.sum(-1, keepdim=True)
         out, lse = (tiles_of(x, part.queries, piece) for x in (work.output, work.lse))
         part_out = torch.bmm(weights, v, out=space.take("of queries", *q.shape)).view(out.shape)
-        part_lse = top.sub_(weights.amax(-1, keepdim=True).log_()).view(lse.shape)
+        part_lse, total = top.add_(total.log2()).view(lse.shape), total.view(lse.shape)
         if part.writes:
-            out.copy_(part_out)
+            torch.div(part_out, total, out=out)
             lse.copy_(part_lse)
         else:
-            out.lerp_(part_out, torch.sigmoid(part_lse - lse))
-            lse.copy_(torch.logaddexp(lse, part_lse))
+            merged = torch.logaddexp2(lse, part_lse)
+            out.lerp_(part_out.div_(total), torch.exp2(part_lse.sub_(merged)))
+            lse.copy_(merged)
 
 
 def scaled_delta(grad_out: Tensor, output: Tensor, scale: float) -> Tensor:
@@ -286,8 +289,7 @@ def scaled_delta(grad_out: Tensor, output: Tensor, scale: float) -> Tensor:
 
 def backward_part(part: Part, work: Work, extra: Extra) -> None:
     """Add up the gradients of a part, exactly: with P = exp(S - LSE) over all parts, each stands alone."""
-    space, row = work.space, (part.queries.count, part.keys.count)
-    plan = pieces(part, work.q, work.k, backward=True)
+    space, plan = work.space, pieces(part, work.q, work.k, backward=True)
     writes_keys = part.writes_keys and work.q.shape[2] == work.k.shape[2]  # else query heads add up in a key head
     largest = max(piece.count for piece in plan)
     pitch = max(part.keys.count, extra.scores.pitch if extra.scores else 0)
@@ -304,9 +306,7 @@ def backward_part(part: Part, work: Work, extra: Extra) -> None:
             space.read(name, getattr(work, name), part.queries, piece) for name in ("q", "grad_out", "lse", "delta")
         )
         k, v = (space.read(name, getattr(work, name), part.keys, of_keys) for name in ("k", "v"))
-        some = space.take("scores", piece.count, *row)
-        some.baddbmm_(q, k.mT, beta=0, alpha=work.scale * LOG2_E).sub_(lse)
-        extra.add_to(some, part, piece, space)
+        some = extra.scores_of(q, k, work, part, piece).sub_(lse)
         weights, grad_scores = (memory.by_key(piece.count) for memory in memories)
         torch.exp2(some, out=weights)  # MKL's exp takes ten times as long where the result underflows
         some.baddbmm_(grad_out, v.mT, beta=0, alpha=work.scale).sub_(delta)

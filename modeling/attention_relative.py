@@ -118,7 +118,7 @@ def _forward(
     q_offset: int,
     kv_offset: int,
 ) -> tuple[Tensor, Tensor]:
-    """Output [B, T, H, D] and LSE [B, T, H, 1]; the LSE is +inf where a query sees nothing."""
+    """Output [B, T, H, D] and LSE [B, T, H, 1] in units of 2, which is +inf where a query sees nothing."""
     plan = _plan(query, key, pattern, q_offset, kv_offset)
     q, pq, k, v = (_widen(x) for x in (query, position_query, key, value))
     table = _Table(_widen(relative_key), distances)
@@ -132,7 +132,7 @@ def _forward(
         group_q, group_pq, *results = (x[:, :, keys.heads] for x in (q, pq, output, lse))
         work = Work(group_q, keys.pick(k), keys.pick(v), results[1], scale, space, output=results[0])
         for relative in group.parts:
-            scores = SCORES[type(relative)](relative, group.keys, work, group_pq, table, scale)
+            scores = SCORES[type(relative)](relative, group.keys, work, group_pq, table)
             forward_part(relative.part, work, _extra(relative.part, keys, scores))
     empty = lse < _EMPTY_ROW
     if empty.any():
@@ -160,7 +160,7 @@ def _backward(
     """Gradients of query, position_query, key, value and relative_key."""
     plan = _plan(query, key, pattern, q_offset, kv_offset)
     q, pq, k, v, grad_out = (_widen(x) for x in (query, position_query, key, value, grad_output))
-    delta, lse = scaled_delta(grad_out, output, scale), lse * LOG2_E
+    delta = scaled_delta(grad_out, output, scale)
     table, space = _Table(_widen(relative_key), distances, with_gradient=True), Space.shared(q)
     grad_q, grad_pq = (q.new_empty(q.shape) if plan.complete else q.new_zeros(q.shape) for _ in range(2))
     grad_k, grad_v = (k.new_empty(k.shape) if plan.complete_keys else k.new_zeros(k.shape) for _ in range(2))
@@ -171,7 +171,7 @@ def _backward(
         group_q, group_lse, *of_queries, group_pq, group_grad_pq = of_queries
         work = Work(group_q, keys.pick(k), keys.pick(v), group_lse, scale, space, None, *of_queries, *picked)
         for relative in group.parts:
-            scores = SCORES[type(relative)](relative, group.keys, work, group_pq, table, scale * LOG2_E, group_grad_pq)
+            scores = SCORES[type(relative)](relative, group.keys, work, group_pq, table, group_grad_pq)
             backward_part(relative.part, work, _extra(relative.part, keys, scores))
         keys.put_back(grad_k, picked[0])
         keys.put_back(grad_v, picked[1])
@@ -224,7 +224,7 @@ class _Table:
 
 
 class _PartScores:
-    """Scores of the distances that a part meets, times `factor`, and the gradients of what they are made of.
+    """Scores of the distances that a part meets, and the gradients of what they are made of.
 
     `position_query` and `gradient`, which may be missing, are [B, T, H, D] of the heads of the part's group.
     """
@@ -236,10 +236,9 @@ class _PartScores:
         work: Work,
         position_query: Tensor,
         table: _Table,
-        factor: float,
         gradient: Tensor | None = None,
     ):
-        self.part, self.table, self.factor, self.space = relative.part, table, factor, work.space
+        self.part, self.table, self.factor, self.space = relative.part, table, work.scale * LOG2_E, work.space
         self.heads = slice(group.heads.start, group.heads.stop, group.heads.step)
         self.position_query, self.gradient = position_query, gradient
         self.read = None  # the piece read last, and its position queries
@@ -281,14 +280,14 @@ class _EvenScores(_PartScores):
         self.memory = ScoreMemory(self.space, "scores by distance", self.part, self.largest, self.pitch, fill=MASKED)
 
     def by_key(self, piece: Piece) -> Tensor:
-        """[G, I, J]"""
+        """[G, I, J] in units of 2"""
         scaled = self.scaled[piece.heads.start : piece.heads.stop]
         scores = self.memory.by_distance(piece.count, len(scaled), self.met)
         torch.bmm(self._rows(piece, len(scaled)), scaled, out=scores)
         if len(self.holes):
             scores.index_fill_(-1, self.holes - self.met[0], MASKED)
-        bias = self.memory.by_key(piece.count)
-        return bias if self.mask is None else bias + of_piece(self.mask, piece)
+        scores = self.memory.by_key(piece.count)
+        return scores if self.mask is None else scores + of_piece(self.mask, piece)
 
     def backward(self, grad_scores: ScoreMemory, piece: Piece) -> None:
         heads = slice(piece.heads.start, piece.heads.stop)
@@ -311,7 +310,7 @@ class _ListedScores(_PartScores):
         )
 
     def by_key(self, piece: Piece) -> Tensor:
-        """[G, I, J]"""
+        """[G, I, J] in units of 2"""
         relative_key = self.table.relative_key[self._index(piece)] * self.factor
         scores = torch.bmm(self._rows(piece, len(relative_key)), relative_key.mT)
         scores = scores.view(piece.count, self.part.queries.count, -1)
