@@ -30,7 +30,8 @@ class Part:
 
     `mask` is a bool tensor [tiles or 1, heads or 1, I, J], True where a query sees a key. `causal` means that the i-th
     query of a tile sees the first i + 1 keys of the tile. `writes` means that no earlier part covers these queries,
-    `writes_keys` that no earlier part has these keys, nor two of its tiles the same one.
+    `writes_keys` that no earlier part has these keys, nor two of its tiles the same one. Where tiles share keys,
+    `fresh_keys` are the last ones of the part, which no earlier part has; all before them some earlier part has.
     """
 
     tiles: int
@@ -40,6 +41,7 @@ class Part:
     mask: torch.Tensor | None = None
     writes: bool = False
     writes_keys: bool = False
+    fresh_keys: range = range(0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,17 +151,19 @@ def _part(run: list["Tile"]) -> Part:
 def mark_writes(
     groups: Iterable[Group], num_queries: int, num_keys: int, num_heads: int
 ) -> tuple[list[Group], bool, bool]:
-    """The groups that have parts, with `writes` and `writes_keys` set; whether all queries and all keys are written."""
+    """The groups that have parts, with what they are the first to have; whether all queries and all keys are covered
+    before anything is added to them.
+    """
     queries, keys, marked = _FirstToHave(num_queries), _FirstToHave(num_keys), []
     for group in groups:
         parts = []
         for part in group.parts:
-            writes = queries.take(group.heads, part.queries.places(part.tiles))
+            writes, _ = queries.take(group.heads, part.queries.places(part.tiles))
             if group.index is None:
-                writes_keys = keys.take(group.heads, part.keys.places(part.tiles))
+                writes_keys, fresh = keys.take(group.heads, part.keys.places(part.tiles), may_share=True)
             else:  # a key may be picked twice
-                writes_keys = keys.take(group.heads, group.index, may_write=False)
-            parts.append(replace(part, writes=writes, writes_keys=writes_keys))
+                writes_keys, fresh = keys.take(group.heads, group.index, may_write=False)
+            parts.append(replace(part, writes=writes, writes_keys=writes_keys, fresh_keys=fresh))
         if parts:
             marked.append(replace(group, parts=tuple(parts)))
     return marked, queries.all_written(num_heads), keys.all_written(num_heads)
@@ -173,16 +177,24 @@ class _FirstToHave:
         self.had: dict[range, torch.Tensor] = {}
         self.added_unwritten = False
 
-    def take(self, heads: range, places: torch.Tensor, may_write: bool = True) -> bool:
-        """Whether the next part can write the tokens at `places`: it alone has had them, each in one tile."""
+    def take(
+        self, heads: range, places: torch.Tensor, *, may_write: bool = True, may_share: bool = False
+    ) -> tuple[bool, range]:
+        """Whether the next part, with the tokens at `places`, can write them: it alone has had them, each in one tile.
+
+        Else, if tiles may share them, the run at their end that it is the first to have; empty if they are no run.
+        """
         had = self.had.setdefault(heads, torch.zeros(self.num_tokens, dtype=torch.bool))
-        before = had[places]
-        writes = may_write and not bool(before.any()) and int(places.flatten().bincount().max()) == 1
-        self.added_unwritten |= not writes and not bool(before.all())
+        new = places[~had[places]].unique()
+        writes = may_write and len(new) == places.numel()
+        run = range(int(new[0]), int(new[-1]) + 1) if may_share and len(new) and not writes else range(0)
+        if len(run) > len(new) or (run and run.stop <= int(places.max())):
+            run = range(0)
+        self.added_unwritten |= len(new) > 0 and not writes and not run
         had[places] = True
-        return writes
+        return writes, run
 
     def all_written(self, num_heads: int) -> bool:
-        """Whether every token of every head was written, and before anything was added to it."""
+        """Whether every token of every head was covered, and before anything was added to it."""
         heads = sum(len(heads) for heads, had in self.had.items() if bool(had.all()))
         return heads == num_heads and not self.added_unwritten

@@ -44,7 +44,7 @@ class Plan:
     """What an executor runs, in order.
 
     `complete`: each query of every head lies in a part that `writes`; `complete_keys`: each key in one that
-    `writes_keys`.
+    `writes_keys`, or among the `fresh_keys` of one.
     """
 
     groups: tuple[Group, ...]

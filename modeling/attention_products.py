@@ -210,7 +210,8 @@ class Scores(Protocol):
 class Work:
     """What parts read, [B, T, H, D] of queries and [B, S, Hk, D] of keys, and what they are added to.
 
-    Forward: `output` and `lse` [B, T, H, 1] so far, in units of 2. Backward: `lse` over all parts, and `delta` = scale * sum(grad_out * output) [B, T, H, 1].
+    Forward: `output` and `lse` [B, T, H, 1] so far, the latter in units of 2. Backward: `lse` over all parts, and
+    `delta` = scale * sum(grad_out * output) [B, T, H, 1].
     """
 
     q: Tensor
@@ -290,21 +291,20 @@ def scaled_delta(grad_out: Tensor, output: Tensor, scale: float) -> Tensor:
 def backward_part(part: Part, work: Work, extra: Extra) -> None:
     """Add up the gradients of a part, exactly: with P = exp(S - LSE) over all parts, each stands alone."""
     space, plan = work.space, pieces(part, work.q, work.k, backward=True)
-    writes_keys = part.writes_keys and work.q.shape[2] == work.k.shape[2]  # else query heads add up in a key head
+    if work.q.shape[2] > work.k.shape[2]:  # query heads add up in a key head, from zero
+        part = replace(part, writes_keys=False, fresh_keys=range(0))
     largest = max(piece.count for piece in plan)
     pitch = max(part.keys.count, extra.scores.pitch if extra.scores else 0)
     outside = _outside(part, plan, pitch)
     pitch = (outside + 1) * part.queries.count if outside else pitch
     memories = [ScoreMemory(space, name, part, largest, pitch, outside=outside) for name in ("weights", "grad_scores")]
-    windows = [
-        _QueryWindows(space, name, part, largest, outside, work.q.shape[3])
-        for name in ("grad_out windows", "q windows")
-    ]
+    queries = [_Queries(space, name, part, largest, outside) for name in ("grad_out", "q")]
+    if not outside:
+        zero_keys(part.fresh_keys, work.grad_k, work.grad_v)
     for piece in plan:
         of_keys = piece.of_keys(work.q, work.k)
-        q, grad_out, lse, delta = (
-            space.read(name, getattr(work, name), part.queries, piece) for name in ("q", "grad_out", "lse", "delta")
-        )
+        grad_out, q = (tiles.read(x, piece) for tiles, x in zip(queries, (work.grad_out, work.q)))
+        lse, delta = (space.read(name, getattr(work, name), part.queries, piece) for name in ("lse", "delta"))
         k, v = (space.read(name, getattr(work, name), part.keys, of_keys) for name in ("k", "v"))
         some = extra.scores_of(q, k, work, part, piece).sub_(lse)
         weights, grad_scores = (memory.by_key(piece.count) for memory in memories)
@@ -314,17 +314,21 @@ def backward_part(part: Part, work: Work, extra: Extra) -> None:
         put(work.grad_q, torch.bmm(grad_scores, k, out=space.take("of queries", *q.shape)), part, piece)
         if extra.scores:
             extra.scores.backward(memories[1], piece)
-        for total, memory, queries, window in zip(
-            (work.grad_v, work.grad_k), memories, (grad_out, q), windows, strict=True
-        ):
-            if outside:
-                memory.clear_after(piece.count)
-                of_chunks, queries = memory.by_chunk(piece.count), window.of(queries)
-                gradient = space.take("of keys", len(queries), part.queries.count, k.shape[2])
-                _add_chunks(total, torch.bmm(of_chunks, queries, out=gradient), part, of_keys)
-            else:
-                gradient = torch.bmm(memory.by_key(piece.count).mT, queries, out=space.take("of keys", *k.shape))
-                _add_tiles(total, gradient, part.keys, of_keys, writes=writes_keys)
+        for total, memory, tiles in zip((work.grad_v, work.grad_k), memories, queries):
+            _put_keys(total, memory, tiles, part, of_keys, space)
+
+
+def _put_keys(total: Tensor, memory: "ScoreMemory", tiles: "_Queries", part: Part, piece: Piece, space: Space) -> None:
+    """Write or add to [B, S, Hk, D] the sums of queries, weighed by what is in memory, that the keys of a piece get."""
+    if tiles.outside:
+        memory.clear_after(piece.count)
+        queries, weights = tiles.by_chunk(piece.count), memory.by_chunk(piece.count)
+        of_chunks = space.take("of keys", len(queries), part.queries.count, total.shape[3])
+        _put_chunks(total, torch.bmm(weights, queries, out=of_chunks), part, piece)
+    else:
+        of_tiles = space.take("of keys", piece.count, part.keys.count, total.shape[3])
+        torch.bmm(memory.by_key(piece.count).mT, tiles.inner, out=of_tiles)
+        _put_tiles(total, of_tiles, part.keys, piece, writes=part.writes_keys)
 
 
 def _outside(part: Part, plan: list[Piece], pitch: int) -> int:
@@ -335,21 +339,30 @@ def _outside(part: Part, plan: list[Piece], pitch: int) -> int:
     return chunks - 1 if even and len(plan[0].tiles) > 1 and chunks * queries.count >= pitch else 0
 
 
-class _QueryWindows:
-    """For each chunk of keys the queries of the tiles that have it; zeros for tiles outside a piece."""
+class _Queries:
+    """What belongs to the queries of a piece, amid zeros for the tiles outside it that share keys with its tiles."""
 
-    def __init__(self, space: Space, name: str, part: Part, count: int, outside: int, dim: int):
-        self.outside = outside
-        if outside:
-            self.tiles = space.take(name, count + 2 * outside, part.queries.count, dim).zero_()
+    def __init__(self, space: Space, name: str, part: Part, count: int, outside: int):
+        self.space, self.name, self.tokens, self.outside = space, name, part.queries, outside
+        self.most = count + 2 * outside
 
-    def of(self, queries: Tensor) -> Tensor:
-        """[G, I, D] -> [G + outside, (outside + 1) * I, D]"""
-        count, num_queries, dim = queries.shape
-        self.tiles[self.outside : self.outside + count] = queries
-        self.tiles[self.outside + count : 2 * self.outside + count] = 0
+    def read(self, x: Tensor, piece: Piece) -> Tensor:
+        """Tiles [G, I, D] of [B, T, H, D]"""
+        if not self.outside:
+            self.inner = self.space.read(self.name, x, self.tokens, piece)
+            return self.inner
+        end = self.outside + piece.count
+        self.tiles = self.space.take(self.name, self.most, self.tokens.count, x.shape[3])
+        self.tiles[: self.outside] = 0
+        self.tiles[end : end + self.outside] = 0
+        self.inner = self.tiles[self.outside : end].copy_(tiles_of(x, self.tokens, piece)[0, 0])
+        return self.inner
+
+    def by_chunk(self, count: int) -> Tensor:
+        """For each chunk of keys the queries of the tiles that have it, [G + outside, (outside + 1) * I, D]."""
+        num_queries, dim = self.tiles.shape[1:]
         sizes = (count + self.outside, (self.outside + 1) * num_queries, dim)
-        return self.tiles.as_strided(sizes, (num_queries * dim, dim, 1))
+        return self.tiles.as_strided(sizes, (num_queries * dim, dim, 1), self.tiles.storage_offset())
 
 
 def put(total: Tensor, gradient: Tensor, part: Part, piece: Piece) -> None:
@@ -359,14 +372,27 @@ def put(total: Tensor, gradient: Tensor, part: Part, piece: Piece) -> None:
     view.copy_(gradient) if part.writes else view.add_(gradient)
 
 
-def _add_chunks(total: Tensor, chunks: Tensor, part: Part, piece: Piece) -> None:
-    """Add chunks of keys [G + outside, I, D], the last of a tile's window at its end, to [B, S, Hk, D]."""
+def zero_keys(fresh: range, *gradients: Tensor) -> None:
+    """Zeros for the fresh keys of a part, before it is added to its gradients [B, S, Hk, D]."""
+    for gradient in gradients:
+        gradient[:, fresh.start : fresh.stop].zero_()
+
+
+def _put_chunks(total: Tensor, chunks: Tensor, part: Part, piece: Piece) -> None:
+    """Put chunks of keys [G + outside, I, D], the last of a tile's window at its end, to [B, S, Hk, D].
+
+    Fresh keys are written, but for those that the tile before this piece has too; all others are added to.
+    """
     keys = chunks.flatten(0, 1)[-part.keys.count % part.queries.count :]
     start = part.keys.start + piece.tiles.start * part.keys.step
-    total[piece.batch.start, start : start + len(keys), piece.heads.start].add_(keys)
+    earlier = start - part.keys.step + part.keys.count if piece.tiles.start else 0
+    first = max(part.fresh_keys.start, earlier) - start if part.fresh_keys else len(keys)
+    total = total[piece.batch.start, start : start + len(keys), piece.heads.start]
+    total[:first].add_(keys[:first])
+    total[first:].copy_(keys[first:])
 
 
-def _add_tiles(total: Tensor, tiles: Tensor, tokens: Tokens, piece: Piece, *, writes: bool) -> None:
+def _put_tiles(total: Tensor, tiles: Tensor, tokens: Tokens, piece: Piece, *, writes: bool) -> None:
     """Write or add key tiles [G, J, D] to [B, S, Hk, D]; to be added, neighbours may share tokens."""
     if len(piece.tiles) > 1 and tokens.step == 0:
         tiles, piece = tiles.sum(0, keepdim=True), piece._replace(tiles=piece.tiles[:1])

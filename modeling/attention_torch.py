@@ -31,6 +31,7 @@ from .attention_products import (
     causal_bias,
     scaled_delta,
     wide,
+    zero_keys,
 )
 from .attention_tile_kernels import Kernel, kernel_for, overlap_step, span_of, windows_of
 
@@ -225,6 +226,7 @@ def _backward_tiles(
     scale: float,
 ) -> None:
     """Add up the gradients of a part by a flash kernel."""
+    zero_keys(part.fresh_keys, *of_keys[2:])
     for bias, *tiles in _tiles(part, keys, of_queries, of_keys):
         tile_q, out, tile_lse, grad_out, tile_grad_q, tile_k, tile_v, tile_grad_k, tile_grad_v = tiles
         part_grad_q, part_grad_k, part_grad_v = kernel.backward(

@@ -115,7 +115,8 @@ def test_writes(pattern):
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 def test_writes_keys(pattern):
-    """A part writes only keys that no part had before and none of its tiles shares; if complete, every key."""
+    """A part writes only keys that no part had before and none of its tiles shares; its fresh keys, which end it, no
+    part had either, but all others; if complete, every key is written or fresh."""
     for plan, _, num_keys in causal_plans(pattern):
         written = torch.zeros(HEADS, num_keys, dtype=torch.bool)
         touched = torch.zeros_like(written)
@@ -129,8 +130,22 @@ def test_writes_keys(pattern):
                         assert len(places.unique()) == len(places)
                         assert not touched[head, places].any()
                         written[head, places] = True
+                    if part.fresh_keys:
+                        fresh = torch.tensor(part.fresh_keys)
+                        assert group.index is None
+                        assert not touched[head, fresh].any()
+                        assert fresh[-1] == places.max()
+                        assert touched[head, places[places < fresh[0]]].all()
+                        written[head, fresh] = True
                     touched[head, places] = True
         assert not plan.complete_keys or written.all()
+
+
+def test_a_band_starts_the_gradients_of_its_keys():
+    """What the windows of a long sequence have is written once, and only added to where windows share it."""
+    plan = plan_attention(Local(128), 1024, 1024, num_heads=HEADS, causal=True)
+    assert plan.complete_keys
+    assert [part.fresh_keys for part in plan.groups[0].parts] == [range(0), range(128, 1024)]
 
 
 @pytest.mark.parametrize(
