@@ -23,6 +23,7 @@ MASKED = -1e30  # not -inf: a row without keys then keeps a finite LSE, far belo
 LOG2_E = math.log2(math.e)
 _PIECE = 1 << 20  # scores taken together: few enough to stay in the processor's cache
 _DELTA_PIECE = 1 << 17  # elements of outputs taken together
+_FREED = 31 << 20  # bytes, just below the largest that glibc takes as a sign of what is to come
 _KEPT = 3 * _PIECE  # elements of the largest tensors that are kept from call to call
 
 
@@ -96,6 +97,8 @@ class Space:
         if like.device.type != "cpu":
             return cls(like)
         spaces = cls._kept.__dict__.setdefault("spaces", {})
+        if not spaces:
+            _keep_freed_memory()
         return spaces.setdefault(like.dtype, cls(like))
 
     def take(self, name: str, *shape: int) -> Tensor:
@@ -120,6 +123,14 @@ class Space:
         if x.dtype != self.dtype or (len(piece.heads) > 1 and len(piece.batch) * len(piece.tiles) > 1):
             tiles = self.take(name, *tiles.shape).copy_(tiles)
         return tiles.flatten(0, 2)
+
+
+def _keep_freed_memory() -> None:
+    """Free a large block once: glibc then gives memory back to the system only beyond twice that size (mallopt(3)).
+
+    To have the pages of gradients mapped anew at each call costs up to a tenth of its time.
+    """
+    torch.empty(_FREED, dtype=torch.uint8)
 
 
 def overlaps(tokens: Tokens, piece: Piece) -> bool:
