@@ -12,6 +12,7 @@ import math
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import NamedTuple, Protocol
 
 import torch
@@ -285,7 +286,7 @@ def forward_part(part: Part, work: Work, extra: Extra) -> None:
             torch.div(part_out, total, out=out)
             lse.copy_(part_lse)
         else:
-            merged = torch.logaddexp2(lse, part_lse)
+            merged = torch.logaddexp2(lse.contiguous(), part_lse)  # slow where entries lie apart
             out.lerp_(part_out.div_(total), torch.exp2(part_lse.sub_(merged)))
             lse.copy_(merged)
 
@@ -419,8 +420,14 @@ def _put_tiles(total: Tensor, tiles: Tensor, tokens: Tokens, piece: Piece, *, wr
 
 def causal_bias(part: Part, like: Tensor, dtype: torch.dtype) -> Tensor:
     """[1, 1, I, J]: what hides the keys behind the i-th of a tile from its i-th query."""
-    seen = torch.ones(part.queries.count, part.keys.count, dtype=torch.bool, device=like.device).tril()
-    return additive(~seen[None, None], dtype)
+    return _causal_bias(part.queries.count, part.keys.count, like.device, dtype)
+
+
+@lru_cache(maxsize=16)
+def _causal_bias(num_queries: int, num_keys: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    with torch.inference_mode(False):
+        hidden = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device).triu(1)
+        return additive(hidden[None, None], dtype)
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
