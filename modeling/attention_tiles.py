@@ -234,7 +234,7 @@ def _earlier_summaries(pattern: FixedSummary, blocks: range, extent: Extent) -> 
     """In a group of blocks all queries see every summary before the group, and later ones some summaries inside it."""
     block, width = pattern.block, pattern.summary
     group = _blocks_together(pattern)
-    stairs = torch.ones(group - 1, group - 1, dtype=torch.bool).tril()
+    stairs = torch.ones(group - 1, group, dtype=torch.bool).tril()  # the last, seen by nobody, makes widths even
     cut = _cutter(stairs.repeat_interleave(block, 0).repeat_interleave(width, 1)[None])
 
     def summaries(first: int, end: int) -> range:
@@ -244,7 +244,7 @@ def _earlier_summaries(pattern: FixedSummary, blocks: range, extent: Extent) -> 
     for first in range(extent.first_query // block // group * group, math.ceil(extent.end_query / block), group):
         start, end = first * block, (first + group) * block
         yield Tile(extent.queries(start, end), summaries(blocks.start, first))
-        queries, keys = extent.queries(start + block, end), summaries(first, first + group - 1)
+        queries, keys = extent.queries(start + block, end), summaries(first, first + group)
         row = queries.start + extent.first_query - start - block
         yield from cut(queries, keys, row, max(blocks.start - first, 0) * width)
 
