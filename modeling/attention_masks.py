@@ -60,6 +60,13 @@ class VisibleKeys:
     awaits_pattern: bool = False
     _dense: torch.Tensor | None = field(default=None, init=False, repr=False)
 
+    def __getattr__(self, name: str):
+        """Only for what is not there: a model that does not hand its mask on untouched."""
+        raise AttributeError(
+            f"attn_implementation='block_sparse' makes no mask tensor, but this model reads {name!r} of its mask; "
+            "use 'eager' or 'sdpa'."
+        )
+
     @property
     def is_plain(self) -> bool:
         """Does every row of the batch see the same, decided by places alone?"""

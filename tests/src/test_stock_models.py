@@ -20,6 +20,8 @@ from transformers import (
     CLIPModel,
     CLIPVisionConfig,
     CLIPVisionModel,
+    DogeConfig,
+    DogeForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     GPT2Config,
@@ -600,6 +602,13 @@ def test_masks_that_a_model_adds_to_are_refused():
     model = SwinModel._from_config(config, attn_implementation="block_sparse")
     with pytest.raises(ValueError, match="masks that are tensors"):
         model(torch.randn(1, 3, 32, 32))
+
+
+def test_masks_that_a_model_reads_are_refused():
+    model = DogeForCausalLM(DogeConfig(**TEXT))
+    hf_tfamily.set_attention_patterns(model, Local(4))
+    with pytest.raises(AttributeError, match="makes no mask tensor, but this model reads 'dtype' of its mask"):
+        model(tokens())
 
 
 @pytest.mark.parametrize("patterns", [None, [], {}])
