@@ -262,10 +262,16 @@ def _documents(position_ids: torch.Tensor) -> torch.Tensor:
 
 
 def _with_shift(seen: VisibleKeys, position_ids: torch.Tensor) -> VisibleKeys:
-    """With a past and no mask, the keys' positions run on without a gap up to the queries' own."""
+    """With a past and no mask, the keys' positions run on without a gap up to the queries' own.
+
+    What would stand before position 0 is of an earlier document, in a row that was packed.
+    """
     key_places = torch.arange(seen.key_length, device=position_ids.device) + seen.key_offset
-    shift = position_ids[:, :1] - seen.query_offset
-    return replace(seen, query_positions=position_ids, key_positions=key_places + shift)
+    key_positions = key_places + position_ids[:, :1] - seen.query_offset
+    of_document = key_positions >= 0
+    if not torch.compiler.is_compiling() and bool(of_document.all()):
+        of_document = None
+    return replace(seen, query_positions=position_ids, key_positions=key_positions, key_valid=of_document)
 
 
 def _check_position_ids(position_ids: torch.Tensor, batch_size: int, query_length: int) -> torch.Tensor:

@@ -118,6 +118,18 @@ def test_packed_documents_do_not_see_each_other(pattern):
     torch.testing.assert_close(packed, alone, atol=1e-5, rtol=1e-5)
 
 
+@patterns
+@pytest.mark.parametrize("new", [1, 3])
+@torch.no_grad()
+def test_the_last_document_of_a_packed_row_goes_on(pattern, new):
+    model, first, second = causal_lm(pattern), ids(1, 5), ids(1, 9)
+    positions = torch.cat((torch.arange(5), torch.arange(9)))[None]
+    row = torch.cat((first, second), dim=1)
+    read = model(row[:, :-new], position_ids=positions[:, :-new], use_cache=True)
+    after = model(row[:, -new:], position_ids=positions[:, -new:], past_key_values=read.past_key_values).logits
+    torch.testing.assert_close(after, model(second).logits[:, -new:], atol=1e-5, rtol=1e-5)
+
+
 @torch.no_grad()
 def test_a_4d_mask_says_all_as_in_stock_models():
     """A prefix that sees itself both ways: not causal."""

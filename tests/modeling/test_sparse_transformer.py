@@ -169,6 +169,17 @@ def test_packed_documents_equal_themselves_alone(pattern, implementation):
 
 @every_implementation
 @every_pattern
+@torch.no_grad()
+def test_the_last_document_of_a_packed_row_goes_on(pattern, implementation):
+    model, ids = tiny_model(pattern, implementation).double(), random_ids(1, LENGTH)
+    positions = torch.cat([torch.arange(5), torch.arange(LENGTH - 5)])[None]
+    read = run(model, ids[:, :-1], position_ids=positions[:, :-1], use_cache=True)
+    step = run(model, ids[:, -1:], position_ids=positions[:, -1:], past_key_values=read.past_key_values)
+    assert_equal(step.logits[0, -1], logits_by_loops(model, ids[0, 5:])[-1])
+
+
+@every_implementation
+@every_pattern
 def test_positions_may_start_late(pattern, implementation):
     model, ids = tiny_model(pattern, implementation).double(), random_ids(1, 8)
     logits = run(model, ids, position_ids=torch.arange(7, 15)[None]).logits[0]
