@@ -24,7 +24,7 @@ MASKED = -1e30  # not -inf: a row without keys then keeps a finite LSE, far belo
 LOG2_E = math.log2(math.e)
 _PIECE = 1 << 20  # scores taken together: few enough to stay in the processor's cache
 _DELTA_PIECE = 1 << 17  # elements of outputs taken together
-_FREED = 31 << 20  # bytes, just below the largest that glibc takes as a sign of what is to come
+_FREED = (32 << 20) - (16 << 10)  # bytes, just below the largest that glibc takes as a sign of what is to come
 _KEPT = 3 * _PIECE  # elements of the largest tensors that are kept from call to call
 
 

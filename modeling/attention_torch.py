@@ -337,7 +337,11 @@ class _Keys:
 
     def put_back(self, grad: Tensor, picked: Tensor) -> None:
         """Add the gradient of what was picked to that of the sequence."""
-        if self.index is not None:
+        if self.index is None:
+            return
+        if self.group.index.dim() == 1 and grad.device.type == "cpu":  # five times as fast, elsewhere not deterministic
+            grad[:, :, self.heads].index_add_(1, self.index[0][:, 0], picked)
+        else:
             torch.ops.aten.index_put_(grad, [None, *self.index], picked, accumulate=True)
 
 
