@@ -131,7 +131,7 @@ def _keep_freed_memory() -> None:
 
     To have the pages of gradients mapped anew at each call costs up to a tenth of its time.
     """
-    torch.empty(_FREED, dtype=torch.uint8)
+    torch.empty(_FREED, dtype=torch.uint8, device="cpu")
 
 
 def overlaps(tokens: Tokens, piece: Piece) -> bool:

@@ -268,12 +268,10 @@ class _EvenScores(_PartScores):
 
     def __init__(self, relative: EvenPart, *arguments):
         super().__init__(relative, *arguments)
-        rows = self.table.rows(relative.distances)
-        self.rows = rows
-        self.relative_key = self.table.relative_key[self.heads].index_select(1, rows)
-        self.scaled = (self.relative_key * self.factor).mT
-        self.met = range(relative.first, relative.first + len(rows))
-        self.holes = relative.holes.to(rows.device)
+        self.rows = self.table.rows(relative.distances)
+        self.relative_key = _select(self.table.relative_key[self.heads], self.rows)
+        self.met = range(relative.first, relative.first + len(self.rows))
+        self.holes = relative.holes.to(self.rows.device) - relative.first
         self.pitch = max(self.part.keys.count, self.met[-1])  # then no entry by key is one of another row's by distance
         if not self.part.causal:
             self.pitch = max(self.pitch, relative.columns - 1 - self.met[0])
@@ -281,11 +279,12 @@ class _EvenScores(_PartScores):
 
     def by_key(self, piece: Piece) -> Tensor:
         """[G, I, J] in units of 2"""
-        scaled = self.scaled[piece.heads.start : piece.heads.stop]
-        scores = self.memory.by_distance(piece.count, len(scaled), self.met)
-        torch.bmm(self._rows(piece, len(scaled)), scaled, out=scores)
+        relative_key = self.relative_key[piece.heads.start : piece.heads.stop]
+        scores = self.memory.by_distance(piece.count, len(relative_key), self.met)
+        rows = self._rows(piece, len(relative_key))
+        scores.baddbmm_(rows, relative_key.mT, beta=0, alpha=self.factor)
         if len(self.holes):
-            scores.index_fill_(-1, self.holes - self.met[0], MASKED)
+            scores.index_fill_(-1, self.holes, MASKED)
         scores = self.memory.by_key(piece.count)
         return scores if self.mask is None else scores + of_piece(self.mask, piece)
 
@@ -296,6 +295,14 @@ class _EvenScores(_PartScores):
         grad_key = torch.bmm(grad.mT, self._rows(piece, len(relative_key)))
         self.table.gradient[self.heads][heads].index_add_(1, self.rows, grad_key)
         self._add(grad, relative_key, piece)
+
+
+def _select(relative_key: Tensor, rows: Tensor) -> Tensor:
+    """Rows of [H, L, D]: a view where they follow each other."""
+    first = int(rows[0])
+    if torch.equal(rows, torch.arange(first, first + len(rows), device=rows.device)):
+        return relative_key[:, first : first + len(rows)]
+    return relative_key.index_select(1, rows)
 
 
 class _ListedScores(_PartScores):

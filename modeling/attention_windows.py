@@ -139,9 +139,7 @@ def window_attention(
         mask: [L, N, N] bool, True where a key is seen; None if all are.
         dropout: of the attention weights.
     """
-    bias = position_bias.to(query.dtype)
-    if mask is not None:  # [L, H, N, N]; a window's own token is always seen
-        bias = bias.masked_fill(~mask[:, None], torch.finfo(bias.dtype).min)
+    bias = _masked(position_bias.to(query.dtype), mask)
     learns = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value, bias))
     if not learns and not dropout:
         return _attend_fused(query, key, value, bias, scaling)
@@ -150,6 +148,18 @@ def window_attention(
     scores = _scores(query, key, bias, scaling)
     weights = F.dropout(scores.softmax(dim=-1), dropout)
     return (weights @ value).transpose(1, 2)
+
+
+def packed_window_attention(
+    packed: torch.Tensor, position_bias: torch.Tensor, mask: torch.Tensor | None, scaling: float
+) -> torch.Tensor:
+    """`window_attention` of queries, keys and values that lie together, [B * L, N, 3, H, D]: for training on a CPU."""
+    return _PackedWindowAttention.apply(packed, _masked(position_bias.to(packed.dtype), mask), scaling)
+
+
+def _masked(bias: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """[H, N, N], or with a mask [L, H, N, N]; a window's own token is always seen."""
+    return bias if mask is None else bias.masked_fill(~mask[:, None], torch.finfo(bias.dtype).min)
 
 
 def _scores(query: torch.Tensor, key: torch.Tensor, bias: torch.Tensor, scaling: float) -> torch.Tensor:
@@ -184,32 +194,66 @@ class _WindowAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    @torch.autocast("cpu", enabled=False)
     def forward(ctx, query, key, value, bias, scaling):
-        step = _whole_pictures(WINDOWS, bias)
-        weights, outputs = [], []
-        for q, k, v in zip(query.split(step), key.split(step), value.split(step)):
-            weights.append(_scores(q, k, bias, scaling).softmax(dim=-1))
-            outputs.append((weights[-1] @ v).transpose(1, 2))
+        output, weights = _attend_in_pieces(query, key, value, bias, scaling)
         ctx.save_for_backward(query, key, value, *weights)
-        ctx.step, ctx.scaling, ctx.bias_shape = step, scaling, bias.shape
-        return torch.cat(outputs)
+        ctx.scaling, ctx.bias_shape = scaling, bias.shape
+        return output
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    @torch.autocast("cpu", enabled=False)
     def backward(ctx, gradient):
-        query, key, value, *weights = ctx.saved_tensors
+        *tensors, weights = *ctx.saved_tensors[:3], ctx.saved_tensors[3:]
         # Memory runs as the projections want it, [B * L, N, H, D].
-        gradients = [torch.empty_like(x.transpose(1, 2)).transpose(1, 2) for x in (query, key, value)]
-        bias_gradient, precision = 0, torch.promote_types(gradient.dtype, torch.float32)
-        parts = zip(*(x.split(ctx.step) for x in (query, key, value, *gradients)), gradient.split(ctx.step), weights)
-        for q, k, v, to_query, to_key, to_value, g, w in parts:
-            g = g.transpose(1, 2).contiguous()
-            to_value.copy_(w.transpose(-1, -2) @ g)
-            to_scores = torch._softmax_backward_data(g @ v.transpose(-1, -2), w, -1, w.dtype)
-            bias_gradient = bias_gradient + to_scores.view(-1, *ctx.bias_shape).sum(dim=0, dtype=precision)
-            to_scores *= ctx.scaling
-            to_query.copy_(to_scores @ k)
-            to_key.copy_(to_scores.transpose(-1, -2) @ q)
-        return *gradients, bias_gradient.to(gradient.dtype), None
+        gradients = [torch.empty_like(x.transpose(1, 2)).transpose(1, 2) for x in tensors]
+        return *gradients, _put_gradients(ctx, gradient, tensors, weights, gradients), None
+
+
+class _PackedWindowAttention(torch.autograd.Function):
+    """The same of queries, keys and values that lie together, [B * L, N, 3, H, D], as do their gradients."""
+
+    @staticmethod
+    def forward(ctx, packed, bias, scaling):
+        output, weights = _attend_in_pieces(*_unpack(packed), bias, scaling)
+        ctx.save_for_backward(packed, *weights)
+        ctx.scaling, ctx.bias_shape = scaling, bias.shape
+        return output
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        packed, *weights = ctx.saved_tensors
+        packed_gradient = torch.empty_like(packed)
+        return packed_gradient, _put_gradients(ctx, gradient, _unpack(packed), weights, _unpack(packed_gradient)), None
+
+
+def _unpack(packed: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """[B * L, N, 3, H, D] -> three of [B * L, H, N, D]"""
+    return packed.permute(2, 0, 3, 1, 4).unbind()
+
+
+@torch.autocast("cpu", enabled=False)
+def _attend_in_pieces(query, key, value, bias, scaling: float) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Attention [B * L, N, H, D], and the weights of some windows at a time."""
+    step = _whole_pictures(WINDOWS, bias)
+    weights, outputs = [], []
+    for q, k, v in zip(query.split(step), key.split(step), value.split(step)):
+        weights.append(_scores(q, k, bias, scaling).softmax(dim=-1))
+        outputs.append((weights[-1] @ v).transpose(1, 2))
+    return torch.cat(outputs), weights
+
+
+@torch.autocast("cpu", enabled=False)
+def _put_gradients(ctx, gradient, tensors, weights, gradients) -> torch.Tensor:
+    """Write the gradients of queries, keys and values, and return the bias's."""
+    bias_gradient, precision = 0, torch.promote_types(gradient.dtype, torch.float32)
+    parts = zip(*(x.split(len(weights[0])) for x in (*tensors, *gradients, gradient)), weights)
+    for q, k, v, to_query, to_key, to_value, g, w in parts:
+        g = g.transpose(1, 2).contiguous()
+        to_value.copy_(w.transpose(-1, -2) @ g)
+        to_scores = torch._softmax_backward_data(g @ v.transpose(-1, -2), w, -1, w.dtype)
+        bias_gradient = bias_gradient + to_scores.view(-1, *ctx.bias_shape).sum(dim=0, dtype=precision)
+        to_scores *= ctx.scaling
+        to_query.copy_(to_scores @ k)
+        to_key.copy_(to_scores.transpose(-1, -2) @ q)
+    return bias_gradient.to(gradient.dtype)

@@ -5,6 +5,8 @@ Section numbers are those of Liu et al. 2021, arXiv:2103.14030.
 Shapes: B batch, T tokens of a grid gh x gw, C width.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -112,6 +114,24 @@ class SwinTransformerMLP(nn.Module):
 
     def _feed(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.fc2(self.activation_fn(self.fc1(hidden_states)))
+
+
+def can_project_together(states: torch.Tensor, layers: Sequence[nn.Module]) -> bool:
+    """Is it training on a CPU, where one wide product is faster, of linear layers that nobody changed or hooked?"""
+    if states.device.type != "cpu" or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return False
+    return all(map(_is_bare, layers)) and any(tensor.requires_grad for tensor in (states, layers[0].weight))
+
+
+def _is_bare(layer: nn.Module) -> bool:
+    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
+    return type(layer) is nn.Linear and "forward" not in vars(layer) and not any(hooks)
+
+
+def project_together(states: torch.Tensor, layers: Sequence[nn.Linear]) -> torch.Tensor:
+    """[..., C] -> [..., widths of the layers one after the other]"""
+    bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
+    return F.linear(states, torch.cat([layer.weight for layer in layers]), bias)
 
 
 class SwinTransformerDropPath(nn.Module):

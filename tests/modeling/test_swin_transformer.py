@@ -238,6 +238,20 @@ def test_weights_are_eagers_alone():
         build(SwinTransformerModel, backend="block_sparse")(pictures(), output_attentions=True)
 
 
+@pytest.mark.parametrize("qkv_bias", [True, False])
+def test_projections_that_somebody_changed_are_called(qkv_bias):
+    """Queries, keys and values are projected together in training; not where one is hooked, as adapters and tools do."""
+    model = build(SwinTransformerForImageClassification, backend="block_sparse", qkv_bias=qkv_bias).double()
+    together = gradients(model, pictures(dtype=torch.float64), labels=torch.tensor([0, 1]))
+    calls = []
+    for module in model.modules():
+        if hasattr(module, "k_proj"):
+            module.k_proj.register_forward_hook(lambda module, inputs, output: calls.append(module))
+    apart = gradients(model, pictures(dtype=torch.float64), labels=torch.tensor([0, 1]))
+    assert len(calls) == sum(model.config.depths)
+    assert_same(together, apart, rtol=1e-9, atol=1e-12)
+
+
 def test_block_sparse_is_the_default():
     assert SwinTransformerModel(SwinTransformerConfig(**SMALL)).config._attn_implementation == "block_sparse"
 
