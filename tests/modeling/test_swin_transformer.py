@@ -240,7 +240,7 @@ def test_weights_are_eagers_alone():
 
 @pytest.mark.parametrize("qkv_bias", [True, False])
 def test_projections_that_somebody_changed_are_called(qkv_bias):
-    """Queries, keys and values are projected together in training; not where one is hooked, as adapters and tools do."""
+    """Queries, keys and values are projected together in training, but not where one is hooked, as tools do."""
     model = build(SwinTransformerForImageClassification, backend="block_sparse", qkv_bias=qkv_bias).double()
     together = gradients(model, pictures(dtype=torch.float64), labels=torch.tensor([0, 1]))
     calls = []
