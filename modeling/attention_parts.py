@@ -3,11 +3,19 @@
 Legend: H heads, T queries, S keys; I queries and J keys of one tile.
 """
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
+
+ALIGNED = 16  # products are faster where as many keys, or distances, as a multiple of this are scored
+
+
+def aligned(count: int) -> int:
+    """The next multiple of ALIGNED."""
+    return math.ceil(count / ALIGNED) * ALIGNED
 
 
 @dataclass(frozen=True)

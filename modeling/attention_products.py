@@ -330,7 +330,7 @@ def backward_part(part: Part, work: Work, extra: Extra) -> None:
             _put_keys(total, memory, tiles, part, of_keys, space)
 
 
-def _put_keys(total: Tensor, memory: "ScoreMemory", tiles: "_Queries", part: Part, piece: Piece, space: Space) -> None:
+def _put_keys(total: Tensor, memory: ScoreMemory, tiles: "_Queries", part: Part, piece: Piece, space: Space) -> None:
     """Write or add to [B, S, Hk, D] the sums of queries, weighed by what is in memory, that the keys of a piece get."""
     if tiles.outside:
         memory.clear_after(piece.count)
@@ -360,14 +360,14 @@ class _Queries:
 
     def read(self, x: Tensor, piece: Piece) -> Tensor:
         """Tiles [G, I, D] of [B, T, H, D]"""
-        if not self.outside:
+        if self.outside:
+            end = self.outside + piece.count
+            self.tiles = self.space.take(self.name, self.most, self.tokens.count, x.shape[3])
+            self.tiles[: self.outside] = 0
+            self.tiles[end : end + self.outside] = 0
+            self.inner = self.tiles[self.outside : end].copy_(tiles_of(x, self.tokens, piece)[0, 0])
+        else:
             self.inner = self.space.read(self.name, x, self.tokens, piece)
-            return self.inner
-        end = self.outside + piece.count
-        self.tiles = self.space.take(self.name, self.most, self.tokens.count, x.shape[3])
-        self.tiles[: self.outside] = 0
-        self.tiles[end : end + self.outside] = 0
-        self.inner = self.tiles[self.outside : end].copy_(tiles_of(x, self.tokens, piece)[0, 0])
         return self.inner
 
     def by_chunk(self, count: int) -> Tensor:

@@ -16,13 +16,12 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .attention_parts import Group, Part, Tokens, mark_writes
+from .attention_parts import Group, Part, Tokens, aligned, mark_writes
 from .attention_patterns import Fixed, FixedBlock, FixedSummary, Full, Intersection, Local, PerHead, Strided, Union
 from .attention_patterns_base import Pattern
 from .attention_plan import plan_attention
 
 _ROWS = 256  # queries of a tile without a mask
-_ALIGNED = 16  # products are much faster where as many distances are scored as a multiple of this
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,8 +173,7 @@ def _even(part: Part, distance: int) -> EvenPart:
     met = torch.zeros(columns, dtype=torch.bool)
     met[column[seen.any(0).any(0)]] = True
     first, last = int(met.nonzero()[0]), int(met.nonzero()[-1])
-    end = min(first + math.ceil((last + 1 - first) / _ALIGNED) * _ALIGNED, columns)
-    met_columns = torch.arange(first, end)
+    met_columns = torch.arange(first, min(first + aligned(last + 1 - first), columns))
     by_column = seen.shape[:2] == (1, 1) and torch.equal(seen[0, 0], met[column])
     filled = torch.where(met[met_columns], met_columns, first).cummax(0).values  # a hole repeats the one before it
     return EvenPart(

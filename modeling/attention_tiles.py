@@ -12,13 +12,12 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from .attention_parts import Extent, Group, Part, Tile, Tokens, parts_of
+from .attention_parts import ALIGNED, Extent, Group, Part, Tile, Tokens, aligned, parts_of
 from .attention_patterns import FixedBlock, FixedSummary, Local, Strided
 from .attention_patterns_base import Pattern
 from .attention_patterns_images import Block1D, Block2D
 
 _CHUNK = 32  # queries of a tile in a band: a window of w keys costs w + 31
-_ALIGNED = 16  # products are faster where tiles are multiples of this wide
 _EDGE = 256  # queries of the tile before the first whole window of a band
 _SUMMARY_QUERIES, _SUMMARY_KEYS = 1024, 256  # of a group of blocks; flash kernels are fastest from 768 queries on
 _SUMMARIES_AT_ONCE = 1 << 12  # keys that are picked together
@@ -120,7 +119,7 @@ def window_of(layout: Layout, causal: bool) -> tuple[int, int, int]:
     far, block, local = layout
     period = block.block if block else far.block if isinstance(far, FixedSummary) else 1
     chunk = period * math.ceil(_CHUNK / period)
-    around = math.ceil((local.window - 1) / _ALIGNED) * _ALIGNED if local else 0
+    around = aligned(local.window - 1) if local else 0
     return chunk, -around, chunk if causal else chunk + around
 
 
@@ -189,7 +188,7 @@ def _trim(mask: torch.Tensor) -> tuple[slice, slice, bool, torch.Tensor | None] 
         return rows, columns, False, None
     if torch.equal(small, torch.ones_like(small).tril()):
         return rows, columns, True, None
-    columns = slice(columns.start // _ALIGNED * _ALIGNED, math.ceil(columns.stop / _ALIGNED) * _ALIGNED)
+    columns = slice(columns.start // ALIGNED * ALIGNED, aligned(columns.stop))
     return rows, columns, False, mask[None, :, rows, columns]
 
 

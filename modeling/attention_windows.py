@@ -5,6 +5,7 @@ A grid of tokens is padded to whole windows, moved by the shift, and cut; both w
 Shapes: B batch, gh x gw grid of T tokens, L windows of N tokens, H heads, D head dim, C channels.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -140,11 +141,11 @@ def window_attention(
         dropout: of the attention weights.
     """
     bias = _masked(position_bias.to(query.dtype), mask)
-    learns = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value, bias))
-    if not learns and not dropout:
-        return _attend_fused(query, key, value, bias, scaling)
-    if learns and not dropout and query.device.type == "cpu" and not torch.compiler.is_compiling():
-        return _WindowAttention.apply(query, key, value, bias, scaling)
+    tensors = (query, key, value)
+    if not dropout and learns_in_pieces(*tensors, bias):
+        return _WindowAttention.apply(bias, scaling, *tensors)
+    if not dropout and not _learns(*tensors, bias):
+        return _attend_fused(*tensors, bias, scaling)
     scores = _scores(query, key, bias, scaling)
     weights = F.dropout(scores.softmax(dim=-1), dropout)
     return (weights @ value).transpose(1, 2)
@@ -153,8 +154,17 @@ def window_attention(
 def packed_window_attention(
     packed: torch.Tensor, position_bias: torch.Tensor, mask: torch.Tensor | None, scaling: float
 ) -> torch.Tensor:
-    """`window_attention` of queries, keys and values that lie together, [B * L, N, 3, H, D]: for training on a CPU."""
-    return _PackedWindowAttention.apply(packed, _masked(position_bias.to(packed.dtype), mask), scaling)
+    """`window_attention` of queries, keys and values that lie together, [B * L, N, 3, H, D]; see `learns_in_pieces`."""
+    return _WindowAttention.apply(_masked(position_bias.to(packed.dtype), mask), scaling, packed)
+
+
+def learns_in_pieces(*tensors: torch.Tensor) -> bool:
+    """Does what is made of these get gradients on a CPU, from operations as they are called?"""
+    return _learns(*tensors) and tensors[0].device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _learns(*tensors: torch.Tensor) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def _masked(bias: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
@@ -194,66 +204,37 @@ class _WindowAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, query, key, value, bias, scaling):
-        output, weights = _attend_in_pieces(query, key, value, bias, scaling)
-        ctx.save_for_backward(query, key, value, *weights)
-        ctx.scaling, ctx.bias_shape = scaling, bias.shape
-        return output
+    @torch.autocast("cpu", enabled=False)
+    def forward(ctx, bias, scaling, *tensors):
+        step = _whole_pictures(WINDOWS, bias)
+        weights, outputs = [], []
+        for q, k, v in zip(*(x.split(step) for x in _apart(tensors))):
+            weights.append(_scores(q, k, bias, scaling).softmax(dim=-1))
+            outputs.append((weights[-1] @ v).transpose(1, 2))
+        ctx.save_for_backward(*tensors, *weights)
+        ctx.step, ctx.scaling, ctx.bias_shape, ctx.count = step, scaling, bias.shape, len(tensors)
+        return torch.cat(outputs)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
+    @torch.autocast("cpu", enabled=False)
     def backward(ctx, gradient):
-        *tensors, weights = *ctx.saved_tensors[:3], ctx.saved_tensors[3:]
-        # Memory runs as the projections want it, [B * L, N, H, D].
-        gradients = [torch.empty_like(x.transpose(1, 2)).transpose(1, 2) for x in tensors]
-        return *gradients, _put_gradients(ctx, gradient, tensors, weights, gradients), None
+        saved = ctx.saved_tensors  # which checkpointing hands out once
+        tensors, weights = saved[: ctx.count], saved[ctx.count :]
+        gradients = [torch.empty_like(x) for x in tensors]  # whose memory runs as the projections want it
+        bias_gradient, precision = 0, torch.promote_types(gradient.dtype, torch.float32)
+        parts = zip(*(x.split(ctx.step) for x in (*_apart(tensors), *_apart(gradients), gradient)), weights)
+        for q, k, v, to_query, to_key, to_value, g, w in parts:
+            g = g.transpose(1, 2).contiguous()
+            to_value.copy_(w.transpose(-1, -2) @ g)
+            to_scores = torch._softmax_backward_data(g @ v.transpose(-1, -2), w, -1, w.dtype)
+            bias_gradient = bias_gradient + to_scores.view(-1, *ctx.bias_shape).sum(dim=0, dtype=precision)
+            to_scores *= ctx.scaling
+            to_query.copy_(to_scores @ k)
+            to_key.copy_(to_scores.transpose(-1, -2) @ q)
+        return bias_gradient.to(gradient.dtype), None, *gradients
 
 
-class _PackedWindowAttention(torch.autograd.Function):
-    """The same of queries, keys and values that lie together, [B * L, N, 3, H, D], as do their gradients."""
-
-    @staticmethod
-    def forward(ctx, packed, bias, scaling):
-        output, weights = _attend_in_pieces(*_unpack(packed), bias, scaling)
-        ctx.save_for_backward(packed, *weights)
-        ctx.scaling, ctx.bias_shape = scaling, bias.shape
-        return output
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, gradient):
-        packed, *weights = ctx.saved_tensors
-        packed_gradient = torch.empty_like(packed)
-        return packed_gradient, _put_gradients(ctx, gradient, _unpack(packed), weights, _unpack(packed_gradient)), None
-
-
-def _unpack(packed: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """[B * L, N, 3, H, D] -> three of [B * L, H, N, D]"""
-    return packed.permute(2, 0, 3, 1, 4).unbind()
-
-
-@torch.autocast("cpu", enabled=False)
-def _attend_in_pieces(query, key, value, bias, scaling: float) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Attention [B * L, N, H, D], and the weights of some windows at a time."""
-    step = _whole_pictures(WINDOWS, bias)
-    weights, outputs = [], []
-    for q, k, v in zip(query.split(step), key.split(step), value.split(step)):
-        weights.append(_scores(q, k, bias, scaling).softmax(dim=-1))
-        outputs.append((weights[-1] @ v).transpose(1, 2))
-    return torch.cat(outputs), weights
-
-
-@torch.autocast("cpu", enabled=False)
-def _put_gradients(ctx, gradient, tensors, weights, gradients) -> torch.Tensor:
-    """Write the gradients of queries, keys and values, and return the bias's."""
-    bias_gradient, precision = 0, torch.promote_types(gradient.dtype, torch.float32)
-    parts = zip(*(x.split(len(weights[0])) for x in (*tensors, *gradients, gradient)), weights)
-    for q, k, v, to_query, to_key, to_value, g, w in parts:
-        g = g.transpose(1, 2).contiguous()
-        to_value.copy_(w.transpose(-1, -2) @ g)
-        to_scores = torch._softmax_backward_data(g @ v.transpose(-1, -2), w, -1, w.dtype)
-        bias_gradient = bias_gradient + to_scores.view(-1, *ctx.bias_shape).sum(dim=0, dtype=precision)
-        to_scores *= ctx.scaling
-        to_query.copy_(to_scores @ k)
-        to_key.copy_(to_scores.transpose(-1, -2) @ q)
-    return bias_gradient.to(gradient.dtype)
+def _apart(tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    """Three of [B * L, H, N, D], given them or the one [B * L, N, 3, H, D] in which they lie."""
+    return tensors if len(tensors) == 3 else tensors[0].permute(2, 0, 3, 1, 4).unbind()

@@ -31,7 +31,13 @@ from .attention_block_sparse import NAME as BLOCK_SPARSE
 from .attention_block_sparse import BlockSparseByDefault
 from .attention_patterns import patterns_for_layers
 from .attention_patterns_images import Window2D
-from .attention_windows import WindowLayout, packed_window_attention, window_attention, window_layout
+from .attention_windows import (
+    WindowLayout,
+    learns_in_pieces,
+    packed_window_attention,
+    window_attention,
+    window_layout,
+)
 from .checks import check_labels
 from .configuration_swin_transformer import SwinTransformerConfig, pair
 from .positions_window import WindowPositionBias
@@ -40,7 +46,7 @@ from .swin_layers import (
     SwinTransformerEmbeddings,
     SwinTransformerMLP,
     SwinTransformerPatchMerging,
-    can_project_together,
+    are_bare,
     project_together,
 )
 
@@ -65,23 +71,20 @@ class SwinTransformerAttention(nn.Module):
         self, windows: torch.Tensor, layout: WindowLayout, **kwargs: Unpack[TransformersKwargs]
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """[B * L, N, C] -> [B * L, N, C], and the weights [B * L, H, N, N] where the backend has them."""
-        if self.config._attn_implementation == BLOCK_SPARSE and kwargs.get("output_attentions"):
+        block_sparse = self.config._attn_implementation == BLOCK_SPARSE
+        if block_sparse and kwargs.get("output_attentions"):
             raise ValueError(f"attn_implementation='{BLOCK_SPARSE}' does not support output_attentions; use 'eager'.")
         bias = self.relative_position_bias(layout.window)  # B, [H, N, N]
         dropout = self.dropout if self.training else 0.0
         projections = (self.q_proj, self.k_proj, self.v_proj)
-        if (
-            self.config._attn_implementation == BLOCK_SPARSE
-            and not dropout
-            and can_project_together(windows, projections)
-        ):
+        if block_sparse and not dropout and are_bare(projections) and learns_in_pieces(windows, self.q_proj.weight):
             packed = project_together(windows, projections).unflatten(-1, (3, -1, self.head_dim))
             return self.o_proj(packed_window_attention(packed, bias, layout.mask, self.scaling).flatten(2)), None
         query, key, value = (
             project(windows).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B * L, H, N, D]
             for project in projections
         )
-        if self.config._attn_implementation == BLOCK_SPARSE:
+        if block_sparse:
             output, weights = window_attention(query, key, value, bias, layout.mask, self.scaling, dropout), None
         else:
             attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)

@@ -116,11 +116,9 @@ class SwinTransformerMLP(nn.Module):
         return self.fc2(self.activation_fn(self.fc1(hidden_states)))
 
 
-def can_project_together(states: torch.Tensor, layers: Sequence[nn.Module]) -> bool:
-    """Is it training on a CPU, where one wide product is faster, of linear layers that nobody changed or hooked?"""
-    if states.device.type != "cpu" or torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        return False
-    return all(map(_is_bare, layers)) and any(tensor.requires_grad for tensor in (states, layers[0].weight))
+def are_bare(layers: Sequence[nn.Module]) -> bool:
+    """Are these linear layers of one shape that nobody changed, wrapped or hooked?"""
+    return all(map(_is_bare, layers)) and len({(x.weight.shape, x.weight.dtype, x.bias is None) for x in layers}) == 1
 
 
 def _is_bare(layer: nn.Module) -> bool:
@@ -129,7 +127,7 @@ def _is_bare(layer: nn.Module) -> bool:
 
 
 def project_together(states: torch.Tensor, layers: Sequence[nn.Linear]) -> torch.Tensor:
-    """[..., C] -> [..., widths of the layers one after the other]"""
+    """[..., C] -> [..., widths of the layers one after the other], for layers that `are_bare`, in one product."""
     bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
     return F.linear(states, torch.cat([layer.weight for layer in layers]), bias)
 

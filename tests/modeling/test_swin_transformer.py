@@ -252,6 +252,19 @@ def test_projections_that_somebody_changed_are_called(qkv_bias):
     assert_same(together, apart, rtol=1e-9, atol=1e-12)
 
 
+def test_projections_may_differ():
+    """One without a bias, say, is none of three that can be taken together."""
+    model = build(SwinTransformerForImageClassification, backend="block_sparse").double()
+    for module in model.modules():
+        if hasattr(module, "k_proj"):
+            module.k_proj.bias = None
+    found = gradients(model, pictures(dtype=torch.float64), labels=torch.tensor([0, 1]))
+    model.set_attn_implementation("eager")
+    assert_same(
+        found, gradients(model, pictures(dtype=torch.float64), labels=torch.tensor([0, 1])), rtol=1e-9, atol=1e-12
+    )
+
+
 def test_block_sparse_is_the_default():
     assert SwinTransformerModel(SwinTransformerConfig(**SMALL)).config._attn_implementation == "block_sparse"
 
