@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import torch
 
+# Queries from which the flash kernel of CPUs takes 64 and then 256 of them together, instead of 32.
+_TOGETHER = (192, 768)
 ALIGNED = 16  # products are faster where as many keys, or distances, as a multiple of this are scored
 
 
@@ -154,6 +156,35 @@ def _part(run: list["Tile"]) -> Part:
         causal=first.causal,
         mask=first.mask,
     )
+
+
+def in_halves(group: Group) -> Group:
+    """The group with causal tiles cut in two, and what their later queries see of their earlier keys.
+
+    Only where the flash kernel of CPUs has less to do then: it hardly gains from causality, and takes fewer queries
+    together where tiles are small.
+    """
+    parts = [half for part in group.parts for half in (_halves(part) if _gains_from_halves(part) else [part])]
+    return replace(group, parts=tuple(parts))
+
+
+def _gains_from_halves(part: Part) -> bool:
+    count = part.queries.count
+    even = count % 2 == 0 and part.queries.stride == part.keys.stride == 1 and part.keys.count == count
+    return part.causal and even and any(limit / 2 <= count < limit for limit in _TOGETHER)
+
+
+def _halves(part: Part) -> list[Part]:
+    half = part.queries.count // 2
+    (early_q, late_q), (early_k, late_k) = (
+        (replace(tokens, count=half), replace(tokens, count=half, start=tokens.start + half))
+        for tokens in (part.queries, part.keys)
+    )
+    return [
+        replace(part, queries=early_q, keys=early_k),
+        replace(part, queries=late_q, keys=late_k),
+        replace(part, queries=late_q, keys=early_k, causal=False),
+    ]
 
 
 def mark_writes(

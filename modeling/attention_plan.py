@@ -22,7 +22,7 @@ from functools import lru_cache
 
 import torch
 
-from .attention_parts import Extent, Group, mark_writes, parts_of
+from .attention_parts import Extent, Group, in_halves, mark_writes, parts_of
 from .attention_patterns import FixedBlock, FixedSummary, Full, Local, Strided
 from .attention_patterns_base import Pattern
 from .attention_patterns_images import Block1D, Block2D
@@ -62,17 +62,20 @@ def plan_attention(
     causal: bool,
     first_query: int = 0,
     first_key: int = 0,
+    halved: bool = False,
 ) -> Plan:
     """The parts by which `num_queries` queries attend to `num_keys` keys under `pattern`.
 
-    Query i stands at position `first_query + i`, key j at `first_key + j`. Cached, so that layers share one plan.
+    Query i stands at position `first_query + i`, key j at `first_key + j`. If `halved`, small causal tiles are cut in
+    two for the flash kernel of CPUs. Cached, so that layers share one plan.
     Raises ValueError if the pattern cannot be dealt out to `num_heads` heads.
     """
     pattern.check_heads(num_heads)
     extent = Extent(num_queries, num_keys, first_query, first_key, causal)
-    groups, complete, complete_keys = mark_writes(
-        _groups(pattern, range(num_heads), extent), num_queries, num_keys, num_heads
-    )
+    groups = _groups(pattern, range(num_heads), extent)
+    if halved:
+        groups = map(in_halves, groups)
+    groups, complete, complete_keys = mark_writes(groups, num_queries, num_keys, num_heads)
     return Plan(tuple(groups), complete, complete_keys)
 
 

@@ -105,7 +105,7 @@ class Space:
     def take(self, name: str, *shape: int) -> Tensor:
         size = math.prod(shape)
         flat = self.flat.get(name)
-        if flat is None or len(flat) < size:
+        if flat is None or flat.numel() < size:
             with torch.inference_mode(False):  # where tensors are made that training could not write to
                 flat = torch.empty(size, dtype=self.dtype, device=self.device)
             if size <= _KEPT:
@@ -141,9 +141,9 @@ def overlaps(tokens: Tokens, piece: Piece) -> bool:
 
 def of_piece(x: Tensor, piece: Piece) -> Tensor:
     """From [A or 1, H or 1, ...] what belongs to a piece: [G or 1, ...]."""
-    tiles = slice(piece.tiles.start, piece.tiles.stop) if len(x) > 1 else slice(1)
+    tiles = slice(piece.tiles.start, piece.tiles.stop) if x.shape[0] > 1 else slice(1)
     heads = slice(piece.heads.start, piece.heads.stop) if x.shape[1] > 1 else slice(1)
-    if len(x) == 1 and (x.shape[1] == 1 or len(piece.heads) == 1):
+    if x.shape[0] == 1 and (x.shape[1] == 1 or len(piece.heads) == 1):
         return x[0, heads]
     x = x[tiles, heads].transpose(0, 1)[:, None]
     sizes = len(piece.heads), len(piece.batch), len(piece.tiles)

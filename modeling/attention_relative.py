@@ -280,10 +280,10 @@ class _EvenScores(_PartScores):
     def by_key(self, piece: Piece) -> Tensor:
         """[G, I, J] in units of 2"""
         relative_key = self.relative_key[piece.heads.start : piece.heads.stop]
-        scores = self.memory.by_distance(piece.count, len(relative_key), self.met)
-        rows = self._rows(piece, len(relative_key))
+        scores = self.memory.by_distance(piece.count, relative_key.shape[0], self.met)
+        rows = self._rows(piece, relative_key.shape[0])
         scores.baddbmm_(rows, relative_key.mT, beta=0, alpha=self.factor)
-        if len(self.holes):
+        if self.holes.numel():
             scores.index_fill_(-1, self.holes, MASKED)
         scores = self.memory.by_key(piece.count)
         return scores if self.mask is None else scores + of_piece(self.mask, piece)

@@ -102,10 +102,15 @@ def plan_relative_attention(
 
 
 @lru_cache(maxsize=64)
+@lru_cache(maxsize=64)
 def distances_met(pattern: Pattern, reach: int) -> Tensor:
-    """The distances below `reach`, descending, at which a query can see a key of its past."""
-    distances = torch.arange(reach - 1, -1, -1)
-    return distances[_meets(pattern, distances)]
+    """The distances below `reach`, descending, at which a query can see a key of its past.
+
+    Cached, so that layers share them: not to be written to.
+    """
+    with torch.inference_mode(False):
+        distances = torch.arange(reach - 1, -1, -1)
+        return distances[_meets(pattern, distances)]
 
 
 def rows_by_distance(distances: Tensor, wanted: Tensor) -> Tensor:

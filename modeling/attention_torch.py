@@ -36,7 +36,8 @@ from .attention_products import (
 from .attention_tile_kernels import Kernel, kernel_for, overlap_step, span_of, windows_of
 
 _EMPTY_ROW = -1e29
-_PIECE = 1 << 17  # elements of the queries taken together: small enough to stay in the processor's cache
+# Elements of the queries taken together: few calls, and little memory beside the sequence.
+_FORWARD_PIECE, _BACKWARD_PIECE = 1 << 18, 1 << 19
 
 
 def block_sparse_attention(
@@ -123,7 +124,8 @@ def _forward(
     kv_offset: int,
 ) -> tuple[Tensor, Tensor]:
     """Output [B, T, H, Dv] and LSE [B, T, H]; the LSE is +inf where a query sees nothing."""
-    plan = _plan(query, key, pattern, causal, q_offset, kv_offset)
+    halved = query.dtype != torch.bfloat16  # whose forward does not gain
+    plan = _plan(query, key, pattern, causal, q_offset, kv_offset, halved)
     kernel = kernel_for(query)
     q, k, v = _prepare(plan, query, key, value)
     output = q.new_empty((*q.shape[:3], v.shape[3]))
@@ -135,7 +137,8 @@ def _forward(
         keys = _Keys(group, k, key_valid)
         of_queries, of_keys = [x[:, :, keys.heads] for x in (q, output, lse)], (keys.pick(k), keys.pick(v))
         for part in group.parts:
-            for bias, tile_q, out, tile_lse, tile_k, tile_v in _tiles(part, keys, of_queries, of_keys):
+            pieces = _tiles(part, keys, of_queries, of_keys, _FORWARD_PIECE)
+            for bias, tile_q, out, tile_lse, tile_k, tile_v in pieces:
                 part_out, part_lse = kernel.forward(tile_q, tile_k, tile_v, bias, part.causal, scale)
                 if part.writes:
                     out.copy_(part_out)
@@ -164,7 +167,7 @@ def _backward(
     kv_offset: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value. P = exp(S - LSE) with the LSE over all parts, so each part stands alone."""
-    plan = _plan(query, key, pattern, causal, q_offset, kv_offset)
+    plan = _plan(query, key, pattern, causal, q_offset, kv_offset, halved=True)
     kernel = kernel_for(query)
     q, k, v = _prepare(plan, query, key, value)
     output, grad_output = (_widen(x, v.shape[3]) for x in (output, grad_output))
@@ -227,7 +230,7 @@ def _backward_tiles(
 ) -> None:
     """Add up the gradients of a part by a flash kernel."""
     zero_keys(part.fresh_keys, *of_keys[2:])
-    for bias, *tiles in _tiles(part, keys, of_queries, of_keys):
+    for bias, *tiles in _tiles(part, keys, of_queries, of_keys, _BACKWARD_PIECE):
         tile_q, out, tile_lse, grad_out, tile_grad_q, tile_k, tile_v, tile_grad_k, tile_grad_v = tiles
         part_grad_q, part_grad_k, part_grad_v = kernel.backward(
             grad_out, tile_q, tile_k, tile_v, out, tile_lse, bias, part.causal, scale
@@ -237,7 +240,7 @@ def _backward_tiles(
             total.copy_(gradient) if part.writes_keys else _add_windows(total, gradient)
 
 
-def _plan(query: Tensor, key: Tensor, pattern: str, causal: bool, q_offset: int, kv_offset: int) -> Plan:
+def _plan(query: Tensor, key: Tensor, pattern: str, causal: bool, q_offset: int, kv_offset: int, halved: bool) -> Plan:
     return plan_attention(
         _from_json(pattern),
         query.shape[1],
@@ -246,6 +249,7 @@ def _plan(query: Tensor, key: Tensor, pattern: str, causal: bool, q_offset: int,
         causal=causal,
         first_query=q_offset,
         first_key=kv_offset,
+        halved=halved and query.device.type == "cpu",
     )
 
 
@@ -346,13 +350,16 @@ class _Keys:
 
 
 def _tiles(
-    part: Part, keys: _Keys, of_queries: list[Tensor], of_keys: tuple[Tensor, ...]
+    part: Part, keys: _Keys, of_queries: list[Tensor], of_keys: tuple[Tensor, ...], most: int
 ) -> Iterator[tuple[Tensor | None, ...]]:
-    """(bias, tiles of each tensor) of a part, some tiles at a time; tiles are [A, heads, I or J, D]."""
+    """(bias, tiles of each tensor) of a part, some tiles at a time: at most `most` elements of their queries.
+
+    Tiles are [A, heads, I or J, D].
+    """
     views = [_view(x, part.queries, part.tiles) for x in of_queries]
     views += [_view(x, part.keys, part.tiles) for x in of_keys]
     biases = _biases(part, keys.hidden, views[0])
-    at_once = max(1, _PIECE // views[0][0, 0].numel())
+    at_once = max(1, most // views[0][0, 0].numel())
     for piece in _pieces([*views, *biases], at_once):
         yield _sum(piece[len(views) :]), *piece[: len(views)]
 

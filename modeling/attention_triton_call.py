@@ -110,8 +110,7 @@ class Call:
     def _tile_for(self, kernel: str, walk: str) -> Tile:
         return tile_for(kernel, walk, self.head_dim, self.is_float32, _is_older(self.query.device))
 
-    @property
-    def constants(self) -> dict:
+    def constants(self, tile: Tile) -> dict:
         """Arguments of every kernel that it is compiled for."""
         dim, value_dim = self.query.shape[3], self.value.shape[3]
         return {
@@ -119,7 +118,7 @@ class Call:
             "DV": value_dim,
             "BLOCK_D": padded(dim),
             "BLOCK_DV": padded(value_dim),
-            "PRECISION": _precision(),
+            "PRECISION": tile.precision if torch.get_float32_matmul_precision() == "highest" else "tf32",
             "UPCAST": self.query.dtype == torch.bfloat16 and kernels().interpreted,
         }
 
@@ -203,10 +202,6 @@ def _is_older(device: torch.device) -> bool:
 
 def padded(dim: int) -> int:
     return next(size for size in HEAD_DIMS if dim <= size)
-
-
-def _precision() -> str:
-    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
 def unit_stride(x: Tensor) -> Tensor:

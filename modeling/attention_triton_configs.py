@@ -12,6 +12,7 @@ class Tile(NamedTuple):
     """Queries and keys of a tile, warps, stages of the software pipeline, registers of a thread (None: ptxas chooses).
 
     ptxas may rather spill a few bytes than let fewer blocks run side by side; an upper bound of 255 keeps it from that.
+    `precision` is of float32 products where no less is allowed: three TF32 products, or multiply-adds ("ieee").
     """
 
     block_m: int
@@ -19,6 +20,7 @@ class Tile(NamedTuple):
     num_warps: int
     num_stages: int
     max_registers: int | None = None
+    precision: str = "tf32x3"
 
     @property
     def options(self) -> dict[str, int]:
@@ -83,8 +85,9 @@ FLOAT32 = {
     (QUERY_GRAD, WIDE): ((64, 32, 4, 2), (64, 32, 4, 2), (16, 16, 8, 2)),
     (QUERY_GRAD, FEW): ((16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 8, 2)),
     (QUERY_GRAD, TABLE): ((32, 32, 8, 1), (32, 32, 8, 1), (16, 16, 8, 1)),
-    (QUERY_GRAD, BIASED): ((64, 16, 4, 1), (16, 16, 8, 1), (16, 16, 8, 2)),
-    (QUERY_GRAD, BIASED_TABLE): ((16, 16, 8, 2), (16, 16, 8, 2), (16, 16, 8, 1)),
+    # Two operands of 128 columns that stay for the walk, as two TF32 numbers each, would leave no registers for a bias.
+    (QUERY_GRAD, BIASED): ((64, 16, 4, 1), (16, 16, 8, 1), (16, 16, 8, 2, 224, "ieee")),
+    (QUERY_GRAD, BIASED_TABLE): ((16, 16, 8, 2), (16, 16, 8, 2), (16, 16, 8, 2, 224, "ieee")),
     (KEY_GRAD, WIDE): ((16, 32, 4, 1), (16, 32, 4, 1), (16, 16, 8, 1)),
     (KEY_GRAD, TABLE): ((16, 16, 4, 2), (16, 16, 4, 2), (16, 16, 8, 1)),
     (KEY_GRAD, BIASED): ((16, 32, 4, 1), (16, 32, 4, 1), (16, 16, 8, 1)),

@@ -79,13 +79,7 @@ class Usage(NamedTuple):
     shared: int
 
     def fits(self, case: Case) -> bool:
-        return self.stack <= allowed_stack(case) and self.shared <= SHARED_MEMORY[case.arch]
-
-
-def allowed_stack(case: Case) -> int:
-    """Float32 queries and gradients of 16 x 128, each in two TF32 numbers, leave too few registers for a bias."""
-    wide = case.dtype == "fp32" and max(case.dims) > 64 and case.kernel == configs.QUERY_GRAD
-    return 80 if wide and _is_biased(case) else 0
+        return self.stack == 0 and self.shared <= SHARED_MEMORY[case.arch]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -165,7 +159,7 @@ def compile_case(case: Case) -> Usage:
         "FINAL": True,
         "ADD": case.later,
         "SPLIT": case.later,
-        "PRECISION": "tf32x3",
+        "PRECISION": tile.precision,
         "UPCAST": False,
         "stride_br": 1,  # a bias is dense, and what is 1 is compiled for
     }

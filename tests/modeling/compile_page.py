@@ -10,10 +10,10 @@ Made without a GPU by
 python -m tests.modeling.compile_kernels --output benchmarks/triton_compile
 ```
 
-in an environment of each version of Triton. A cell has the tile (queries x keys, warps w, stages s, and < the bound of
-registers where one is set), then the most registers of a thread and the most shared memory of a block over all that a
-call can ask of this entry: what columns it walks over, bfloat16 or float16, padding, first or later launch. Nothing may
-spill; where a cell is bold something does, by so many bytes of stack (docs/gpu.md says why these cannot be helped).
+in an environment of each version of Triton. A cell has the tile (queries x keys, warps w, stages s, < the bound of
+registers where one is set, ieee where float32 products are multiply-adds rather than three TF32 products), then the
+most registers of a thread and the most shared memory of a block over all that a call can ask of this entry: what
+columns it walks over, bfloat16 or float16, padding, first or later launch. Nothing may spill; a bold cell would.
 """
 
 
@@ -49,7 +49,7 @@ def cell(rows: Iterable[dict]) -> str:
     if not rows:
         return ""
     registers, stack, shared = (max(row[name] for row in rows) for name in ("registers", "stack", "shared"))
-    block_m, block_n, warps, stages, bound = rows[0]["tile"]
-    bound = f" <{bound}" if bound else ""
-    text = f"{block_m} x {block_n} {warps}w {stages}s{bound}: {registers}, {-(-shared // 1024)} KiB"
+    block_m, block_n, warps, stages, bound, precision = rows[0]["tile"]
+    special = (f" <{bound}" if bound else "") + (f" {precision}" if precision == "ieee" else "")
+    text = f"{block_m} x {block_n} {warps}w {stages}s{special}: {registers}, {-(-shared // 1024)} KiB"
     return f"**{text}, {stack} B of stack**" if stack else text

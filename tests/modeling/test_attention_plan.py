@@ -216,3 +216,29 @@ def test_decode_and_kept_keys(pattern):
             queries = torch.arange(position, later)[:, None]
             needed = pattern.visible(head, queries, torch.arange(position)).any(0)
             assert kept_keys(pattern, head, position).tolist() == needed.nonzero()[:, 0].tolist()
+
+
+@pytest.mark.parametrize("block", [95, 96, 128, 191, 192, 384, 500, 768])
+def test_halves_of_small_causal_tiles(block):
+    """They show each key once, as many scores fewer as lie above the diagonal of a halved block."""
+    where = {"num_heads": HEADS, "causal": True}
+    whole = plan_attention(FixedBlock(block), 2 * block, 2 * block, **where)
+    halved = plan_attention(FixedBlock(block), 2 * block, 2 * block, **where, halved=True)
+    assert torch.equal(times_seen(halved, 2 * block, 2 * block), times_seen(whole, 2 * block, 2 * block))
+    scores = [
+        sum(part.tiles * part.queries.count * part.keys.count for group in plan.groups for part in group.parts)
+        for plan in (whole, halved)
+    ]
+    gains = block % 2 == 0 and block not in (192, 768)
+    assert scores == [2 * block**2, 2 * block**2 * 3 // 4 if gains else 2 * block**2]
+
+
+@pytest.mark.parametrize("pattern", [FixedBlock(96), Fixed(128, 8)], ids=str)
+def test_halves_keep_to_what_is_visible(pattern):
+    for num_queries, num_keys, first_query, first_key in [(300, 300, 0, 0), (140, 333, 193, 0), (257, 257, 40, 40)]:
+        where = {"causal": True, "first_query": first_query, "first_key": first_key}
+        plan = plan_attention(pattern, num_queries, num_keys, num_heads=HEADS, halved=True, **where)
+        expected = dense_mask(
+            pattern, HEADS, num_queries, num_keys, causal=True, q_offset=first_query, kv_offset=first_key
+        )
+        assert torch.equal(times_seen(plan, num_queries, num_keys), expected.long()), where

@@ -114,7 +114,13 @@ def test_equals_dense(pattern, causal):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     "pattern",
-    [Local(40), Union([Local(33), Strided(16)]), Fixed(64, 16, sub_blocks=4), Union([Strided(16), Strided(24)])],
+    [
+        Local(40),
+        Union([Local(33), Strided(16)]),
+        Fixed(64, 16, sub_blocks=4),
+        Fixed(128, 8),  # whose blocks are halved
+        Union([Strided(16), Strided(24)]),
+    ],
     ids=str,
 )
 def test_dtypes(pattern, dtype):
@@ -126,7 +132,8 @@ def test_dtypes(pattern, dtype):
 @pytest.mark.usefixtures("kernel")
 def test_pieces(monkeypatch):
     """However the work is cut: along tiles or along the batch."""
-    monkeypatch.setattr(attention_torch, "_PIECE", 1 << 11)
+    for name in ("_FORWARD_PIECE", "_BACKWARD_PIECE"):
+        monkeypatch.setattr(attention_torch, name, 1 << 11)
     monkeypatch.setattr(attention_tile_kernels, "_PIECE_SCORES", 1 << 12)
     for batch, pattern in itertools.product(
         (1, 5), (Full(), Union([Local(40), Strided(8)]), Fixed(16, 4, sub_blocks=2))
@@ -194,6 +201,7 @@ class LargestTensor(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
+        attention_products.Space.shared(torch.empty(0))  # the first of a process frees a large block
         self.elements = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
