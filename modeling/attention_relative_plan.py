@@ -102,7 +102,6 @@ def plan_relative_attention(
 
 
 @lru_cache(maxsize=64)
-@lru_cache(maxsize=64)
 def distances_met(pattern: Pattern, reach: int) -> Tensor:
     """The distances below `reach`, descending, at which a query can see a key of its past.
 

@@ -20,6 +20,7 @@ from transformers import (
 from transformers.modeling_utils import PreTrainedModel
 
 from hf_tfamily.auto import SYSTEMS
+from hf_tfamily.modeling.attention_relative_plan import distances_met
 from tests.tiny_models import TINY, all_heads, batch_for, tiny_config, tiny_model
 
 HEADS = list(all_heads())
@@ -310,6 +311,19 @@ def test_every_parameter_learns(name, head):
         missing = {key for key in missing if ".compression." not in key}
     unused = model._keys_to_ignore_on_load_missing or ()  # a backbone's norm after the last stage
     assert not {key for key in missing if not any(re.search(pattern, key) for pattern in unused)}
+
+
+@each_head
+@pytest.mark.parametrize("implementation", ["eager", None])
+def test_learns_after_inference(name, head, implementation):
+    """What inference mode leaves in caches, training may use; eager and the system's default backend."""
+    model, inputs = tiny_model(name, head), batch_for(name, head)
+    if implementation:
+        model.set_attn_implementation(implementation)
+    distances_met.cache_clear()
+    with torch.inference_mode():
+        model(**inputs)
+    assert any(gradient is not None for gradient in gradients(model, inputs).values())
 
 
 @each_head
