@@ -49,16 +49,22 @@ class Piece(NamedTuple):
         return self._replace(heads=range(first, first + len(self.heads)))
 
 
-def pieces(part: Part, q: Tensor, k: Tensor, *, backward: bool) -> list[Piece]:
+def pieces(part: Part, q: Tensor, k: Tensor, *, backward: bool) -> tuple[Piece, ...]:
     """How a part is cut, for queries [B, T, H, D] and keys [B, S, Hk, D]."""
-    batch, _, heads, _ = q.shape
     most = _PIECE if backward else 2 * _PIECE  # which has fewer tensors at hand
+    batch, _, heads, dim = q.shape
+    return tuple(_cut(part, batch, heads, dim, heads == k.shape[2], most, backward))
+
+
+@lru_cache(maxsize=128)
+def _cut(part: Part, batch: int, heads: int, dim: int, own_keys: bool, most: int, backward: bool) -> list[Piece]:
+    """`own_keys`: no key head serves several heads; `most` scores at once."""
     at_once = max(1, most // (part.queries.count * part.keys.count))
-    if part.tiles <= heads * batch <= at_once and heads == k.shape[2]:
+    if part.tiles <= heads * batch <= at_once and own_keys:
         return [Piece(range(heads), range(batch), range(tile, tile + 1)) for tile in range(part.tiles)]
     columns = part.queries.stride > 1 and part.keys.stride > 1
-    if columns and backward and batch <= part.tiles and heads == k.shape[2]:  # the heads of a token lie together
-        at_once = most // (part.queries.count * max(part.keys.count, q.shape[3]))
+    if columns and backward and batch <= part.tiles and own_keys:  # the heads of a token lie together
+        at_once = most // (part.queries.count * max(part.keys.count, dim))
         some = _split(part.tiles, max(1, at_once // heads))
         return [Piece(range(heads), range(entry, entry + 1), tiles) for tiles in some for entry in range(batch)]
     if batch > part.tiles:
@@ -343,7 +349,7 @@ def _put_keys(total: Tensor, memory: ScoreMemory, tiles: "_Queries", part: Part,
         _put_tiles(total, of_tiles, part.keys, piece, writes=part.writes_keys)
 
 
-def _outside(part: Part, plan: list[Piece], pitch: int) -> int:
+def _outside(part: Part, plan: tuple[Piece, ...], pitch: int) -> int:
     """How many more chunks than one the keys of a tile are, where tiles advance by one chunk of queries and keys."""
     queries, keys = part.queries, part.keys
     even = queries.stride == keys.stride == 1 and queries.step == keys.step == queries.count

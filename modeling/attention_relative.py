@@ -9,6 +9,8 @@ Legend: B batch, H heads, T queries, S keys, D head dimension, L distances; of o
 of a tile, U distances that it meets; G tiles, batch entries or heads taken together.
 """
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -210,17 +212,46 @@ class _Table:
     def __init__(self, relative_key: Tensor, distances: Tensor, *, with_gradient: bool = False):
         self.relative_key = relative_key
         self.gradient = relative_key.new_zeros(relative_key.shape) if with_gradient else None
-        self.row_of = torch.full((int(distances.max()) + 1,), -1)
-        self.row_of[distances] = torch.arange(len(distances))
+        self.distances = distances.long().numpy().tobytes()  # by value, to look up only what was not before
 
     def rows(self, distances: Tensor) -> Tensor:
         """Rows of the table for distances of any shape, all of which must be there."""
-        missing = distances >= len(self.row_of)
-        rows = self.row_of[distances.masked_fill(missing, 0)]
-        missing = missing | (rows < 0)
-        if bool(missing.any()):
-            raise ValueError(f"relative_key has no row for the distance {int(distances[missing][0])}, which is met.")
-        return rows.to(self.relative_key.device)
+        return _rows(self.distances, distances).to(self.relative_key.device)
+
+    def of_part(self, relative: EvenPart, heads: slice) -> tuple[Tensor, Tensor]:
+        """The rows [U] for the distances of a part, and the relative keys there, [heads, U, D]: if they can, a view."""
+        rows, run = _rows_of_part(self.distances, relative)
+        rows, relative_key = rows.to(self.relative_key.device), self.relative_key[heads]
+        return rows, relative_key.index_select(1, rows) if run is None else relative_key[:, run]
+
+
+@lru_cache(maxsize=64)
+def _row_of(distances: bytes) -> Tensor:
+    """The row of each distance, -1 where there is none."""
+    with torch.inference_mode(False):
+        distances = torch.frombuffer(bytearray(distances), dtype=torch.long)
+        rows = torch.full((int(distances.max()) + 1,), -1)
+        rows[distances] = torch.arange(len(distances))
+        return rows
+
+
+def _rows(table: bytes, distances: Tensor) -> Tensor:
+    row_of = _row_of(table)
+    missing = distances >= len(row_of)
+    rows = row_of[distances.masked_fill(missing, 0)]
+    missing = missing | (rows < 0)
+    if bool(missing.any()):
+        raise ValueError(f"relative_key has no row for the distance {int(distances[missing][0])}, which is met.")
+    return rows
+
+
+@lru_cache(maxsize=64)
+def _rows_of_part(table: bytes, relative: EvenPart) -> tuple[Tensor, slice | None]:
+    """The rows of a part, and the slice that they are, if they follow each other."""
+    with torch.inference_mode(False):
+        rows = _rows(table, relative.distances)
+        first, end = int(rows[0]), int(rows[0]) + len(rows)
+        return rows, slice(first, end) if torch.equal(rows, torch.arange(first, end)) else None
 
 
 class _PartScores:
@@ -268,8 +299,7 @@ class _EvenScores(_PartScores):
 
     def __init__(self, relative: EvenPart, *arguments):
         super().__init__(relative, *arguments)
-        self.rows = self.table.rows(relative.distances)
-        self.relative_key = _select(self.table.relative_key[self.heads], self.rows)
+        self.rows, self.relative_key = self.table.of_part(relative, self.heads)
         self.met = range(relative.first, relative.first + len(self.rows))
         self.holes = relative.holes.to(self.rows.device) - relative.first
         self.pitch = max(self.part.keys.count, self.met[-1])  # then no entry by key is one of another row's by distance
@@ -295,14 +325,6 @@ class _EvenScores(_PartScores):
         grad_key = torch.bmm(grad.mT, self._rows(piece, len(relative_key)))
         self.table.gradient[self.heads][heads].index_add_(1, self.rows, grad_key)
         self._add(grad, relative_key, piece)
-
-
-def _select(relative_key: Tensor, rows: Tensor) -> Tensor:
-    """Rows of [H, L, D]: a view where they follow each other."""
-    first = int(rows[0])
-    if torch.equal(rows, torch.arange(first, first + len(rows), device=rows.device)):
-        return relative_key[:, first : first + len(rows)]
-    return relative_key.index_select(1, rows)
 
 
 class _ListedScores(_PartScores):
