@@ -49,11 +49,11 @@ class Piece(NamedTuple):
         return self._replace(heads=range(first, first + len(self.heads)))
 
 
-def pieces(part: Part, q: Tensor, k: Tensor, *, backward: bool) -> tuple[Piece, ...]:
-    """How a part is cut, for queries [B, T, H, D] and keys [B, S, Hk, D]."""
+def pieces(part: Part, q: Tensor, k: Tensor, *, backward: bool) -> list[Piece]:
+    """How a part is cut, for queries [B, T, H, D] and keys [B, S, Hk, D]. Cached: not to be written to."""
     most = _PIECE if backward else 2 * _PIECE  # which has fewer tensors at hand
     batch, _, heads, dim = q.shape
-    return tuple(_cut(part, batch, heads, dim, heads == k.shape[2], most, backward))
+    return _cut(part, batch, heads, dim, heads == k.shape[2], most, backward)
 
 
 @lru_cache(maxsize=128)
@@ -349,7 +349,7 @@ def _put_keys(total: Tensor, memory: ScoreMemory, tiles: "_Queries", part: Part,
         _put_tiles(total, of_tiles, part.keys, piece, writes=part.writes_keys)
 
 
-def _outside(part: Part, plan: tuple[Piece, ...], pitch: int) -> int:
+def _outside(part: Part, plan: list[Piece], pitch: int) -> int:
     """How many more chunks than one the keys of a tile are, where tiles advance by one chunk of queries and keys."""
     queries, keys = part.queries, part.keys
     even = queries.stride == keys.stride == 1 and queries.step == keys.step == queries.count

@@ -118,7 +118,7 @@ class Call:
             "DV": value_dim,
             "BLOCK_D": padded(dim),
             "BLOCK_DV": padded(value_dim),
-            "PRECISION": tile.precision if torch.get_float32_matmul_precision() == "highest" else "tf32",
+            "PRECISION": _precision(tile),
             "UPCAST": self.query.dtype == torch.bfloat16 and kernels().interpreted,
         }
 
@@ -202,6 +202,12 @@ def _is_older(device: torch.device) -> bool:
 
 def padded(dim: int) -> int:
     return next(size for size in HEAD_DIMS if dim <= size)
+
+
+def _precision(tile: Tile) -> str:
+    """Of float32 products: what the tile says, but one TF32 product instead of three where that is allowed."""
+    may_be_less = tile.precision == "tf32x3" and torch.get_float32_matmul_precision() != "highest"
+    return "tf32" if may_be_less else tile.precision
 
 
 def unit_stride(x: Tensor) -> Tensor:

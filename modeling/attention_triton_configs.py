@@ -12,7 +12,7 @@ class Tile(NamedTuple):
     """Queries and keys of a tile, warps, stages of the software pipeline, registers of a thread (None: ptxas chooses).
 
     ptxas may rather spill a few bytes than let fewer blocks run side by side; an upper bound of 255 keeps it from that.
-    `precision` is of float32 products where no less is allowed: three TF32 products, or multiply-adds ("ieee").
+    `precision` is of float32 products: three TF32 products, or one where that is allowed; or multiply-adds ("ieee").
     """
 
     block_m: int

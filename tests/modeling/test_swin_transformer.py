@@ -250,6 +250,9 @@ def test_projections_that_somebody_changed_are_called(qkv_bias):
     apart = gradients(model, pictures(dtype=torch.float64), labels=torch.tensor([0, 1]))
     assert len(calls) == sum(model.config.depths)
     assert_same(together, apart, rtol=1e-9, atol=1e-12)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    recomputed = gradients(model, pictures(dtype=torch.float64), labels=torch.tensor([0, 1]))
+    assert_same(together, recomputed, rtol=1e-9, atol=1e-12)
 
 
 def test_projections_may_differ():
