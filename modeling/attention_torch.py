@@ -37,7 +37,7 @@ from .attention_tile_kernels import Kernel, kernel_for, overlap_step, span_of, w
 
 _EMPTY_ROW = -1e29
 # Elements of the queries taken together: few calls, and little memory beside the sequence.
-_FORWARD_PIECE, _BACKWARD_PIECE = 1 << 18, 1 << 19
+_PIECE = 1 << 19
 
 
 def block_sparse_attention(
@@ -137,7 +137,7 @@ def _forward(
         keys = _Keys(group, k, key_valid)
         of_queries, of_keys = [x[:, :, keys.heads] for x in (q, output, lse)], (keys.pick(k), keys.pick(v))
         for part in group.parts:
-            pieces = _tiles(part, keys, of_queries, of_keys, _FORWARD_PIECE)
+            pieces = _tiles(part, keys, of_queries, of_keys, _PIECE)
             for bias, tile_q, out, tile_lse, tile_k, tile_v in pieces:
                 part_out, part_lse = kernel.forward(tile_q, tile_k, tile_v, bias, part.causal, scale)
                 if part.writes:
@@ -230,7 +230,7 @@ def _backward_tiles(
 ) -> None:
     """Add up the gradients of a part by a flash kernel."""
     zero_keys(part.fresh_keys, *of_keys[2:])
-    for bias, *tiles in _tiles(part, keys, of_queries, of_keys, _BACKWARD_PIECE):
+    for bias, *tiles in _tiles(part, keys, of_queries, of_keys, _PIECE):
         tile_q, out, tile_lse, grad_out, tile_grad_q, tile_k, tile_v, tile_grad_k, tile_grad_v = tiles
         part_grad_q, part_grad_k, part_grad_v = kernel.backward(
             grad_out, tile_q, tile_k, tile_v, out, tile_lse, bias, part.causal, scale

@@ -132,8 +132,7 @@ def test_dtypes(pattern, dtype):
 @pytest.mark.usefixtures("kernel")
 def test_pieces(monkeypatch):
     """However the work is cut: along tiles or along the batch."""
-    for name in ("_FORWARD_PIECE", "_BACKWARD_PIECE"):
-        monkeypatch.setattr(attention_torch, name, 1 << 11)
+    monkeypatch.setattr(attention_torch, "_PIECE", 1 << 11)
     monkeypatch.setattr(attention_tile_kernels, "_PIECE_SCORES", 1 << 12)
     for batch, pattern in itertools.product(
         (1, 5), (Full(), Union([Local(40), Strided(8)]), Fixed(16, 4, sub_blocks=2))
