@@ -137,8 +137,7 @@ def _forward(
         keys = _Keys(group, k, key_valid)
         of_queries, of_keys = [x[:, :, keys.heads] for x in (q, output, lse)], (keys.pick(k), keys.pick(v))
         for part in group.parts:
-            pieces = _tiles(part, keys, of_queries, of_keys, _PIECE)
-            for bias, tile_q, out, tile_lse, tile_k, tile_v in pieces:
+            for bias, tile_q, out, tile_lse, tile_k, tile_v in _tiles(part, keys, of_queries, of_keys):
                 part_out, part_lse = kernel.forward(tile_q, tile_k, tile_v, bias, part.causal, scale)
                 if part.writes:
                     out.copy_(part_out)
@@ -230,7 +229,7 @@ def _backward_tiles(
 ) -> None:
     """Add up the gradients of a part by a flash kernel."""
     zero_keys(part.fresh_keys, *of_keys[2:])
-    for bias, *tiles in _tiles(part, keys, of_queries, of_keys, _PIECE):
+    for bias, *tiles in _tiles(part, keys, of_queries, of_keys):
         tile_q, out, tile_lse, grad_out, tile_grad_q, tile_k, tile_v, tile_grad_k, tile_grad_v = tiles
         part_grad_q, part_grad_k, part_grad_v = kernel.backward(
             grad_out, tile_q, tile_k, tile_v, out, tile_lse, bias, part.causal, scale
@@ -350,16 +349,16 @@ class _Keys:
 
 
 def _tiles(
-    part: Part, keys: _Keys, of_queries: list[Tensor], of_keys: tuple[Tensor, ...], most: int
+    part: Part, keys: _Keys, of_queries: list[Tensor], of_keys: tuple[Tensor, ...]
 ) -> Iterator[tuple[Tensor | None, ...]]:
-    """(bias, tiles of each tensor) of a part, some tiles at a time: at most `most` elements of their queries.
+    """(bias, tiles of each tensor) of a part, some tiles at a time: at most _PIECE elements of their queries.
 
     Tiles are [A, heads, I or J, D].
     """
     views = [_view(x, part.queries, part.tiles) for x in of_queries]
     views += [_view(x, part.keys, part.tiles) for x in of_keys]
     biases = _biases(part, keys.hidden, views[0])
-    at_once = max(1, most // views[0][0, 0].numel())
+    at_once = max(1, _PIECE // views[0][0, 0].numel())
     for piece in _pieces([*views, *biases], at_once):
         yield _sum(piece[len(views) :]), *piece[: len(views)]
 
