@@ -29,6 +29,10 @@ class Tokens:
     stride: int
     step: int
 
+    def is_run(self, tiles: int) -> bool:
+        """Are `tiles` tiles all the tokens from the first on, in order?"""
+        return self.start == 0 and self.stride == 1 and (tiles == 1 or self.step == self.count)
+
     def places(self, tiles: int) -> torch.Tensor:
         """The tokens of `tiles` tiles, [tiles, count]."""
         return self.start + torch.arange(tiles)[:, None] * self.step + torch.arange(self.count) * self.stride
@@ -52,6 +56,11 @@ class Part:
     writes: bool = False
     writes_keys: bool = False
     fresh_keys: range = range(0)
+
+    def divides(self, num_queries: int, num_keys: int) -> bool:
+        """Are the tiles of queries the sequence, cut into runs, and the tiles of keys as well?"""
+        pairs = (self.queries, num_queries), (self.keys, num_keys)
+        return all(tokens.is_run(self.tiles) and self.tiles * tokens.count == count for tokens, count in pairs)
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,19 +180,18 @@ def in_halves(group: Group) -> Group:
 def _gains_from_halves(part: Part) -> bool:
     count = part.queries.count
     even = count % 2 == 0 and part.queries.stride == part.keys.stride == 1 and part.keys.count == count
-    return part.causal and even and any(limit / 2 <= count < limit for limit in _TOGETHER)
+    in_a_row = part.tiles == 1 or part.queries.step == part.keys.step == count
+    return part.causal and even and in_a_row and any(limit / 2 <= count < limit for limit in _TOGETHER)
 
 
 def _halves(part: Part) -> list[Part]:
+    """Twice as many tiles, causal too, and what is left of every second one."""
     half = part.queries.count // 2
-    (early_q, late_q), (early_k, late_k) = (
-        (replace(tokens, count=half), replace(tokens, count=half, start=tokens.start + half))
-        for tokens in (part.queries, part.keys)
-    )
+    queries, keys = (replace(tokens, count=half, step=half) for tokens in (part.queries, part.keys))
+    late, early = replace(part.queries, count=half, start=part.queries.start + half), replace(part.keys, count=half)
     return [
-        replace(part, queries=early_q, keys=early_k),
-        replace(part, queries=late_q, keys=late_k),
-        replace(part, queries=late_q, keys=early_k, causal=False),
+        replace(part, tiles=2 * part.tiles, queries=queries, keys=keys),
+        replace(part, queries=late, keys=early, causal=False),
     ]
 
 

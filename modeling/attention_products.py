@@ -45,13 +45,15 @@ class Piece(NamedTuple):
 
     def of_keys(self, q: Tensor, k: Tensor) -> "Piece":
         """The same with key heads, each of which serves H / Hk heads."""
+        if q.shape[2] == k.shape[2]:
+            return self
         first = self.heads.start * k.shape[2] // q.shape[2]
         return self._replace(heads=range(first, first + len(self.heads)))
 
 
 def pieces(part: Part, q: Tensor, k: Tensor, *, backward: bool) -> list[Piece]:
     """How a part is cut, for queries [B, T, H, D] and keys [B, S, Hk, D]. Cached: not to be written to."""
-    most = _PIECE if backward else 2 * _PIECE  # which has fewer tensors at hand
+    most = _PIECE if backward else _PIECE // 2
     batch, _, heads, dim = q.shape
     return _cut(part, batch, heads, dim, heads == k.shape[2], most, backward)
 
@@ -81,12 +83,19 @@ def _split(count: int, at_once: int) -> Iterator[range]:
 
 
 def tiles_of(x: Tensor, tokens: Tokens, piece: Piece) -> Tensor:
-    """[heads, batch, tiles, tokens of a tile, D] of a tensor [B, N, H, D]: a view, overlapping where the tiles do."""
+    """The tiles of a tensor [B, N, H, D], [G, tokens of a tile, D]: a view, overlapping where the tiles do.
+
+    [heads, batch, tiles, tokens of a tile, D] where G would have no one stride.
+    """
     batch, token, head, entry = x.stride()
-    sizes = (len(piece.heads), len(piece.batch), len(piece.tiles), tokens.count, x.shape[3])
-    strides = (head, batch, tokens.step * token, tokens.stride * token, entry)
-    first = piece.heads.start * head + piece.batch.start * batch
-    first += (tokens.start + piece.tiles.start * tokens.step) * token
+    step, heads, entries, tiles = tokens.step * token, *map(len, piece)
+    first = piece.heads.start * head + piece.batch.start * batch + tokens.start * token + piece.tiles.start * step
+    count = heads * entries * tiles
+    if count in (heads, entries, tiles):
+        sizes, strides = (count,), (head if heads == count else batch if entries == count else step,)
+    else:
+        sizes, strides = (heads, entries, tiles), (head, batch, step)
+    sizes, strides = (*sizes, tokens.count, x.shape[3]), (*strides, tokens.stride * token, entry)
     return x.as_strided(sizes, strides, x.storage_offset() + first)
 
 
@@ -124,12 +133,12 @@ class Space:
         if x.dtype != self.dtype and overlaps(tokens, piece):  # what tiles share is converted once
             alone = replace(tokens, count=tokens.count + (len(piece.tiles) - 1) * tokens.step)
             span = tiles_of(x, alone, piece._replace(tiles=piece.tiles[:1]))
-            copy = self.take(name, *span.shape[3:]).copy_(span[0, 0, 0])
+            copy = self.take(name, *span.shape[1:]).copy_(span[0])
             dim = x.shape[3]
             return copy.as_strided((piece.count, tokens.count, dim), (tokens.step * dim, dim, 1))
-        if x.dtype != self.dtype or (len(piece.heads) > 1 and len(piece.batch) * len(piece.tiles) > 1):
+        if x.dtype != self.dtype or tiles.dim() > 3:
             tiles = self.take(name, *tiles.shape).copy_(tiles)
-        return tiles.flatten(0, 2)
+        return tiles if tiles.dim() == 3 else tiles.flatten(0, 2)
 
 
 def _keep_freed_memory() -> None:
@@ -277,10 +286,9 @@ def forward_part(part: Part, work: Work, extra: Extra) -> None:
     """Merge a part into the output and LSE so far, in place."""
     space = work.space
     for piece in pieces(part, work.q, work.k, backward=False):
+        of_keys = piece.of_keys(work.q, work.k)
         q = space.read("q", work.q, part.queries, piece)
-        k, v = (
-            space.read(name, x, part.keys, piece.of_keys(work.q, work.k)) for name, x in zip("kv", (work.k, work.v))
-        )
+        k, v = (space.read(name, x, part.keys, of_keys) for name, x in (("k", work.k), ("v", work.v)))
         scores = extra.scores_of(q, k, work, part, piece)
         top = scores.amax(-1, keepdim=True)
         weights = scores.sub_(top).exp2_()
@@ -371,7 +379,7 @@ class _Queries:
             self.tiles = self.space.take(self.name, self.most, self.tokens.count, x.shape[3])
             self.tiles[: self.outside] = 0
             self.tiles[end : end + self.outside] = 0
-            self.inner = self.tiles[self.outside : end].copy_(tiles_of(x, self.tokens, piece)[0, 0])
+            self.inner = self.tiles[self.outside : end].copy_(tiles_of(x, self.tokens, piece))
         else:
             self.inner = self.space.read(self.name, x, self.tokens, piece)
         return self.inner

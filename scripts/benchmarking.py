@@ -27,6 +27,7 @@ import torch
 import transformers
 
 ROUND_SECONDS = 0.02  # a timing repeats short calls up to this
+ROUNDS, MOST_ROUNDS, SECONDS = 7, 49, 3.0  # more rounds than the first, up to the second, if all take less than this
 
 
 @dataclass(frozen=True)
@@ -125,10 +126,14 @@ class Benchmark:
     def times(self, contenders: dict[str, Callable[[], object]], rounds: int | None = None) -> dict[str, Measure]:
         """Milliseconds of each contender, called in turn in every round, after one call to warm up.
 
-        With `--cpu-time` they hold on a machine that others use, too.
+        Short calls get more rounds: the speed of a shared machine changes from second to second. With `--cpu-time`
+        they hold on a machine that others use, too.
         """
-        rounds = rounds or (3 if self.quick else 7)
-        repeats = {name: max(1, int(ROUND_SECONDS / self._seconds(run))) for name, run in contenders.items()}
+        once = {name: self._seconds(run) for name, run in contenders.items()}
+        repeats = {name: max(1, int(ROUND_SECONDS / seconds)) for name, seconds in once.items()}
+        if rounds is None:
+            a_round = sum(max(ROUND_SECONDS, seconds) for seconds in once.values())
+            rounds = 3 if self.quick else min(MOST_ROUNDS, max(ROUNDS, int(SECONDS / a_round)))
         seconds: dict[str, list[float]] = {name: [] for name in contenders}
         for _ in range(rounds):
             for name, run in contenders.items():
