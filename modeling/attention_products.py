@@ -12,7 +12,7 @@ import math
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import NamedTuple, Protocol
 
 import torch
@@ -113,8 +113,7 @@ class Space:
         if like.device.type != "cpu":
             return cls(like)
         spaces = cls._kept.__dict__.setdefault("spaces", {})
-        if not spaces:
-            _keep_freed_memory()
+        keep_freed_memory()
         return spaces.setdefault(like.dtype, cls(like))
 
     def take(self, name: str, *shape: int) -> Tensor:
@@ -141,7 +140,8 @@ class Space:
         return tiles if tiles.dim() == 3 else tiles.flatten(0, 2)
 
 
-def _keep_freed_memory() -> None:
+@cache
+def keep_freed_memory() -> None:
     """Free a large block once: glibc then gives memory back to the system only beyond twice that size (mallopt(3)).
 
     To have the pages of gradients mapped anew at each call costs up to a tenth of its time.

@@ -5,13 +5,14 @@ A grid of tokens is padded to whole windows, moved by the shift, and cut; both w
 Shapes: B batch, gh x gw grid of T tokens, L windows of N tokens, H heads, D head dim, C channels.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
 from .attention_patterns_images import Window2D
+from .attention_products import keep_freed_memory
 
 WINDOWS = 256  # attended to at a time on a CPU
 
@@ -140,11 +141,14 @@ def window_attention(
         mask: [L, N, N] bool, True where a key is seen; None if all are.
         dropout: of the attention weights.
     """
+    _prepare_memory(query)
     bias = _masked(position_bias.to(query.dtype), mask)
     tensors = (query, key, value)
     if not dropout and learns_in_pieces(*tensors, bias):
         return _WindowAttention.apply(bias, scaling, *tensors)
     if not dropout and not _learns(*tensors, bias):
+        if _fused_is_slow(query):
+            return torch.cat([output for _, output in _in_pieces(tensors, bias, scaling)])
         return _attend_fused(*tensors, bias, scaling)
     scores = _scores(query, key, bias, scaling)
     weights = F.dropout(scores.softmax(dim=-1), dropout)
@@ -155,7 +159,13 @@ def packed_window_attention(
     packed: torch.Tensor, position_bias: torch.Tensor, mask: torch.Tensor | None, scaling: float
 ) -> torch.Tensor:
     """`window_attention` of queries, keys and values that lie together, [B * L, N, 3, H, D]; see `learns_in_pieces`."""
+    _prepare_memory(packed)
     return _WindowAttention.apply(_masked(position_bias.to(packed.dtype), mask), scaling, packed)
+
+
+def _prepare_memory(tensor: torch.Tensor) -> None:
+    if tensor.device.type == "cpu" and not torch.compiler.is_compiling():
+        keep_freed_memory()
 
 
 def learns_in_pieces(*tensors: torch.Tensor) -> bool:
@@ -191,6 +201,23 @@ def _attend_fused(query, key, value, bias: torch.Tensor, scaling: float) -> torc
     return torch.cat(outputs)
 
 
+def _fused_is_slow(query: torch.Tensor) -> bool:
+    """In half precision PyTorch's kernel for CPUs wants their matrix instructions."""
+    if query.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return query.dtype == torch.bfloat16 and not torch.cpu._is_amx_tile_supported()
+
+
+def _in_pieces(
+    tensors: Sequence[torch.Tensor], bias: torch.Tensor, scaling: float
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Weights [., H, N, N] and outputs [., N, H, D] of some hundred windows at a time."""
+    step = _whole_pictures(WINDOWS, bias)
+    for query, key, value in zip(*(x.split(step) for x in tensors)):
+        weights = _scores(query, key, bias, scaling).softmax(dim=-1)
+        yield weights, (weights @ value).transpose(1, 2)
+
+
 def _whole_pictures(windows: int, bias: torch.Tensor) -> int:
     """The least multiple of a picture's windows that is about as many as `windows`."""
     of_picture = len(bias) if bias.ndim == 4 else 1
@@ -206,13 +233,9 @@ class _WindowAttention(torch.autograd.Function):
     @staticmethod
     @torch.autocast("cpu", enabled=False)
     def forward(ctx, bias, scaling, *tensors):
-        step = _whole_pictures(WINDOWS, bias)
-        weights, outputs = [], []
-        for q, k, v in zip(*(x.split(step) for x in _apart(tensors))):
-            weights.append(_scores(q, k, bias, scaling).softmax(dim=-1))
-            outputs.append((weights[-1] @ v).transpose(1, 2))
+        weights, outputs = zip(*_in_pieces(_apart(tensors), bias, scaling))
         ctx.save_for_backward(*tensors, *weights)
-        ctx.step, ctx.scaling, ctx.bias_shape, ctx.count = step, scaling, bias.shape, len(tensors)
+        ctx.scaling, ctx.bias_shape, ctx.count = scaling, bias.shape, len(tensors)
         return torch.cat(outputs)
 
     @staticmethod
@@ -223,7 +246,8 @@ class _WindowAttention(torch.autograd.Function):
         tensors, weights = saved[: ctx.count], saved[ctx.count :]
         gradients = [torch.empty_like(x) for x in tensors]  # whose memory runs as the projections want it
         bias_gradient, precision = 0, torch.promote_types(gradient.dtype, torch.float32)
-        parts = zip(*(x.split(ctx.step) for x in (*_apart(tensors), *_apart(gradients), gradient)), weights)
+        step = len(weights[0])
+        parts = zip(*(x.split(step) for x in (*_apart(tensors), *_apart(gradients), gradient)), weights)
         for q, k, v, to_query, to_key, to_value, g, w in parts:
             g = g.transpose(1, 2).contiguous()
             to_value.copy_(w.transpose(-1, -2) @ g)

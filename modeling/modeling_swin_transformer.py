@@ -40,6 +40,7 @@ from .attention_windows import (
 )
 from .checks import check_labels
 from .configuration_swin_transformer import SwinTransformerConfig, pair
+from .linear_onednn import OneDNNLinear
 from .positions_window import WindowPositionBias
 from .swin_layers import (
     SwinTransformerDropPath,
@@ -61,10 +62,10 @@ class SwinTransformerAttention(nn.Module):
         self.head_dim = width // num_heads
         self.scaling = self.head_dim**-0.5
         self.dropout = config.attention_probs_dropout_prob
-        self.q_proj = nn.Linear(width, width, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(width, width, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(width, width, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(width, width)
+        self.q_proj = OneDNNLinear(width, width, bias=config.qkv_bias)
+        self.k_proj = OneDNNLinear(width, width, bias=config.qkv_bias)
+        self.v_proj = OneDNNLinear(width, width, bias=config.qkv_bias)
+        self.o_proj = OneDNNLinear(width, width)
         self.relative_position_bias = WindowPositionBias(config.window_size, num_heads)
 
     def forward(

@@ -14,6 +14,7 @@ from transformers.activations import ACT2FN
 
 from .checks import check_patch_mask, check_pixels
 from .configuration_swin_transformer import SwinTransformerConfig, pair
+from .linear_onednn import OneDNNLinear, linear, linear_gelu
 
 WIDE = 2**21  # numbers inside feed-forward layers at a time on a CPU
 
@@ -101,8 +102,9 @@ class SwinTransformerMLP(nn.Module):
     def __init__(self, config: SwinTransformerConfig, width: int):
         super().__init__()
         self.activation_fn = ACT2FN[config.hidden_act]
-        self.fc1 = nn.Linear(width, int(config.mlp_ratio * width))
-        self.fc2 = nn.Linear(int(config.mlp_ratio * width), width)
+        self.fuses_gelu = config.hidden_act == "gelu"
+        self.fc1 = OneDNNLinear(width, int(config.mlp_ratio * width))
+        self.fc2 = OneDNNLinear(int(config.mlp_ratio * width), width)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[B, T, C] -> [B, T, C]. On a CPU some tokens at a time, so that the wide layer stays in its cache."""
@@ -113,6 +115,13 @@ class SwinTransformerMLP(nn.Module):
         return torch.cat([self._feed(part) for part in tokens.split(step)]).view_as(hidden_states)
 
     def _feed(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if (
+            self.fuses_gelu
+            and not torch.is_grad_enabled()
+            and _is_bare(self.fc1)
+            and not _is_hooked(self.activation_fn)
+        ):
+            return self.fc2(linear_gelu(hidden_states, self.fc1.weight, self.fc1.bias))
         return self.fc2(self.activation_fn(self.fc1(hidden_states)))
 
 
@@ -122,14 +131,18 @@ def are_bare(layers: Sequence[nn.Module]) -> bool:
 
 
 def _is_bare(layer: nn.Module) -> bool:
+    return type(layer) is OneDNNLinear and "forward" not in vars(layer) and not _is_hooked(layer)
+
+
+def _is_hooked(layer: nn.Module) -> bool:
     hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
-    return type(layer) is nn.Linear and "forward" not in vars(layer) and not any(hooks)
+    return any(hooks)
 
 
 def project_together(states: torch.Tensor, layers: Sequence[nn.Linear]) -> torch.Tensor:
     """[..., C] -> [..., widths of the layers one after the other], for layers that `are_bare`, in one product."""
     bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
-    return F.linear(states, torch.cat([layer.weight for layer in layers]), bias)
+    return linear(states, torch.cat([layer.weight for layer in layers]), bias)
 
 
 class SwinTransformerDropPath(nn.Module):
@@ -155,7 +168,7 @@ class SwinTransformerPatchMerging(nn.Module):
     def __init__(self, width: int):
         super().__init__()
         self.norm = nn.LayerNorm(4 * width)
-        self.reduction = nn.Linear(4 * width, 2 * width, bias=False)
+        self.reduction = OneDNNLinear(4 * width, 2 * width, bias=False)
 
     def forward(self, hidden_states: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         """[B, gh * gw, C] -> [B, ceil(gh / 2) * ceil(gw / 2), 2 C]."""

@@ -1,0 +1,70 @@
+"""Linear layers by oneDNN, where PyTorch's own are slower.
+
+In bfloat16 PyTorch calls it too, but writes the bias to memory first. In float32 it calls MKL, which is slow on AMD's
+processors: there oneDNN takes a fifth to a third less time for outputs and for gradients of inputs, but not for those
+of weights.
+"""
+
+from functools import cache
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class OneDNNLinear(nn.Linear):
+    """nn.Linear, with the same parameters and results."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return linear(input, self.weight, self.bias)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """F.linear: [..., C] -> [..., K] for a weight [K, C] and a bias [K]."""
+    return _Linear.apply(x, weight, bias) if _gains(x, weight) else F.linear(x, weight, bias)
+
+
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """GELU of F.linear, without gradients: in one pass."""
+    return _product(x, weight, bias, "gelu") if _gains(x, weight) else F.gelu(F.linear(x, weight, bias))
+
+
+def _gains(x: Tensor, weight: Tensor) -> bool:
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_autocast_enabled("cpu"):
+        return False
+    fits = x.device.type == weight.device.type == "cpu" and x.dtype == weight.dtype and x.numel() > 0
+    return fits and x.dtype in _dtypes()
+
+
+@cache
+def _dtypes() -> list[torch.dtype]:
+    """Those that gain on this machine."""
+    if not torch.backends.mkldnn.is_available():
+        return []
+    file = Path("/proc/cpuinfo")
+    is_amd = file.exists() and "AuthenticAMD" in file.read_text()
+    has_bfloat16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return [torch.float32] * is_amd + [torch.bfloat16] * has_bfloat16
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "none") -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], "none" if activation == "gelu" else "")
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        return _product(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, weight = ctx.saved_tensors
+        wants_x, wants_weight, wants_bias = ctx.needs_input_grad
+        rows = gradient.flatten(0, -2)
+        return (
+            linear(gradient, weight.t(), None) if wants_x else None,
+            rows.t() @ x.flatten(0, -2) if wants_weight else None,
+            rows.sum(0) if wants_bias else None,
+        )
