@@ -242,3 +242,26 @@ def test_halves_keep_to_what_is_visible(pattern):
             pattern, HEADS, num_queries, num_keys, causal=True, q_offset=first_query, kv_offset=first_key
         )
         assert torch.equal(times_seen(plan, num_queries, num_keys), expected.long()), where
+
+
+@pytest.mark.parametrize(
+    ("pattern", "length", "divides"),
+    [
+        (Full(), 100, True),
+        (Fixed(128, 8), 512, True),
+        (FixedBlock(8), 64, True),
+        (FixedBlock(8), 60, False),
+        (Local(5), 64, False),
+        (Strided(4), 64, False),
+        (Union([Local(5), FixedBlock(8)]), 64, False),
+    ],
+    ids=str,
+)
+def test_first_parts_that_divide_the_sequence(pattern, length, divides):
+    """What an executor need not put into place."""
+    plan = plan_attention(pattern, length, length, num_heads=HEADS, causal=True, halved=True)
+    part = plan.groups[0].parts[0]
+    assert part.divides(length, length) == divides
+    assert not part.divides(length + 1, length + 1)
+    if divides:
+        assert part.queries.places(part.tiles).flatten().tolist() == list(range(length))

@@ -142,6 +142,18 @@ def test_pieces(monkeypatch):
             assert_as_exact_as_dense(pattern, inputs, causal=True, scale=0.5, q_offset=0, key_valid=key_valid)
 
 
+@pytest.mark.usefixtures("kernel")
+@pytest.mark.parametrize("pattern", [Full(), FixedBlock(16), Fixed(128, 8)], ids=str)
+def test_parts_that_are_the_whole_sequence(pattern):
+    """Their results are the call's, whatever the batch and the order of storage, with grouped heads and Dqk != Dv."""
+    for batch, by_token in itertools.product((1, 3), (True, False)):
+        inputs = make_inputs(256, 256, batch=batch, key_heads=2, value_dim=4)
+        if by_token:  # [B, N, H, D] lies in a row, so that batch entries can be tiles as well
+            inputs = [x.detach().contiguous().requires_grad_() for x in inputs]
+        with poisoned_memory():
+            assert_as_exact_as_dense(pattern, inputs, causal=True, scale=0.5, q_offset=0)
+
+
 def test_rows_that_see_nothing():
     """Output and gradient are exactly 0, also where every key is hidden."""
     for pattern in (Full(), FixedSummary(8, 2), Union([Local(4), Strided(4)]), Union([Strided(3), Strided(4)])):

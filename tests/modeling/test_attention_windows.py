@@ -47,6 +47,20 @@ def test_parts_are_the_equation(monkeypatch, mask, windows):
 
 
 @pytest.mark.parametrize("mask", [PLAIN, SHIFTED], ids=["plain", "shifted"])
+@pytest.mark.parametrize("fused_is_slow", [True, False])
+def test_either_way_without_gradients(monkeypatch, mask, fused_is_slow):
+    """By PyTorch's fused kernel or by products, as the processor has it: the errors are the equation's own."""
+    monkeypatch.setattr(attention_windows, "_fused_is_slow", lambda query: fused_is_slow)
+    monkeypatch.setattr(attention_windows, "WINDOWS", 7)
+    for dtype in (torch.float32, torch.bfloat16):
+        inputs = [x.detach() for x in make_inputs(dtype)]
+        found, equation = (attend(*inputs, mask, SCALING) for attend in (window_attention, by_equation))
+        exact = by_equation(*(x.double() for x in inputs), mask, SCALING)
+        rounding = torch.finfo(dtype).eps * exact.abs().max()
+        assert (found - exact).abs().max() <= 2 * (equation - exact).abs().max() + rounding
+
+
+@pytest.mark.parametrize("mask", [PLAIN, SHIFTED], ids=["plain", "shifted"])
 def test_gradients_are_those_of_differences(monkeypatch, mask):
     monkeypatch.setattr(attention_windows, "WINDOWS", 6)
     inputs = make_inputs(torch.float64, pictures=2, heads=1, dim=2)
