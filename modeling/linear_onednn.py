@@ -5,12 +5,24 @@ processors: there oneDNN takes a fifth to a third less time for outputs and for 
 of weights.
 """
 
-from functools import cache
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+def _dtypes() -> tuple[torch.dtype, ...]:
+    """Those that gain on this machine."""
+    if not torch.backends.mkldnn.is_available():
+        return ()
+    file = Path("/proc/cpuinfo")
+    is_amd = file.exists() and "AuthenticAMD" in file.read_text()
+    has_bfloat16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return (torch.float32,) * is_amd + (torch.bfloat16,) * has_bfloat16
+
+
+DTYPES = _dtypes()
 
 
 class OneDNNLinear(nn.Linear):
@@ -31,24 +43,18 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _gains(x: Tensor, weight: Tensor) -> bool:
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_autocast_enabled("cpu"):
+    if torch.compiler.is_exporting() or torch.jit.is_tracing() or torch.is_autocast_enabled("cpu"):
         return False
     fits = x.device.type == weight.device.type == "cpu" and x.dtype == weight.dtype and x.numel() > 0
-    return fits and x.dtype in _dtypes()
-
-
-@cache
-def _dtypes() -> list[torch.dtype]:
-    """Those that gain on this machine."""
-    if not torch.backends.mkldnn.is_available():
-        return []
-    file = Path("/proc/cpuinfo")
-    is_amd = file.exists() and "AuthenticAMD" in file.read_text()
-    has_bfloat16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return [torch.float32] * is_amd + [torch.bfloat16] * has_bfloat16
+    return fits and x.dtype in DTYPES
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "none") -> Tensor:
+    call = torch.ops.hf_tfamily.onednn_linear if torch.compiler.is_compiling() else _onednn
+    return call(x, weight, bias, activation)
+
+
+def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], "none" if activation == "gelu" else "")
 
 
@@ -68,3 +74,14 @@ class _Linear(torch.autograd.Function):
             rows.t() @ x.flatten(0, -2) if wants_weight else None,
             rows.sum(0) if wants_bias else None,
         )
+
+
+def _register() -> None:
+    """For torch.compile, which takes oneDNN's own operator with constant weights only."""
+    operator = torch.library.custom_op("hf_tfamily::onednn_linear", _onednn, mutates_args=())
+    operator.register_fake(lambda x, weight, *_: x.new_empty((*x.shape[:-1], len(weight))))
+
+
+# The operator is global to the process: a copy of this file, such as remote code, uses the one that is there.
+if not hasattr(torch.ops.hf_tfamily, "onednn_linear"):
+    _register()

@@ -12,9 +12,14 @@ DTYPES = [torch.float32, torch.bfloat16] if torch.ops.mkldnn._is_mkldnn_bf16_sup
 
 
 @pytest.fixture(autouse=True)
+def gains(monkeypatch):
+    """All processors are said to gain."""
+    monkeypatch.setattr(linear_onednn, "DTYPES", DTYPES)
+
+
+@pytest.fixture
 def calls(monkeypatch):
-    """Counts what goes to oneDNN, which all processors are said to gain from."""
-    monkeypatch.setattr(linear_onednn, "_dtypes", lambda: DTYPES)
+    """One entry for each product by oneDNN."""
     counted, product = [], linear_onednn._product
     monkeypatch.setattr(linear_onednn, "_product", lambda *arguments: counted.append(1) or product(*arguments))
     return counted
@@ -98,3 +103,15 @@ def test_is_a_linear_layer():
     plain.load_state_dict(layer.state_dict())
     states = torch.randn(3, 7)
     torch.testing.assert_close(layer(states), plain(states))
+
+
+def test_compiles_as_one_graph():
+    """Both ways, with bias and without."""
+    first, second = OneDNNLinear(7, 6), OneDNNLinear(6, 5, bias=False)
+    compiled = torch.compile(lambda x: second(first(x)), fullgraph=True)
+    states = torch.randn(3, 7, requires_grad=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(states), second(first(states)))
+    wanted = torch.randn(3, 5)
+    found, exact = (torch.autograd.grad(f(states), states, wanted)[0] for f in (compiled, lambda x: second(first(x))))
+    torch.testing.assert_close(found, exact)
