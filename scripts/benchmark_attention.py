@@ -327,7 +327,7 @@ def main() -> int:
     quick = bench.quick
     runs: dict[str, Callable[[], None]] = {
         "4,096 tokens": lambda: against_dense(bench, 1024 if quick else 4096, 2 if quick else 7),
-        "16,384 tokens": lambda: against_dense(bench, 2048 if quick else GOAL_LENGTH, 2 if quick else 5),
+        "16,384 tokens": lambda: against_dense(bench, 2048 if quick else GOAL_LENGTH, 2 if quick else 15),
         "65,536 tokens": lambda: against_dense(bench, 4096 if quick else 65_536, 1),
         "other peers": lambda: other_peers(bench, 1024 if quick else GOAL_LENGTH),
         "short sequences": lambda: short_sequences(bench, 4 if quick else 32),
