@@ -171,9 +171,11 @@ class Benchmark:
 
     def finish(self) -> int:
         """Write what was asked for; the exit status: 1 if a case failed its check."""
+        surroundings = _surroundings(self.cpu_time)
         record = {
             "title": self.title,
-            **_surroundings(self.cpu_time),
+            **surroundings,
+            "runs": {section: surroundings for section in self.notes},
             "notes": self.notes,
             "rows": [asdict(r) for r in self.rows],
         }
@@ -204,6 +206,9 @@ def page(record: dict) -> str:
     lines += ["", "Each ratio says how many times better than its peer we are (peer / ours)."]
     for section in dict.fromkeys(row["section"] for row in record["rows"]):
         lines += ["", *([f"## {section}", ""] if section else []), record["notes"].get(section, ""), ""]
+        run = record.get("runs", {}).get(section, record)
+        if any(run[name] != record[name] for name in ("machine", "versions")):
+            lines += [f"Run {run['date']} on {run['machine']}; {run['versions']}.", ""]
         lines += ["| case | ours | peer | | ratio | must | stretch | |", "|---|--:|--:|---|--:|--:|--:|---|"]
         for entry in record["rows"]:
             if entry["section"] == section:
@@ -230,11 +235,13 @@ def _with_other_sections(record: dict, path: Path) -> dict:
     kept = [row for row in before["rows"] if row["section"] not in record["notes"]]
     if not kept:
         return record
-    commands = [command for command in before["commands"] if command not in record["commands"]]
     notes = {row["section"]: before["notes"].get(row["section"], "") for row in kept}
+    earlier = {name: before[name] for name in ("date", "machine", "versions", "commands")}
+    runs = {section: before.get("runs", {}).get(section, earlier) for section in notes} | record["runs"]
     return {
         **record,
-        "commands": commands + record["commands"],
+        "commands": list(dict.fromkeys(command for run in runs.values() for command in run["commands"])),
+        "runs": runs,
         "notes": notes | record["notes"],
         "rows": kept + record["rows"],
     }

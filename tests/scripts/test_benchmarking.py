@@ -47,6 +47,19 @@ def test_sections_run_alone_leave_the_others_in_the_file(run):
     assert [row["section"] for row in record["rows"]] == ["speed", "memory"]
     assert record["notes"] == {"speed": "About speed.", "memory": "About memory."}
     assert len(record["commands"]) == 2
+    assert len(run()[1]["commands"]) == 1
+
+
+def test_a_page_tells_machines_apart(run, monkeypatch):
+    """Sections of an earlier run elsewhere say so."""
+    run()
+    monkeypatch.setattr("benchmarking._cpu_name", lambda: "another processor")
+    _, record = run("--only", "memory")
+    lines = page(record).splitlines()
+    assert "machine: another processor, CPU only" in page(record)
+    elsewhere = [line for line in lines if line.startswith("Run ")]
+    assert len(elsewhere) == 1
+    assert lines.index("## speed") < lines.index(elsewhere[0]) < lines.index("## memory")
 
 
 def test_a_page_has_a_table_for_each_section(run):
