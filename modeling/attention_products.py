@@ -12,19 +12,19 @@ import math
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from .attention_parts import Part, Tokens
+from .freed_memory import keep_freed_memory
 
 MASKED = -1e30  # not -inf: a row without keys then keeps a finite LSE, far below any real one
 LOG2_E = math.log2(math.e)
 _PIECE = 1 << 20  # scores taken together: few enough to stay in the processor's cache
 _DELTA_PIECE = 1 << 17  # elements of outputs taken together
-_FREED = (32 << 20) - (16 << 10)  # bytes, just below the largest that glibc takes as a sign of what is to come
 _KEPT = 3 * _PIECE  # elements of the largest tensors that are kept from call to call
 
 
@@ -138,15 +138,6 @@ class Space:
         if x.dtype != self.dtype or tiles.dim() > 3:
             tiles = self.take(name, *tiles.shape).copy_(tiles)
         return tiles if tiles.dim() == 3 else tiles.flatten(0, 2)
-
-
-@cache
-def keep_freed_memory() -> None:
-    """Free a large block once: glibc then gives memory back to the system only beyond twice that size (mallopt(3)).
-
-    To have the pages of gradients mapped anew at each call costs up to a tenth of its time.
-    """
-    torch.empty(_FREED, dtype=torch.uint8, device="cpu")
 
 
 def overlaps(tokens: Tokens, piece: Piece) -> bool:

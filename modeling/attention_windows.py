@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from .attention_patterns_images import Window2D
-from .attention_products import keep_freed_memory
+from .freed_memory import keep_freed_memory
 
 WINDOWS = 256  # attended to at a time on a CPU
 

@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "attention_plan": {"attention_parts", "attention_tiles"} | PATTERNS,
     "attention_tiles": {"attention_parts"} | PATTERNS,
     "attention_relative_plan": PLAN,
-    "attention_products": {"attention_parts"},
+    "attention_products": {"attention_parts", "freed_memory"},
     "attention_relative": PLAN | {"attention_products", "attention_relative_plan", "attention_torch"},
     "attention_tile_kernels": {"attention_parts", "attention_products"},
     "attention_torch": PLAN | {"attention_products", "attention_tile_kernels"},
@@ -51,7 +51,7 @@ MAY_IMPORT = {
     | PLAN
     | EXECUTORS
     | {"attention_decode", "attention_relative", "attention_relative_plan"},
-    "attention_windows": PATTERNS,
+    "attention_windows": {"freed_memory"} | PATTERNS,
     "attention": MASKS | PLAN | {"attention_block_sparse"},
     "image_embeddings": {"memory_images", "mixture_of_logistics", "positions"} | PATTERNS,
     "image_enlargement": {"mixture_of_logistics"} | PATTERNS,
@@ -59,7 +59,7 @@ MAY_IMPORT = {
     "image_layers": {"attention"},
     "layers": {"attention", "position_schemes"},
     "position_schemes": {"positions"},
-    "swin_layers": {"checks", "configuration_swin_transformer"},
+    "swin_layers": {"checks", "configuration_swin_transformer", "linear_onednn"},
     "vanilla_stacks": SHARED | {"configuration_vanilla_transformer"},
     "memory": MASKS | {"memory_steps", "memory_stores"},
     "memory_blocks": PATTERNS,
