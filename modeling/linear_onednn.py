@@ -45,6 +45,8 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def _gains(x: Tensor, weight: Tensor) -> bool:
     if torch.compiler.is_exporting() or torch.jit.is_tracing() or torch.is_autocast_enabled("cpu"):
         return False
+    if type(weight) not in (Tensor, nn.Parameter) or type(x) not in (Tensor, nn.Parameter):  # quantised, or sharded
+        return False
     fits = x.device.type == weight.device.type == "cpu" and x.dtype == weight.dtype and x.numel() > 0
     return fits and x.dtype in DTYPES
 

@@ -11,6 +11,10 @@ from hf_tfamily.modeling.linear_onednn import OneDNNLinear, linear, linear_gelu
 DTYPES = [torch.float32, torch.bfloat16] if torch.ops.mkldnn._is_mkldnn_bf16_supported() else [torch.float32]
 
 
+class Sharded(torch.Tensor):
+    """Stands for tensors that are not what they seem."""
+
+
 @pytest.fixture(autouse=True)
 def gains(monkeypatch):
     """All processors are said to gain."""
@@ -86,13 +90,14 @@ def test_only_what_wants_gradients_gets_them(calls):
 
 
 def test_leaves_the_rest_to_pytorch(calls):
-    """Autocast, other types, no tokens, and export, whose graphs others must be able to run."""
+    """Autocast, other types, no tokens, quantised or sharded weights, and export, whose graphs others must run."""
     layer, states = OneDNNLinear(7, 6), torch.randn(3, 7)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert layer(states).dtype == torch.bfloat16
     layer.double()(states.double())
     layer.float()(states[:0])
     torch.export.export(layer, (states,))
+    linear(states, layer.weight.detach().as_subclass(Sharded), None)
     assert not calls
     layer(states)
     assert calls
