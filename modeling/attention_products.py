@@ -53,7 +53,7 @@ class Piece(NamedTuple):
 
 def pieces(part: Part, q: Tensor, k: Tensor, *, backward: bool) -> list[Piece]:
     """How a part is cut, for queries [B, T, H, D] and keys [B, S, Hk, D]. Cached: not to be written to."""
-    most = _PIECE if backward else _PIECE // 2
+    most = _PIECE if backward else _PIECE // 2  # measured: the backward does not gain from smaller ones
     batch, _, heads, dim = q.shape
     return _cut(part, batch, heads, dim, heads == k.shape[2], most, backward)
 
