@@ -31,13 +31,7 @@ from .attention_block_sparse import NAME as BLOCK_SPARSE
 from .attention_block_sparse import BlockSparseByDefault
 from .attention_patterns import patterns_for_layers
 from .attention_patterns_images import Window2D
-from .attention_windows import (
-    WindowLayout,
-    learns_in_pieces,
-    packed_window_attention,
-    window_attention,
-    window_layout,
-)
+from .attention_windows import attends_in_pieces, packed_window_attention, window_attention
 from .checks import check_labels
 from .configuration_swin_transformer import SwinTransformerConfig, pair
 from .linear_onednn import OneDNNLinear
@@ -50,6 +44,7 @@ from .swin_layers import (
     are_bare,
     project_together,
 )
+from .window_layout import WindowLayout, window_layout
 
 
 class SwinTransformerAttention(nn.Module):
@@ -78,7 +73,7 @@ class SwinTransformerAttention(nn.Module):
         bias = self.relative_position_bias(layout.window)  # B, [H, N, N]
         dropout = self.dropout if self.training else 0.0
         projections = (self.q_proj, self.k_proj, self.v_proj)
-        if block_sparse and not dropout and are_bare(projections) and learns_in_pieces(windows, self.q_proj.weight):
+        if block_sparse and not dropout and are_bare(projections) and attends_in_pieces(windows, self.q_proj.weight):
             packed = project_together(windows, projections).unflatten(-1, (3, -1, self.head_dim))
             return self.o_proj(packed_window_attention(packed, bias, layout.mask, self.scaling).flatten(2)), None
         query, key, value = (

@@ -51,7 +51,7 @@ MAY_IMPORT = {
     | PLAN
     | EXECUTORS
     | {"attention_decode", "attention_relative", "attention_relative_plan"},
-    "attention_windows": {"freed_memory"} | PATTERNS,
+    "attention_windows": {"freed_memory"},
     "attention": MASKS | PLAN | {"attention_block_sparse"},
     "image_embeddings": {"memory_images", "mixture_of_logistics", "positions"} | PATTERNS,
     "image_enlargement": {"mixture_of_logistics"} | PATTERNS,
@@ -61,6 +61,7 @@ MAY_IMPORT = {
     "position_schemes": {"positions"},
     "swin_layers": {"checks", "configuration_swin_transformer", "linear_onednn"},
     "vanilla_stacks": SHARED | {"configuration_vanilla_transformer"},
+    "window_layout": PATTERNS,
     "memory": MASKS | {"memory_steps", "memory_stores"},
     "memory_blocks": PATTERNS,
     "memory_steps": MASKS,

@@ -5,7 +5,8 @@ import torch
 
 from hf_tfamily.modeling import attention_windows
 from hf_tfamily.modeling.attention_patterns_images import Window2D
-from hf_tfamily.modeling.attention_windows import window_attention, window_layout
+from hf_tfamily.modeling.attention_windows import window_attention
+from hf_tfamily.modeling.window_layout import window_layout
 
 SCALING = 0.5
 SHIFTED, PLAIN = window_layout(Window2D(3, 1), (6, 9), "cpu", fit=True).mask, None  # 6 windows a picture
@@ -37,7 +38,7 @@ def outputs_and_gradients(attention, inputs, mask):
 @pytest.mark.parametrize("windows", [1, 7, 12, 256])
 def test_parts_are_the_equation(monkeypatch, mask, windows):
     """At most so many windows at a time, but whole pictures where windows have masks of their own."""
-    monkeypatch.setattr(attention_windows, "WINDOWS", windows)
+    monkeypatch.setattr(attention_windows, "SCORES", windows * 2 * 81)
     inputs = make_inputs(torch.float64)
     expected = outputs_and_gradients(by_equation, inputs, mask)
     for found, exact in zip(outputs_and_gradients(window_attention, inputs, mask), expected, strict=True):
@@ -51,7 +52,6 @@ def test_parts_are_the_equation(monkeypatch, mask, windows):
 def test_either_way_without_gradients(monkeypatch, mask, fused_is_slow):
     """By PyTorch's fused kernel or by products, as the processor has it: the errors are the equation's own."""
     monkeypatch.setattr(attention_windows, "_fused_is_slow", lambda query: fused_is_slow)
-    monkeypatch.setattr(attention_windows, "WINDOWS", 7)
     for dtype in (torch.float32, torch.bfloat16):
         inputs = [x.detach() for x in make_inputs(dtype)]
         found, equation = (attend(*inputs, mask, SCALING) for attend in (window_attention, by_equation))
@@ -62,7 +62,7 @@ def test_either_way_without_gradients(monkeypatch, mask, fused_is_slow):
 
 @pytest.mark.parametrize("mask", [PLAIN, SHIFTED], ids=["plain", "shifted"])
 def test_gradients_are_those_of_differences(monkeypatch, mask):
-    monkeypatch.setattr(attention_windows, "WINDOWS", 6)
+    monkeypatch.setattr(attention_windows, "SCORES", 6 * 81)
     inputs = make_inputs(torch.float64, pictures=2, heads=1, dim=2)
     assert torch.autograd.gradcheck(lambda *x: window_attention(*x, mask, SCALING), inputs, fast_mode=True)
 

@@ -9,7 +9,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import SwinBackbone, SwinConfig, SwinForImageClassification, SwinForMaskedImageModeling
 
 from hf_tfamily.modeling.attention_patterns_images import Window2D
-from hf_tfamily.modeling.attention_windows import window_layout
 from hf_tfamily.modeling.configuration_swin_transformer import SwinTransformerConfig
 from hf_tfamily.modeling.modeling_swin_transformer import (
     SwinTransformerBackbone,
@@ -17,6 +16,7 @@ from hf_tfamily.modeling.modeling_swin_transformer import (
     SwinTransformerForMaskedImageModeling,
     SwinTransformerModel,
 )
+from hf_tfamily.modeling.window_layout import window_layout
 from tests.reference import swin_transformer as reference
 from tests.tiny_models import SMALL_SWIN
 
