@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 
 def _dtypes() -> tuple[torch.dtype, ...]:
@@ -41,8 +42,29 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return _product(x, weight, bias, "gelu") if _gains(x, weight) else F.gelu(F.linear(x, weight, bias))
 
 
+def weight_gradient(x: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient [K, C] of a weight, of inputs [M, C] and the gradient [M, K] of outputs.
+
+    Long sums in float32 are those of a 1 x 1 convolution, oneDNN's fast way to them.
+    """
+    length, widths = len(x), (gradient.shape[1], x.shape[1])
+    if x.dtype != torch.float32 or length < max(widths):
+        return gradient.t() @ x
+    gradient, pixels = (
+        rows.view(1, 1, length, -1).permute(0, 3, 1, 2) for rows in (gradient.contiguous(), x.contiguous())
+    )
+    kernel = x.new_empty(1).expand(*widths, 1, 1)
+    wants = [False, True, False]
+    _, product, _ = torch.ops.aten.convolution_backward(
+        gradient, pixels, kernel, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1, wants
+    )
+    return product.view(widths)
+
+
 def _gains(x: Tensor, weight: Tensor) -> bool:
     if torch.compiler.is_exporting() or torch.jit.is_tracing() or torch.is_autocast_enabled("cpu"):
+        return False
+    if not torch.compiler.is_compiling() and is_in_torch_dispatch_mode():  # counters of FLOPs know PyTorch's operators
         return False
     if type(weight) not in (Tensor, nn.Parameter) or type(x) not in (Tensor, nn.Parameter):  # quantised, or sharded
         return False
@@ -72,25 +94,9 @@ class _Linear(torch.autograd.Function):
         rows = gradient.flatten(0, -2)
         return (
             linear(gradient, weight.t(), None) if wants_x else None,
-            _weight_gradient(x.flatten(0, -2), rows) if wants_weight else None,
+            weight_gradient(x.flatten(0, -2), rows) if wants_weight else None,
             rows.sum(0) if wants_bias else None,
         )
-
-
-def _weight_gradient(x: Tensor, gradient: Tensor) -> Tensor:
-    """[K, C] of [M, C] and [M, K]. Long sums in float32 are those of a 1 x 1 convolution, oneDNN's fast way to them."""
-    length, widths = len(x), (gradient.shape[1], x.shape[1])
-    if x.dtype != torch.float32 or length < max(widths):
-        return gradient.t() @ x
-    gradient, pixels = (
-        rows.view(1, 1, length, -1).permute(0, 3, 1, 2) for rows in (gradient.contiguous(), x.contiguous())
-    )
-    kernel = x.new_empty(1).expand(*widths, 1, 1)
-    wants = [False, True, False]
-    _, product, _ = torch.ops.aten.convolution_backward(
-        gradient, pixels, kernel, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1, wants
-    )
-    return product.view(widths)
 
 
 def _register() -> None:

@@ -14,9 +14,8 @@ from transformers.activations import ACT2FN
 
 from .checks import check_patch_mask, check_pixels
 from .configuration_swin_transformer import SwinTransformerConfig, pair
-from .linear_onednn import OneDNNLinear, linear, linear_gelu
-
-WIDE = 2**21  # numbers inside feed-forward layers at a time on a CPU
+from .feed_forward import feed_forward
+from .linear_onednn import OneDNNLinear, linear
 
 
 class SwinTransformerPatchEmbeddings(nn.Module):
@@ -102,26 +101,15 @@ class SwinTransformerMLP(nn.Module):
     def __init__(self, config: SwinTransformerConfig, width: int):
         super().__init__()
         self.activation_fn = ACT2FN[config.hidden_act]
-        self.fuses_gelu = config.hidden_act == "gelu"
+        self.has_gelu = config.hidden_act == "gelu"
         self.fc1 = OneDNNLinear(width, int(config.mlp_ratio * width))
         self.fc2 = OneDNNLinear(int(config.mlp_ratio * width), width)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """[B, T, C] -> [B, T, C]. On a CPU some tokens at a time, so that the wide layer stays in its cache."""
-        tokens = hidden_states.flatten(0, -2)
-        step = max(1, WIDE // self.fc1.out_features)
-        if torch.compiler.is_compiling() or tokens.device.type != "cpu" or len(tokens) < 2 * step:
-            return self._feed(hidden_states)
-        return torch.cat([self._feed(part) for part in tokens.split(step)]).view_as(hidden_states)
-
-    def _feed(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        if (
-            self.fuses_gelu
-            and not torch.is_grad_enabled()
-            and _is_bare(self.fc1)
-            and not _is_hooked(self.activation_fn)
-        ):
-            return self.fc2(linear_gelu(hidden_states, self.fc1.weight, self.fc1.bias))
+        """[B, T, C] -> [B, T, C]."""
+        layers = (self.fc1, self.fc2)
+        if self.has_gelu and all(map(_is_bare, layers)) and not _is_hooked(self.activation_fn):
+            return feed_forward(hidden_states, *(x for layer in layers for x in (layer.weight, layer.bias)))
         return self.fc2(self.activation_fn(self.fc1(hidden_states)))
 
 

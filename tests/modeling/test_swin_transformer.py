@@ -138,6 +138,20 @@ def test_sizes_are_the_papers(fields, parameters, multiply_adds):
     assert counter.get_total_flops() / 2e9 == pytest.approx(multiply_adds, abs=0.06)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_counters_see_every_product(backend):
+    """On a CPU as well, forward and backward: as many FLOPs as stock Swin."""
+    totals = []
+    for model in (
+        build(SwinTransformerForImageClassification, backend=backend),
+        build(SwinForImageClassification, SwinConfig),
+    ):
+        with FlopCounterMode(display=False) as counter:
+            model(pictures(32, 32)).logits.sum().backward()
+        totals.append(counter.get_total_flops())
+    assert totals[0] == totals[1] > 0
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Transformers' Swin
 
