@@ -63,6 +63,10 @@ SETTINGS = [
     Setting(512, 2, torch.bfloat16),
     Setting(224, 8, torch.float32, compiled=True),
 ]
+KEPT = "kept for the backward pass"
+KEPT_NOTE = """\
+Tensors that autograd keeps between forward and backward, without parameters: counted, not timed.
+"""
 SIDES = "side of the picture"
 SIDES_NOTE = """\
 Forward, float32, one picture: Swin-T (28 million parameters) and stock ViT-S under sdpa (22 million): 12 layers as wide
@@ -227,6 +231,30 @@ def against_peers(bench: Benchmark, shape: dict, setting: Setting, timm=None) ->
             bench.add(direction, ours, time, peer_name=name, **goals)
 
 
+def against_peers_in_memory(bench: Benchmark, shape: dict, setting: Setting, timm=None) -> None:
+    models = correct(bench, swins(shape, setting.side, timm), setting)
+    kept = {name: kept_mib(model, pictures(setting, setting.batch_size)) for name, model in models.items()}
+    for name in kept if OURS in kept else ():
+        if name != OURS:
+            bench.add(setting.name, kept[OURS], kept[name], peer_name=name, unit="MiB")
+
+
+def kept_mib(model: nn.Module, pixels: torch.Tensor) -> float:
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept = {}
+
+    def count(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        outputs = logits(model, pixels)  # which hold what is kept
+    del outputs
+    return sum(kept.values()) / 2**20
+
+
 def by_side(bench: Benchmark, shape: dict, vit_shape: dict, sides: list[int], plot: Path | None) -> None:
     """Ours is held to its own eager attention in float64: stock Swin has no windows as small as those of side 112."""
     vits = {f"ViT-S/{patch}": patch for patch in (16, 8)}
@@ -247,7 +275,8 @@ def by_side(bench: Benchmark, shape: dict, vit_shape: dict, sides: list[int], pl
             config = ViTConfig(**vit_shape, image_size=side, patch_size=patch, num_labels=CLASSES)
             contenders[name] = ViTForImageClassification._from_config(config, attn_implementation="sdpa").eval()
         calls = {name: contender(FORWARD, model, pixels, []) for name, model in contenders.items()}
-        found = bench.times(calls, rounds=2 if side > sides[len(sides) // 2] else 5)
+        slow = {"ViT-S/8": calls.pop("ViT-S/8")}  # half a minute at the largest side
+        found = bench.times(calls) | bench.times(slow, rounds=2)
         for name, time in found.items():
             times[name].append(time)
         for name in vits:
@@ -295,17 +324,25 @@ def main() -> int:
         "--timm": {"type": Path, "metavar": "FOLDER", "help": "where timm and torchvision are installed"},
         "--plot": {"type": Path, "metavar": "FILE", "help": f"draw the section '{SIDES}' there"},
     }
-    bench = Benchmark("Swin Transformer on the CPU", __doc__, [*sections, SIDES], options)
+    bench = Benchmark("Swin Transformer on the CPU", __doc__, [*sections, KEPT, SIDES], options)
     if not bench.cpu_time:
         torch.set_num_threads(bench.args.threads)
     timm = import_timm(bench.args.timm) if bench.args.timm else None
     shape, vit_shape = (QUICK_SWIN, QUICK_VIT) if bench.quick else (SWIN_T, VIT_S)
+
+    def adapted(setting: Setting) -> tuple:
+        """Small where the run is to be quick; and timm, where windows cover every stage's grid evenly as it wants."""
+        if bench.quick:
+            return shape, Setting(56, 2, setting.dtype, setting.compiled), timm
+        return shape, setting, timm if setting.side % 224 == 0 else None
+
     for name, setting in sections.items():
         if bench.start(name, setting.note):
-            small = Setting(56, 2, setting.dtype, setting.compiled)
-            # Where windows do not cover every stage's grid evenly, timm computes something else.
-            evenly = bench.quick or setting.side % 224 == 0
-            against_peers(bench, shape, small if bench.quick else setting, timm if evenly else None)
+            against_peers(bench, *adapted(setting))
+    if bench.start(KEPT, KEPT_NOTE):
+        for setting in SETTINGS:
+            if not setting.compiled:
+                against_peers_in_memory(bench, *adapted(setting))
     if bench.start(SIDES, SIDES_NOTE):
         sides = [32, 48, 64, 96] if bench.quick else list(range(112, 897, 112))
         by_side(bench, shape, vit_shape, sides, bench.args.plot)

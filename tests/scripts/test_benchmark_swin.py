@@ -50,6 +50,14 @@ def test_a_peer_that_is_wrong_has_no_row(run, monkeypatch, capsys):
     assert "stock sdpa: wrong result" in capsys.readouterr().err
 
 
+def test_kept_memory(run):
+    """Less than stock eager Swin keeps, which holds the outputs of GELU as well."""
+    status, rows = run(script.KEPT)
+    assert status == 0
+    assert len(rows) == 4 * 2
+    assert all(0 < row["ours"] < row["peer"] for row in rows if row["peer_name"] == "stock eager")
+
+
 def test_sides_are_drawn(run, tmp_path):
     status, rows = run(script.SIDES, arguments=("--plot", str(tmp_path / "sides.png")))
     assert status == 0
