@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from .call_modes import is_observed
 from .freed_memory import keep_freed_memory
 
 SCORES = 2**20  # at a time on a CPU
@@ -58,9 +58,7 @@ def packed_window_attention(packed: Tensor, position_bias: Tensor, mask: Tensor 
 
 def attends_in_pieces(*tensors: Tensor) -> bool:
     """On a CPU: where gradients are wanted, and where PyTorch's fused attention without them is slow."""
-    if tensors[0].device.type != "cpu" or torch.compiler.is_exporting():
-        return False
-    if not torch.compiler.is_compiling() and is_in_torch_dispatch_mode():  # counters of FLOPs know PyTorch's operators
+    if tensors[0].device.type != "cpu" or is_observed():
         return False
     return _learns(*tensors) or _fused_is_slow(tensors[0])
 

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .call_modes import is_observed
 from .freed_memory import keep_freed_memory
 from .linear_onednn import linear, linear_gelu, weight_gradient
 
@@ -32,8 +33,8 @@ def feed_forward(x: Tensor, weight_in: Tensor, bias_in: Tensor, weight_out: Tens
 
 
 def _goes_in_pieces(*tensors: Tensor) -> bool:
-    """Plain tensors of one type on a CPU, neither quantised nor sharded, in calls that nobody traces or casts."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_autocast_enabled("cpu"):
+    """Plain tensors of one type on a CPU, neither quantised nor sharded, in calls that nobody compiles or casts."""
+    if torch.compiler.is_compiling() or is_observed() or torch.is_autocast_enabled("cpu"):
         return False
     plain = all(type(x) in (Tensor, nn.Parameter) and x.device.type == "cpu" and x.numel() for x in tensors)
     return plain and len({x.dtype for x in tensors}) == 1

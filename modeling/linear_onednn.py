@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+from .call_modes import is_observed
 
 
 def _dtypes() -> tuple[torch.dtype, ...]:
@@ -62,9 +63,7 @@ def weight_gradient(x: Tensor, gradient: Tensor) -> Tensor:
 
 
 def _gains(x: Tensor, weight: Tensor) -> bool:
-    if torch.compiler.is_exporting() or torch.jit.is_tracing() or torch.is_autocast_enabled("cpu"):
-        return False
-    if not torch.compiler.is_compiling() and is_in_torch_dispatch_mode():  # counters of FLOPs know PyTorch's operators
+    if is_observed() or torch.is_autocast_enabled("cpu"):
         return False
     if type(weight) not in (Tensor, nn.Parameter) or type(x) not in (Tensor, nn.Parameter):  # quantised, or sharded
         return False

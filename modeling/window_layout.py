@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from .attention_patterns_images import Window2D
+from .call_modes import is_observed
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,13 +35,15 @@ class WindowLayout:
 
     def partition(self, states: torch.Tensor) -> torch.Tensor:
         """[B, T, C] -> [B * L, N, C]; places without a token hold zeros."""
-        windows = _Partition.apply(states, self.tokens, self.places, self.pads)
+        partition = _partition if is_observed() else _Partition.apply
+        windows = partition(states, self.tokens, self.places, self.pads)
         return windows.view(-1, self.window[0] * self.window[1], states.shape[-1])
 
     def reverse(self, windows: torch.Tensor) -> torch.Tensor:
         """[B * L, N, C] -> [B, T, C]; what lies at places without a token is dropped."""
         states = windows.reshape(-1, len(self.tokens), windows.shape[-1])
-        return _Reverse.apply(states, self.tokens, self.places, self.pads)
+        reverse = _reverse if is_observed() else _Reverse.apply
+        return reverse(states, self.tokens, self.places, self.pads)
 
 
 def window_layout(pattern: Window2D, grid: tuple[int, int], device: torch.device | str, fit: bool) -> WindowLayout:
@@ -86,14 +89,22 @@ def _into_windows(values: torch.Tensor, padded: tuple[int, ...], window: tuple[i
     return values.transpose(1, 2).flatten()
 
 
+def _partition(states: torch.Tensor, tokens: torch.Tensor, places: torch.Tensor, pads: torch.Tensor | None):
+    windows = _gather(states, tokens)
+    return windows if pads is None else windows.index_fill_(1, pads, 0)
+
+
+def _reverse(windows: torch.Tensor, tokens: torch.Tensor, places: torch.Tensor, pads: torch.Tensor | None):
+    return _gather(windows, places)
+
+
 class _Partition(torch.autograd.Function):
     """[B, T, C] -> [B, L * N, C]. Both directions gather; the general backward of a gather would scatter and add."""
 
     @staticmethod
     def forward(ctx, states, tokens, places, pads):
         ctx.save_for_backward(tokens, places, pads)
-        windows = _gather(states, tokens)
-        return windows if pads is None else windows.index_fill_(1, pads, 0)
+        return _partition(states, tokens, places, pads)
 
     @staticmethod
     def backward(ctx, gradient):
@@ -106,7 +117,7 @@ class _Reverse(torch.autograd.Function):
     @staticmethod
     def forward(ctx, windows, tokens, places, pads):
         ctx.save_for_backward(tokens, places, pads)
-        return _gather(windows, places)
+        return _reverse(windows, tokens, places, pads)
 
     @staticmethod
     def backward(ctx, gradient):

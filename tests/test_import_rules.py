@@ -51,9 +51,10 @@ MAY_IMPORT = {
     | PLAN
     | EXECUTORS
     | {"attention_decode", "attention_relative", "attention_relative_plan"},
-    "attention_windows": {"freed_memory"},
+    "attention_windows": {"call_modes", "freed_memory"},
     "attention": MASKS | PLAN | {"attention_block_sparse"},
-    "feed_forward": {"freed_memory", "linear_onednn"},
+    "feed_forward": {"call_modes", "freed_memory", "linear_onednn"},
+    "linear_onednn": {"call_modes"},
     "image_embeddings": {"memory_images", "mixture_of_logistics", "positions"} | PATTERNS,
     "image_enlargement": {"mixture_of_logistics"} | PATTERNS,
     "image_heads": {"mixture_of_logistics"},
@@ -62,7 +63,7 @@ MAY_IMPORT = {
     "position_schemes": {"positions"},
     "swin_layers": {"checks", "configuration_swin_transformer", "feed_forward", "linear_onednn"},
     "vanilla_stacks": SHARED | {"configuration_vanilla_transformer"},
-    "window_layout": PATTERNS,
+    "window_layout": {"call_modes"} | PATTERNS,
     "memory": MASKS | {"memory_steps", "memory_stores"},
     "memory_blocks": PATTERNS,
     "memory_steps": MASKS,

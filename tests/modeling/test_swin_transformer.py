@@ -152,6 +152,23 @@ def test_counters_see_every_product(backend):
     assert totals[0] == totals[1] > 0
 
 
+@pytest.mark.parametrize("backend", ["eager", "block_sparse"])
+def test_gradients_of_each_picture_at_once(backend):
+    """torch.func goes through the model: as many gradients as pictures, each as if alone."""
+    model = build(SwinTransformerForImageClassification, backend=backend).double()
+    weights, pixels = dict(model.named_parameters()), pictures(25, 45).double()
+
+    def loss(weights, picture):
+        return torch.func.functional_call(model, weights, (picture[None],)).logits.square().sum()
+
+    found = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(weights, pixels)
+    for number, picture in enumerate(pixels):
+        model.zero_grad()
+        model(picture[None]).logits.square().sum().backward()
+        for name, weight in weights.items():
+            torch.testing.assert_close(found[name][number], weight.grad)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Transformers' Swin
 
