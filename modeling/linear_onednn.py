@@ -46,10 +46,10 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def weight_gradient(x: Tensor, gradient: Tensor) -> Tensor:
     """The gradient [K, C] of a weight, of inputs [M, C] and the gradient [M, K] of outputs.
 
-    Long sums in float32 are those of a 1 x 1 convolution, oneDNN's fast way to them.
+    Long sums in float32, where MKL is slow, are those of a 1 x 1 convolution, oneDNN's fast way to them.
     """
     length, widths = len(x), (gradient.shape[1], x.shape[1])
-    if x.dtype != torch.float32 or length < max(widths):
+    if x.dtype != torch.float32 or torch.float32 not in DTYPES or length < max(widths):
         return gradient.t() @ x
     gradient, pixels = (
         rows.view(1, 1, length, -1).permute(0, 3, 1, 2) for rows in (gradient.contiguous(), x.contiguous())

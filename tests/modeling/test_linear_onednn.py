@@ -70,6 +70,18 @@ def test_gelu(dtype):
     assert error <= 2 * (F.gelu(F.linear(*inputs)) - exact).abs().max() + torch.finfo(dtype).eps
 
 
+@pytest.mark.parametrize("gains", [True, False])
+@pytest.mark.parametrize("length", [1, 6, 7, 300])
+def test_gradients_of_weights(monkeypatch, gains, length):
+    """By a convolution where sums are long and oneDNN gains, of strided states as well."""
+    monkeypatch.setattr(linear_onednn, "DTYPES", DTYPES if gains else [])
+    torch.manual_seed(0)
+    states, gradient = torch.randn(7, length).t(), torch.randn(length, 12)[:, ::2]
+    exact = gradient.double().t() @ states.double()
+    error = (linear_onednn.weight_gradient(states, gradient) - exact).abs().max()
+    assert error <= 2 * (gradient.t() @ states - exact).abs().max() + torch.finfo(torch.float32).eps * exact.abs().max()
+
+
 def test_second_derivatives():
     def of_second_order(function, inputs):
         output = function(*inputs).tanh().sum()
