@@ -33,6 +33,8 @@ def window_attention(
         mask: [L, N, N] bool, True where a key is seen; None if all are.
         dropout: of the attention weights.
     """
+    if query.device.type == "cpu" and not torch.compiler.is_compiling():
+        keep_freed_memory()
     if not dropout and attends_in_pieces(query, key, value, position_bias):
         packed = torch.stack([x.transpose(1, 2) for x in (query, key, value)], dim=2)
         return packed_window_attention(packed, position_bias, mask, scaling)
@@ -113,6 +115,7 @@ def _attend_fused(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scali
 @torch.autocast("cpu", enabled=False)
 def _attend(packed: Tensor, bias: Tensor, scaling: float) -> Tensor:
     """Outputs [B * L, N, H, D] without gradients."""
+    keep_freed_memory()
     output = torch.empty_like(packed[:, :, 0])
     for into, part in _pieces(bias, output, packed):
         _attend_piece(part, bias, scaling, into, part.new_empty(len(part), *bias.shape[-3:]))

@@ -1,6 +1,7 @@
 """Who looks on while operators run."""
 
 import torch
+from torch import Tensor, nn
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 
@@ -14,3 +15,11 @@ def is_observed() -> bool:
     if torch.compiler.is_compiling():
         return False
     return is_in_torch_dispatch_mode() or torch._C._are_functorch_transforms_active()
+
+
+def is_plain_on_cpu(*tensors: Tensor) -> bool:
+    """Tensors of one type on a CPU, neither quantised, sharded nor empty, in a call that nobody observes or casts?"""
+    if is_observed() or torch.is_autocast_enabled("cpu"):
+        return False
+    plain = all(type(x) in (Tensor, nn.Parameter) and x.device.type == "cpu" and x.numel() > 0 for x in tensors)
+    return plain and len({x.dtype for x in tensors}) == 1

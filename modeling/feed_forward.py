@@ -11,9 +11,9 @@ from functools import reduce
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from .call_modes import is_observed
+from .call_modes import is_plain_on_cpu
 from .freed_memory import keep_freed_memory
 from .linear_onednn import linear, linear_gelu, weight_gradient
 
@@ -24,20 +24,13 @@ def feed_forward(x: Tensor, weight_in: Tensor, bias_in: Tensor, weight_out: Tens
     """Linear layer, GELU, linear layer: [..., C] -> [..., C] for weights [W, C] and [C, W], biases [W] and [C]."""
     parameters = (weight_in, bias_in, weight_out, bias_out)
     learns = [torch.is_grad_enabled() and tensor.requires_grad for tensor in (x, *parameters)]
-    if _goes_in_pieces(x, *parameters) and all(learns):
+    in_pieces = not torch.compiler.is_compiling() and is_plain_on_cpu(x, *parameters)
+    if in_pieces and all(learns):
         return _FeedForward.apply(x.flatten(0, -2), *parameters).view(x.shape)
     if any(learns):
         return linear(F.gelu(linear(x, weight_in, bias_in)), weight_out, bias_out)
-    parts = _split(x.flatten(0, -2), weight_in) if _goes_in_pieces(x, *parameters) else [x]
+    parts = _split(x.flatten(0, -2), weight_in) if in_pieces else [x]
     return _join([linear(linear_gelu(part, weight_in, bias_in), weight_out, bias_out) for part in parts]).view(x.shape)
-
-
-def _goes_in_pieces(*tensors: Tensor) -> bool:
-    """Plain tensors of one type on a CPU, neither quantised nor sharded, in calls that nobody compiles or casts."""
-    if torch.compiler.is_compiling() or is_observed() or torch.is_autocast_enabled("cpu"):
-        return False
-    plain = all(type(x) in (Tensor, nn.Parameter) and x.device.type == "cpu" and x.numel() for x in tensors)
-    return plain and len({x.dtype for x in tensors}) == 1
 
 
 def _split(tokens: Tensor, weight_in: Tensor) -> Sequence[Tensor]:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .call_modes import is_observed
+from .call_modes import is_plain_on_cpu
 
 
 def _dtypes() -> tuple[torch.dtype, ...]:
@@ -63,12 +63,7 @@ def weight_gradient(x: Tensor, gradient: Tensor) -> Tensor:
 
 
 def _gains(x: Tensor, weight: Tensor) -> bool:
-    if is_observed() or torch.is_autocast_enabled("cpu"):
-        return False
-    if type(weight) not in (Tensor, nn.Parameter) or type(x) not in (Tensor, nn.Parameter):  # quantised, or sharded
-        return False
-    fits = x.device.type == weight.device.type == "cpu" and x.dtype == weight.dtype and x.numel() > 0
-    return fits and x.dtype in DTYPES
+    return is_plain_on_cpu(x, weight) and x.dtype in DTYPES
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "none") -> Tensor:

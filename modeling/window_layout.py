@@ -35,15 +35,13 @@ class WindowLayout:
 
     def partition(self, states: torch.Tensor) -> torch.Tensor:
         """[B, T, C] -> [B * L, N, C]; places without a token hold zeros."""
-        partition = _partition if is_observed() else _Partition.apply
-        windows = partition(states, self.tokens, self.places, self.pads)
+        windows = _move(states, self.tokens, self.pads, self.places, None)
         return windows.view(-1, self.window[0] * self.window[1], states.shape[-1])
 
     def reverse(self, windows: torch.Tensor) -> torch.Tensor:
         """[B * L, N, C] -> [B, T, C]; what lies at places without a token is dropped."""
         states = windows.reshape(-1, len(self.tokens), windows.shape[-1])
-        reverse = _reverse if is_observed() else _Reverse.apply
-        return reverse(states, self.tokens, self.places, self.pads)
+        return _move(states, self.places, None, self.tokens, self.pads)
 
 
 def window_layout(pattern: Window2D, grid: tuple[int, int], device: torch.device | str, fit: bool) -> WindowLayout:
@@ -89,43 +87,39 @@ def _into_windows(values: torch.Tensor, padded: tuple[int, ...], window: tuple[i
     return values.transpose(1, 2).flatten()
 
 
-def _partition(states: torch.Tensor, tokens: torch.Tensor, places: torch.Tensor, pads: torch.Tensor | None):
-    windows = _gather(states, tokens)
-    return windows if pads is None else windows.index_fill_(1, pads, 0)
+def _move(
+    states: torch.Tensor,
+    rows: torch.Tensor,
+    empty: torch.Tensor | None,
+    back: torch.Tensor,
+    back_empty: torch.Tensor | None,
+) -> torch.Tensor:
+    """`_gather` of `rows` and `empty`, whose transpose is that of `back` and `back_empty`."""
+    if is_observed():
+        return _gather(states, rows, empty)
+    return _Move.apply(states, rows, empty, back, back_empty)
 
 
-def _reverse(windows: torch.Tensor, tokens: torch.Tensor, places: torch.Tensor, pads: torch.Tensor | None):
-    return _gather(windows, places)
-
-
-class _Partition(torch.autograd.Function):
-    """[B, T, C] -> [B, L * N, C]. Both directions gather; the general backward of a gather would scatter and add."""
-
-    @staticmethod
-    def forward(ctx, states, tokens, places, pads):
-        ctx.save_for_backward(tokens, places, pads)
-        return _partition(states, tokens, places, pads)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return _Reverse.apply(gradient, *ctx.saved_tensors), None, None, None
-
-
-class _Reverse(torch.autograd.Function):
-    """[B, L * N, C] -> [B, T, C], the transpose of _Partition."""
+class _Move(torch.autograd.Function):
+    """Both directions gather; the general backward of a gather would scatter and add."""
 
     @staticmethod
-    def forward(ctx, windows, tokens, places, pads):
-        ctx.save_for_backward(tokens, places, pads)
-        return _reverse(windows, tokens, places, pads)
+    def forward(ctx, states, rows, empty, back, back_empty):
+        ctx.save_for_backward(rows, empty, back, back_empty)
+        return _gather(states, rows, empty)
 
     @staticmethod
     def backward(ctx, gradient):
-        return _Partition.apply(gradient, *ctx.saved_tensors), None, None, None
+        rows, empty, back, back_empty = ctx.saved_tensors
+        return _Move.apply(gradient, back, back_empty, rows, empty), None, None, None, None
 
 
-def _gather(states: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """[B, S, C] -> [B, T, C], the same `rows` [T] of every picture. PyTorch gathers one long list twice as fast."""
+def _gather(states: torch.Tensor, rows: torch.Tensor, empty: torch.Tensor | None) -> torch.Tensor:
+    """[B, S, C] -> [B, T, C], the same `rows` [T] of every picture, zeros where they are `empty`.
+
+    PyTorch gathers one long list twice as fast.
+    """
     batch, length = states.shape[:2]
     pictures = torch.arange(batch, device=rows.device)[:, None] * length
-    return states.flatten(0, 1).index_select(0, (pictures + rows).flatten()).unflatten(0, (batch, -1))
+    moved = states.flatten(0, 1).index_select(0, (pictures + rows).flatten()).unflatten(0, (batch, -1))
+    return moved if empty is None else moved.index_fill_(1, empty, 0)

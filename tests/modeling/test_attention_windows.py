@@ -52,6 +52,7 @@ def test_parts_are_the_equation(monkeypatch, mask, windows):
 def test_either_way_without_gradients(monkeypatch, mask, fused_is_slow):
     """By PyTorch's fused kernel or by products, as the processor has it: the errors are the equation's own."""
     monkeypatch.setattr(attention_windows, "_fused_is_slow", lambda query: fused_is_slow)
+    monkeypatch.setattr(attention_windows, "SCORES", 7 * 2 * 81)
     for dtype in (torch.float32, torch.bfloat16):
         inputs = [x.detach() for x in make_inputs(dtype)]
         found, equation = (attend(*inputs, mask, SCALING) for attend in (window_attention, by_equation))
