@@ -6,19 +6,181 @@
     >>> pattern_from_dict(pattern.to_dict()) == pattern
     True
 
-Here are those of sequences, and how patterns are combined and read; attention_patterns_images.py has those of pictures,
-attention_patterns_base.py says what a pattern is. Local, Strided and Fixed are the factorised attention of Child et al.
-2019 (arXiv:1904.10509), section 4.3.
+A pattern answers one question, `visible(head, query, key)`, by arithmetic on *positions of tokens*. It says nothing
+about causality, padding or packing: what a query finally sees is its pattern AND the model's own causal rule AND the
+padding AND the packing (attention.py). Beside it a pattern tells a few *facts*, from which plans, caches and kernels
+know how to compute it cheaply; a pattern that tells none is computed by `visible` alone.
+
+Local, Strided and Fixed are the factorised attention of Child et al. 2019 (arXiv:1904.10509), section 4.3; Block1D and
+Block2D the local attention of Parmar et al. 2018 (arXiv:1802.05751), section 3.3; Window2D the windows of Liu et al.
+2021 (arXiv:2103.14030), section 3.2. Those in two dimensions are bound to a grid of tokens at run time (`bind`).
 """
 
 import difflib
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar
+from functools import lru_cache
+from typing import Any, ClassVar, NamedTuple
 
-from .attention_patterns_base import PATTERN_TYPES, Pattern, check_count
-from .attention_patterns_images import Block1D, Block2D, Window2D  # noqa: F401  so that their dicts are known
+import torch
+
+PATTERN_TYPES: dict[str, type["Pattern"]] = {}
+FAR = 1 << 40  # farther than any position: an end of an interval that has none
+
+
+class SummaryKeys(NamedTuple):
+    """The keys at positions [first, first + count) of every block of `block` positions, whatever the query."""
+
+    block: int
+    first: int
+    count: int
+
+
+class Pattern:
+    """Base of every pattern. A subclass is a frozen dataclass with a `type` name and a `visible` rule.
+
+    Facts hold for head-independent patterns (`for_head`), and for queries and keys at positions from 0 on. Those given
+    here claim nothing; a subclass overrides what it knows better. Tests hold every fact to `visible`.
+    """
+
+    type: ClassVar[str]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "type" not in cls.__dict__:
+            return
+        other = PATTERN_TYPES.setdefault(cls.type, cls)
+        if other is not cls and (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise TypeError(
+                f"Pattern type {cls.type!r} is taken by {other.__module__}.{other.__qualname__}; "
+                f"give {cls.__qualname__} another `type`."
+            )
+        PATTERN_TYPES[cls.type] = cls
+
+    def visible(self, head, query, key):
+        """May `query` see `key` in `head`? Integers give a bool; integer tensors broadcast to a bool tensor."""
+        raise NotImplementedError
+
+    @property
+    def parts(self) -> tuple["Pattern", ...]:
+        """The patterns whose union this one is; a pattern that is no union is its own only part."""
+        return (self,)
+
+    @property
+    def head_period(self) -> int:
+        """Heads `h` and `h + head_period` see the same; 1 where all heads do."""
+        return 1
+
+    def for_head(self, head: int) -> "Pattern":
+        """The head-independent pattern that `head` follows."""
+        return self
+
+    def check_heads(self, num_heads: int) -> None:
+        """Raise ValueError if the pattern cannot be dealt out to `num_heads` heads."""
+
+    def bind(self, grid: tuple[int, ...]) -> "Pattern":
+        """The pattern over the tokens of a picture of this `grid`, (rows, columns, ...); only those in 2-D change."""
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        """`{"type": ..., field: value, ...}`, ready for JSON; fields at their default and the grid are left out."""
+        names = [f.name for f in fields(self) if f.name != "grid" and getattr(self, f.name) != f.default]
+        values = {name: getattr(self, name) for name in names}
+        return {"type": self.type, **values}
+
+    # Facts: where a query's keys lie
+
+    step = 1  # what a query sees lies a multiple of so many positions away
+
+    def interval(self, query) -> tuple[Any, Any] | None:
+        """(low, high): among the keys that lie a multiple of `step` away, `query` sees just those in [low, high).
+
+        Integers and tensors alike, neither end ever decreasing; ends may lie beyond the sequence. None if it is no
+        interval.
+        """
+        return None
+
+    @property
+    def is_full(self) -> bool:
+        """Does every query see every key?"""
+        return False
+
+    @property
+    def in_columns(self) -> "Pattern | None":
+        """With a step: what the tokens of a column (every `step`-th one) show each other, counted in the column."""
+        return None
+
+    @property
+    def summary_keys(self) -> SummaryKeys | None:
+        """The keys that are seen, if they are the same few of every block for all queries."""
+        return None
+
+    def block_span(self, query: int) -> tuple[int, int] | None:
+        """(start, end) of the run of queries, this one among them, that all see the same keys; None if there is none.
+
+        Runs follow each other without a gap.
+        """
+        return None
+
+    def candidates(self, start: int, end: int, stop: int) -> torch.Tensor:
+        """Ascending positions below `stop` among which are all keys that the queries [start, end) see."""
+        return torch.arange(min(self.first_key(start), stop), stop)
+
+    def reads(self, query: torch.Tensor, first: torch.Tensor | int, count: int) -> torch.Tensor | None:
+        """[R, J] positions among which are all keys of the past that queries [R, 1] see; J is the same for all queries.
+
+        There are `count` keys from position `first` on; positions may lie outside, else each is there once. None: read
+        all.
+        """
+        return None
+
+    # Facts: what the past is needed for
+
+    @property
+    def period(self) -> int | None:
+        """By how many positions queries and keys can be moved together without a change; None if that is not known."""
+        return None
+
+    @property
+    def reach(self) -> float:
+        """No query sees a key of its past that is farther away; infinite where there is no bound."""
+        return math.inf
+
+    def meets(self, distance: torch.Tensor) -> torch.Tensor:
+        """[L] bool: can a query see a key at this distance, 0 or more, in its past? True where it is not known."""
+        return torch.ones_like(distance, dtype=torch.bool)
+
+    def first_key(self, query):
+        """No query at this position or a later one sees a key before the one returned; integers and tensors alike."""
+        return query * 0
+
+    def last_query(self, key):
+        """No query after the one returned sees `key`; integers and tensors alike."""
+        return key * 0 + FAR
+
+    @property
+    def num_positions(self) -> int | None:
+        """How many positions there are; None where sequences may be of any length."""
+        return None
+
+    def within(self, window: int) -> "Pattern":
+        """What the pattern shows of a causal query's last `window` positions, its own included."""
+        return self if self.reach < window else intersect(self, Local(window))
+
+
+def check_count(pattern: Pattern, field: str, lowest: int = 1) -> None:
+    value = getattr(pattern, field)
+    if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
+        raise ValueError(f"{type(pattern).__name__}.{field} must be an integer of at least {lowest}, got {value!r}.")
+
+
+def _up_to(length: int, like: torch.Tensor) -> torch.Tensor:
+    return torch.arange(length, device=like.device)[None]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sequences
 
 
 @dataclass(frozen=True)
@@ -26,9 +188,18 @@ class Full(Pattern):
     """Every key."""
 
     type: ClassVar[str] = "full"
+    is_full = True
+    period = 1
 
     def visible(self, head, query, key):
         return query - key == query - key
+
+    def interval(self, query):
+        return query - FAR, query + FAR
+
+    @property
+    def in_columns(self) -> "Full":
+        return self
 
 
 @dataclass(frozen=True)
@@ -36,17 +207,56 @@ class Local(Pattern):
     """Keys less than `window` positions away, the query's own included: |i - j| < window.
 
     With causality this is the first head of strided attention as its authors' code has it (the window holds `window`
-    keys; the paper's text has one more).
+    keys; the paper's text has one more). With a `dilation` only every so many-th position counts: `window` of those on
+    either side, the dilated sliding window of Beltagy et al. 2020 (arXiv:2004.05150), section 3.1.
     """
 
     type: ClassVar[str] = "local"
     window: int
+    dilation: int = 1
+    period = 1
 
     def __post_init__(self) -> None:
         check_count(self, "window")
+        check_count(self, "dilation")
 
     def visible(self, head, query, key):
-        return abs(query - key) < self.window
+        near = abs(query - key) < self.window * self.dilation
+        return near if self.dilation == 1 else near & ((query - key) % self.dilation == 0)
+
+    @property
+    def step(self) -> int:
+        return self.dilation
+
+    def interval(self, query):
+        return query - self.reach, query + self.reach + 1
+
+    @property
+    def in_columns(self) -> "Local":
+        return Local(self.window)
+
+    @property
+    def reach(self) -> int:
+        return (self.window - 1) * self.dilation
+
+    def meets(self, distance):
+        return self.visible(0, distance, 0)
+
+    def first_key(self, query):
+        return _at_least(0, query - self.reach)
+
+    def last_query(self, key):
+        return key + self.reach
+
+    def candidates(self, start, end, stop):
+        keys = torch.arange(min(self.first_key(start), stop), min(end + self.reach, stop))
+        if end - start >= self.dilation:
+            return keys
+        phase = (keys - start) % self.dilation
+        return keys[phase < end - start]
+
+    def reads(self, query, first, count):
+        return query - self.dilation * _up_to(min(self.window, count), query)
 
 
 @dataclass(frozen=True)
@@ -55,12 +265,35 @@ class Strided(Pattern):
 
     type: ClassVar[str] = "strided"
     stride: int
+    in_columns = Full()
+    period = 1
 
     def __post_init__(self) -> None:
         check_count(self, "stride")
 
     def visible(self, head, query, key):
         return (query - key) % self.stride == 0
+
+    @property
+    def step(self) -> int:
+        return self.stride
+
+    def interval(self, query):
+        return query - FAR, query + FAR
+
+    @property
+    def is_full(self) -> bool:
+        return self.stride == 1
+
+    def meets(self, distance):
+        return self.visible(0, distance, 0)
+
+    def candidates(self, start, end, stop):
+        keys = torch.arange(stop)
+        return keys[(keys - start) % self.stride < end - start]
+
+    def reads(self, query, first, count):
+        return first + (query - first) % self.stride + self.stride * _up_to(-(-count // self.stride), query)
 
 
 @dataclass(frozen=True)
@@ -75,6 +308,36 @@ class FixedBlock(Pattern):
 
     def visible(self, head, query, key):
         return query // self.block == key // self.block
+
+    def interval(self, query):
+        start = query // self.block * self.block
+        return start, start + self.block
+
+    def block_span(self, query):
+        return self.interval(query)
+
+    @property
+    def period(self) -> int:
+        return self.block
+
+    @property
+    def reach(self) -> int:
+        return self.block - 1
+
+    def meets(self, distance):
+        return distance < self.block
+
+    def first_key(self, query):
+        return query // self.block * self.block
+
+    def last_query(self, key):
+        return (key // self.block + 1) * self.block - 1
+
+    def candidates(self, start, end, stop):
+        return torch.arange(min(self.first_key(start), stop), min(self.last_query(end - 1) + 1, stop))
+
+    def reads(self, query, first, count):
+        return query // self.block * self.block + _up_to(self.block, query)
 
 
 @dataclass(frozen=True)
@@ -111,6 +374,81 @@ class FixedSummary(Pattern):
     def for_head(self, head: int) -> "FixedSummary":
         return replace(self, sub_blocks=1, shift=self.shift + head % self.sub_blocks)
 
+    @property
+    def summary_keys(self) -> SummaryKeys:
+        return SummaryKeys(self.block, self.first_column(0), self.summary)
+
+    @property
+    def period(self) -> int:
+        return self.block
+
+    def last_query(self, key):
+        return key * 0 + FAR * self.visible(0, key, key)
+
+    def candidates(self, start, end, stop):
+        keys = torch.arange(stop)
+        return keys[self.visible(0, start, keys)]
+
+    def reads(self, query, first, count):
+        blocks = (first // self.block + _up_to(-(-count // self.block) + 1, query)) * self.block
+        summaries = self.first_column(0) + _up_to(self.summary, query)
+        return (blocks[:, :, None] + summaries[:, None]).flatten(1).expand(len(query), -1)
+
+
+@dataclass(frozen=True)
+class RandomBlocks(Pattern):
+    """Each block of queries sees `count` blocks of keys drawn at random.
+
+    The random attention of Zaheer et al. 2020 (arXiv:2007.14062), section 2 and appendix D. The draw is a hash of
+    `seed` and the block's number, so that it is the same wherever it is asked for: without a `length` among the earlier
+    blocks, for causal models; with the `length` of the sequence among all of them. One block is drawn from each of
+    `count` equal ranges, so that none is drawn twice; where there are no more blocks than that, all are seen.
+    """
+
+    type: ClassVar[str] = "random_blocks"
+    block: int
+    count: int
+    seed: int = 0
+    length: int | None = None
+
+    def __post_init__(self) -> None:
+        check_count(self, "block")
+        check_count(self, "count")
+        check_count(self, "seed", lowest=0)
+        if self.length is not None:
+            check_count(self, "length")
+
+    def visible(self, head, query, key):
+        query_block, key_block = query // self.block, key // self.block
+        seen = query != query
+        for drawn, exists in self._drawn(query_block):
+            seen = seen | (exists & (key_block == drawn))
+        return seen
+
+    def _drawn(self, query_block) -> Iterator[tuple[Any, Any]]:
+        """(number, whether there is one) of each block that a block of queries sees; integers and tensors alike."""
+        blocks = query_block if self.length is None else -(-self.length // self.block)
+        for draw in range(self.count):
+            low, high = draw * blocks // self.count, (draw + 1) * blocks // self.count
+            exists = high > low + query_block * 0
+            yield low + _hash(query_block, draw, self.seed) % (high - low + (high == low)), exists
+
+    def block_span(self, query):
+        start = query // self.block * self.block
+        return start, start + self.block
+
+    def candidates(self, start, end, stop):
+        blocks = range(start // self.block, (end - 1) // self.block + 1)
+        drawn = {number for block in blocks for number, exists in self._drawn(block) if exists}
+        starts = torch.tensor(sorted(drawn), dtype=torch.long)[:, None] * self.block
+        keys = (starts + torch.arange(self.block)).flatten()
+        return keys[keys < stop]
+
+    def reads(self, query, first, count):
+        drawn = self._drawn(query // self.block)
+        numbers = torch.cat([torch.where(exists, number, -1) for number, exists in drawn], dim=1)
+        return (numbers[:, :, None] * self.block + _up_to(self.block, query)).flatten(1)
+
 
 @dataclass(frozen=True)
 class Fixed(Pattern):
@@ -143,6 +481,190 @@ class Fixed(Pattern):
     def for_head(self, head: int) -> "Fixed":
         return replace(self, sub_blocks=1, shift=self.shift + head % self.sub_blocks)
 
+    @property
+    def period(self) -> int:
+        return self.block
+
+    def candidates(self, start, end, stop):
+        return _candidates_of_all(self.parts, start, end, stop)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures
+
+
+@dataclass(frozen=True)
+class Window2D(Pattern):
+    """Windows of a picture (Liu et al. 2021, section 3.2): keys of the query's own square of `size` x `size` tokens.
+
+    The squares begin at row and column `shift`; what lies before it, or is cut off at the far side, makes smaller
+    windows of its own. That is what the paper's cyclic shift computes under its masks.
+
+    Attributes:
+        size: side of a window.
+        shift: rows and columns that the windows are moved by, less than `size`.
+        grid: rows and columns of tokens, known at run time; see `bind`.
+    """
+
+    type: ClassVar[str] = "window_2d"
+    size: int
+    shift: int = 0
+    grid: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        check_count(self, "size")
+        if isinstance(self.shift, bool) or not isinstance(self.shift, int) or not 0 <= self.shift < self.size:
+            raise ValueError(f"Window2D.shift must be an integer from 0 to size - 1, got {self.shift!r}.")
+
+    def bind(self, grid: tuple[int, int]) -> "Window2D":
+        return replace(self, grid=tuple(grid))
+
+    def visible(self, head, query, key):
+        return self.window(query) == self.window(key)
+
+    def window(self, token):
+        """Number of the window that a token lies in."""
+        if self.grid is None:
+            raise ValueError("Window2D needs to know the grid of tokens; use pattern.bind((rows, columns)).")
+        columns = self.grid[1]
+        row, column = ((coordinate - self.shift) // self.size for coordinate in (token // columns, token % columns))
+        return row * (columns + 1) + column  # windows of a row of windows are numbered from -1
+
+
+@dataclass(frozen=True)
+class Block1D(Pattern):
+    """Local attention in one dimension: all queries of a block see the block and `flange` positions before it."""
+
+    type: ClassVar[str] = "block_1d"
+    block: int
+    flange: int
+
+    def __post_init__(self) -> None:
+        check_count(self, "block")
+        check_count(self, "flange", lowest=0)
+
+    def visible(self, head, query, key):
+        low, high = self.interval(query)
+        return (key >= low) & (key < high)
+
+    def interval(self, query):
+        start = query // self.block * self.block
+        return start - self.flange, start + self.block
+
+    def block_span(self, query: int) -> tuple[int, int]:
+        start = query // self.block * self.block
+        return start, start + self.block
+
+    @property
+    def period(self) -> int:
+        return self.block
+
+    @property
+    def reach(self) -> int:
+        return self.flange + self.block - 1
+
+    def meets(self, distance):
+        return distance <= self.reach
+
+    def first_key(self, query):
+        return _at_least(0, self.interval(query)[0])
+
+    def last_query(self, key):
+        return ((key + self.flange) // self.block + 1) * self.block - 1
+
+    def candidates(self, start, end, stop):
+        return torch.arange(min(self.first_key(start), stop), min(self.interval(end - 1)[1], stop))
+
+    def reads(self, query, first, count):
+        return self.interval(query)[0] + _up_to(self.flange + self.block, query)
+
+
+@dataclass(frozen=True)
+class Block2D(Pattern):
+    """Local attention in two dimensions: all queries of a rectangle of pixels see it and a flange around it.
+
+    The flange lies above the rectangle (`flange_height` rows) and on its left and right (`flange_width` columns).
+    Positions count in the order of generation: block after block in raster order, inside a block pixel after pixel in
+    raster order, inside a pixel channel after channel.
+
+    Attributes:
+        height, width: rows and columns of the rectangle; smaller at the far edges of an image that they do not divide.
+        flange_height, flange_width: rows and columns of the flange.
+        grid: rows, columns and channels of the image, known at run time; see `bind`.
+    """
+
+    type: ClassVar[str] = "block_2d"
+    height: int
+    width: int
+    flange_height: int
+    flange_width: int
+    grid: tuple[int, int, int] | None = None
+
+    def __post_init__(self) -> None:
+        for field in ("height", "width"):
+            check_count(self, field)
+        for field in ("flange_height", "flange_width"):
+            check_count(self, field, lowest=0)
+        if self.grid is not None:
+            object.__setattr__(self, "grid", _checked_grid(self.grid))
+
+    def bind(self, grid: tuple[int, ...]) -> "Block2D":
+        return replace(self, grid=tuple(grid))
+
+    def place(self, position):
+        """(row, column) of the pixel that is generated at `position`; integers and tensors alike."""
+        rows, columns, channels = self._bound_grid()
+        of_block_row = self.height * columns * channels
+        top = position // of_block_row * self.height
+        height = _at_most(self.height, rows - top % rows)  # modulo, so that no position past the image divides by 0
+        rest = position % of_block_row
+        left = rest // (height * self.width * channels) * self.width
+        width = _at_most(self.width, columns - left % columns)
+        rest = rest % (height * self.width * channels)
+        return top + rest // (width * channels), left + rest % (width * channels) // channels
+
+    def visible(self, head, query, key):
+        (row, column), (key_row, key_column) = self.place(query), self.place(key)
+        top, left = row // self.height * self.height, column // self.width * self.width
+        near_row = (key_row >= top - self.flange_height) & (key_row < top + self.height)
+        near_column = (key_column >= left - self.flange_width) & (key_column < left + self.width + self.flange_width)
+        return near_row & near_column
+
+    @property
+    def num_positions(self) -> int:
+        return math.prod(self._bound_grid())
+
+    def block_span(self, query: int) -> tuple[int, int]:
+        row, column = self.place(query)
+        return self._span(row // self.height * self.height, column // self.width * self.width)
+
+    def first_key(self, query):
+        _, columns, channels = self._bound_grid()
+        top = self.place(query)[0] // self.height * self.height
+        return _at_least(0, top - self.flange_height) // self.height * self.height * columns * channels
+
+    def last_query(self, key):
+        rows, columns, _ = self._bound_grid()
+        row, column = self.place(key)
+        top = _at_most(rows - 1, row + self.flange_height) // self.height * self.height
+        left = _at_most(columns - 1, column + self.flange_width) // self.width * self.width
+        return self._span(top, left)[1] - 1
+
+    def _span(self, top, left):
+        rows, columns, channels = self._bound_grid()
+        height, width = _at_most(self.height, rows - top), _at_most(self.width, columns - left)
+        start = (top * columns + left * height) * channels
+        return start, start + height * width * channels
+
+    def _bound_grid(self) -> tuple[int, int, int]:
+        if self.grid is None:
+            raise ValueError("Block2D needs to know the image; use pattern.bind((rows, columns, channels)).")
+        return self.grid
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Patterns of patterns
+
 
 class _Composite(Pattern):
     """A pattern made of patterns; its dict holds their dicts."""
@@ -169,11 +691,41 @@ class _Composite(Pattern):
         for pattern in self.patterns:
             pattern.check_heads(num_heads)
 
-    def bind(self, grid: tuple[int, int]) -> Pattern:
+    def bind(self, grid: tuple[int, ...]) -> Pattern:
         return replace(self, patterns=tuple(p.bind(grid) for p in self.patterns))
 
     def to_dict(self) -> dict[str, Any]:
         return {"type": self.type, "patterns": [p.to_dict() for p in self.patterns]}
+
+    # Facts of what any of the patterns shows
+
+    @property
+    def period(self) -> int | None:
+        periods = [p.period for p in self.patterns]
+        return None if None in periods else math.lcm(*periods)
+
+    @property
+    def reach(self) -> float:
+        return max(p.reach for p in self.patterns)
+
+    def meets(self, distance):
+        return torch.stack([p.meets(distance) for p in self.patterns]).any(dim=0)
+
+    def first_key(self, query):
+        return _pairwise(_at_most, (p.first_key(query) for p in self.patterns))
+
+    def last_query(self, key):
+        return _pairwise(_at_least, (p.last_query(key) for p in self.patterns))
+
+    @property
+    def num_positions(self) -> int | None:
+        return next((p.num_positions for p in self.patterns if p.num_positions is not None), None)
+
+    def candidates(self, start, end, stop):
+        return _candidates_of_all(self.patterns, start, end, stop)
+
+    def within(self, window: int) -> Pattern:
+        return replace(self, patterns=tuple(p.within(window) for p in self.patterns))
 
 
 @dataclass(frozen=True)
@@ -197,6 +749,9 @@ class Union(_Composite):
     def for_head(self, head: int) -> "Union":
         return Union(tuple(p.for_head(head) for p in self.patterns))
 
+    def within(self, window: int) -> Pattern:
+        return Union(tuple(part.within(window) for part in self.parts))
+
 
 @dataclass(frozen=True)
 class Intersection(_Composite):
@@ -213,6 +768,33 @@ class Intersection(_Composite):
 
     def for_head(self, head: int) -> "Intersection":
         return Intersection(tuple(p.for_head(head) for p in self.patterns))
+
+    @property
+    def reach(self) -> float:
+        return min(p.reach for p in self.patterns)
+
+    def meets(self, distance):
+        return torch.stack([p.meets(distance) for p in self.patterns]).all(dim=0)
+
+    def first_key(self, query):
+        return _pairwise(_at_least, (p.first_key(query) for p in self.patterns))
+
+    def last_query(self, key):
+        return _pairwise(_at_most, (p.last_query(key) for p in self.patterns))
+
+    def candidates(self, start, end, stop):
+        return min((p.candidates(start, end, stop) for p in self.patterns), key=len)
+
+    def reads(self, query, first, count):
+        shortest = None  # all that is shown stands in the list of each; torch.compile knows no min with a key
+        for pattern in self.patterns:
+            found = _reads_of_all(pattern.parts, query, first, count)
+            if found is not None and (shortest is None or found.shape[-1] < shortest.shape[-1]):
+                shortest = found
+        return shortest
+
+    def within(self, window: int) -> Pattern:
+        return self if self.reach < window else intersect(self, Local(window))
 
 
 @dataclass(frozen=True)
@@ -246,6 +828,10 @@ class PerHead(_Composite):
                 f"num_attention_heads={num_heads}; give a number of patterns that does."
             )
         super().check_heads(num_heads)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading and combining
 
 
 def pattern_from_dict(values: Mapping[str, Any] | Pattern) -> Pattern:
@@ -285,14 +871,38 @@ def patterns_for_layers(patterns: Mapping | Pattern | Iterable, num_layers: int)
 
 def intersect(first: Pattern, second: Pattern) -> Pattern:
     """Keys that both show, without an Intersection where one pattern alone says it."""
-    match first, second:
-        case Full(), other:
-            return other
-        case other, Full():
-            return other
-        case Local(), Local():
-            return Local(min(first.window, second.window))
-    return first if first == second else Intersection((first, second))
+    if first.is_full or contains(first, second):
+        return second
+    return first if second.is_full or contains(second, first) else Intersection((first, second))
+
+
+@lru_cache(maxsize=256)
+def contains(outer: Pattern, inner: Pattern) -> bool:
+    """Does `outer` show whatever `inner` shows? False also where their facts do not say it."""
+    if outer == inner or outer.is_full:
+        return True
+    periods = outer.period, inner.period
+    if None in periods or inner.interval(0) is None or outer.interval(0) is None:
+        return False
+    period = math.lcm(*periods)
+    if period > 1 << 16:
+        return False
+    query = torch.arange(period) + math.lcm(period, outer.step) * 8  # far enough from 0 for every phase
+    (low, high), (inner_low, inner_high) = outer.interval(query), inner.interval(query)
+    inside = bool(((low <= inner_low) & (inner_high <= high)).all())
+    own_only = bool(((inner_low > query - inner.step) & (inner_high <= query + inner.step)).all())
+    return inside and (own_only or inner.step % outer.step == 0)
+
+
+@lru_cache(maxsize=64)
+def distances_met(pattern: Pattern, reach: int) -> torch.Tensor:
+    """The distances below `reach`, descending, at which a query can see a key of its past.
+
+    Cached, so that layers share them: not to be written to.
+    """
+    with torch.inference_mode(False):
+        distances = torch.arange(reach - 1, -1, -1)
+        return distances[pattern.meets(distances)]
 
 
 def walk(pattern: Pattern) -> Iterator[Pattern]:
@@ -326,3 +936,55 @@ def _check_fixed(pattern: "Fixed | FixedSummary") -> None:
             f"{type(pattern).__name__} needs (shift + sub_blocks) * summary <= block, "
             f"got ({pattern.shift} + {pattern.sub_blocks}) * {pattern.summary} = {needed} > {pattern.block}."
         )
+
+
+def _checked_grid(grid: Iterable[int]) -> tuple[int, int, int]:
+    values = tuple(grid)
+    if len(values) != 3 or any(isinstance(v, bool) or not isinstance(v, int) or v < 1 for v in values):
+        raise ValueError(f"Block2D.grid must be (rows, columns, channels), each at least 1, got {list(values)}.")
+    return values
+
+
+def _candidates_of_all(patterns: Iterable[Pattern], start: int, end: int, stop: int) -> torch.Tensor:
+    """What any of the patterns may show, each position once."""
+    return torch.cat([p.candidates(start, end, stop) for p in patterns]).unique()
+
+
+def _reads_of_all(parts: Iterable[Pattern], query: torch.Tensor, first, count: int) -> torch.Tensor | None:
+    """What any of the parts reads, each position once; None if one of them reads all."""
+    found, before = [], []
+    for part in parts:
+        places = part.reads(query, first, count)
+        if places is None:
+            return None
+        for other in before:  # which has it in its own list
+            places = torch.where(other.visible(0, query, places), -1, places)
+        found.append(places)
+        before.append(part)
+    return torch.cat(found, dim=-1)
+
+
+def _pairwise(choose, values: Iterable):
+    first, *rest = values
+    for value in rest:
+        first = choose(first, value)
+    return first
+
+
+def _at_most(limit, value):
+    """min(limit, value); integers, arrays and tensors alike."""
+    return limit - (limit - value) * (value < limit)
+
+
+def _at_least(limit, value):
+    """max(limit, value); integers, arrays and tensors alike."""
+    return limit + (value - limit) * (value > limit)
+
+
+def _hash(number, draw: int, seed: int):
+    """A random-looking integer of 31 bits; no product exceeds 63 bits, so that tensors and integers agree."""
+    mask = 0x7FFFFFFF
+    mixed = (number * 0x343FD + draw * 0x269EC3 + seed * 0x41C64E6D % mask + 0x3039) & mask
+    for factor in (0x2C1B3C6D, 0x297A2D39):
+        mixed = ((mixed ^ (mixed >> 15)) * factor) & mask
+    return mixed ^ (mixed >> 13)

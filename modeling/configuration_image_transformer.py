@@ -7,9 +7,7 @@ from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 
-from .attention_patterns import nearest, patterns_for_layers, walk
-from .attention_patterns_base import Pattern
-from .attention_patterns_images import Block2D
+from .attention_patterns import Block2D, Pattern, nearest, patterns_for_layers, walk
 
 OUTPUTS = ("categorical", "logistic_mixture")
 COORDINATES = ("sinusoidal", "learned")

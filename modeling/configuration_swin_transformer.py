@@ -5,8 +5,7 @@ from transformers.activations import ACT2FN
 from transformers.backbone_utils import BackboneConfigMixin
 from transformers.configuration_utils import PreTrainedConfig
 
-from .attention_patterns import nearest
-from .attention_patterns_images import Window2D
+from .attention_patterns import Window2D, nearest
 
 
 @strict

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import initialization as init
 
-from .attention_patterns_images import Block2D
+from .attention_patterns import Block2D
 from .memory_images import ImageCache
 from .mixture_of_logistics import RESIDUAL_UNIT, rescale
 from .positions import sinusoids

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutput
 
-from .attention_patterns_images import Block2D
+from .attention_patterns import Block2D
 from .mixture_of_logistics import rescale
 
 

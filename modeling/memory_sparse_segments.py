@@ -4,45 +4,18 @@ padded rows how many tokens were read before.
 Shapes: B batch, H heads, T new tokens, M places in memory, L distances.
 """
 
-import math
 from collections.abc import Callable
 
 import torch
 
-from .attention_patterns import FixedBlock, Intersection, Local, PerHead, Union, intersect, patterns_for_layers
-from .attention_patterns_base import Pattern
+from .attention_patterns import Pattern, patterns_for_layers
 from .memory_segments import HiddenStateLayer, KeyValueLayer, SegmentMemory
 
 
 def layer_patterns(config) -> list[Pattern]:
     """The pattern of every layer, kept within mem_len tokens if the config has same_length."""
     patterns = patterns_for_layers(config.attention_patterns, config.num_hidden_layers)
-    return [_within(pattern, config.mem_len) for pattern in patterns] if config.same_length else patterns
-
-
-def farthest(pattern: Pattern) -> float:
-    """The largest distance from a query to a key that it can see; infinite where there is none."""
-    match pattern:
-        case Local():
-            return pattern.window - 1
-        case FixedBlock():
-            return pattern.block - 1
-        case Union() | PerHead():
-            return max(farthest(inner) for inner in pattern.patterns)
-        case Intersection():
-            return min(farthest(inner) for inner in pattern.patterns)
-    return math.inf
-
-
-def _within(pattern: Pattern, window: int) -> Pattern:
-    """What `pattern` shows of the last `window` tokens; part by part, so that what reaches no further stays a view."""
-    if isinstance(pattern, FixedBlock) and pattern.block <= window:
-        return pattern
-    if isinstance(pattern, PerHead):
-        return PerHead(tuple(_within(inner, window) for inner in pattern.patterns))
-    if len(pattern.parts) > 1:
-        return Union(tuple(_within(part, window) for part in pattern.parts))
-    return intersect(pattern, Local(window))
+    return [pattern.within(config.mem_len) for pattern in patterns] if config.same_length else patterns
 
 
 class SparseHiddenStateLayer(HiddenStateLayer):
@@ -95,7 +68,7 @@ class SparseSegmentMemory(SegmentMemory):
     def __init__(self, config, projected: bool = False):
         super().__init__(config, projected)
         self.mem_len = config.mem_len
-        self.enough = [max(1, min(config.mem_len, farthest(pattern))) for pattern in layer_patterns(config)]
+        self.enough = [max(1, min(config.mem_len, pattern.reach)) for pattern in layer_patterns(config)]
         self.forgotten_padding: torch.Tensor | None = None
 
     @property

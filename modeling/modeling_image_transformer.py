@@ -24,10 +24,9 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .attention import cross_attention_mask, layer_masks
-from .attention_block_sparse import BlockSparseByDefault
-from .attention_masks import token_positions
+from .attention import PatternBackend, cross_attention_mask, layer_masks, token_positions
 from .attention_patterns import patterns_for_layers
+from .cache_patterns import PatternCache, PatternCacheGenerationMixin
 from .checks import check_counted, check_embeddings, check_one_input, check_positions, check_targets, check_token_ids
 from .configuration_image_transformer import ImageTransformerConfig
 from .image_embeddings import (
@@ -41,11 +40,10 @@ from .image_embeddings import (
 from .image_enlargement import BicubicEnlargement, EnlargingEncoderOutput, check_enlarged
 from .image_heads import OUTPUTS, mean_nats, next_values
 from .image_layers import ImageTransformerAttention, ImageTransformerBlock, MatchingKeys
-from .memory import PatternCache, PatternCacheGenerationMixin
 from .memory_images import ImageCache, for_each_value, image_state, windows, with_recent
 
 
-class ImageTransformerPreTrainedModel(BlockSparseByDefault, PreTrainedModel):
+class ImageTransformerPreTrainedModel(PatternBackend, PreTrainedModel):
     """Initial weights, and what Transformers wants to know about the family."""
 
     config: ImageTransformerConfig

@@ -26,13 +26,11 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention import eager_attention_forward, layer_masks
-from .attention_block_sparse import BlockSparseByDefault
-from .attention_masks import token_positions
+from .attention import PatternBackend, eager_attention_forward, layer_masks, token_positions
 from .attention_patterns import Full, patterns_for_layers
+from .cache_patterns import PatternCacheGenerationMixin
 from .checks import check_embeddings, check_one_input, check_token_ids
 from .configuration_rope_decoder import RoPEDecoderConfig
-from .memory import PatternCacheGenerationMixin
 from .positions import ROTARY_LAYOUTS, RotaryEmbedding
 
 # Their masks come from `layer_masks`; all others (flash attention, Hub kernels, vLLM) get Transformers' own.
@@ -122,7 +120,7 @@ class RoPEDecoderBlock(GradientCheckpointingLayer):
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
 
-class RoPEDecoderPreTrainedModel(BlockSparseByDefault, PreTrainedModel):
+class RoPEDecoderPreTrainedModel(PatternBackend, PreTrainedModel):
     """What Transformers wants to know about the family."""
 
     config: RoPEDecoderConfig

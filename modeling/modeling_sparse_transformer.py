@@ -22,13 +22,11 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention import eager_attention_forward, in_float32, layer_masks
-from .attention_block_sparse import BlockSparseByDefault
-from .attention_masks import token_positions
+from .attention import PatternBackend, eager_attention_forward, in_float32, layer_masks, token_positions
 from .attention_patterns import patterns_for_layers
+from .cache_patterns import PatternCacheGenerationMixin
 from .checks import check_embeddings, check_one_input, check_positions, check_token_ids
 from .configuration_sparse_transformer import SparseTransformerConfig
-from .memory import PatternCacheGenerationMixin
 from .positions import AxialPositionEmbedding
 
 
@@ -119,7 +117,7 @@ class SparseTransformerBlock(GradientCheckpointingLayer):
         return hidden_states + self.dropout(self.mlp(self.mlp_norm(hidden_states)))  # + b(H), equations 13 and 14
 
 
-class SparseTransformerPreTrainedModel(BlockSparseByDefault, PreTrainedModel):
+class SparseTransformerPreTrainedModel(PatternBackend, PreTrainedModel):
     """Initial weights, and what Transformers wants to know about the family."""
 
     config: SparseTransformerConfig

@@ -26,12 +26,10 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .attention import eager_attention_forward
-from .attention_block_sparse import NAME as BLOCK_SPARSE
-from .attention_block_sparse import BlockSparseByDefault
-from .attention_patterns import patterns_for_layers
-from .attention_patterns_images import Window2D
-from .attention_windows import attends_in_pieces, packed_window_attention, window_attention
+from hf_tfamily.block_sparse.windows import attends_in_pieces, packed_window_attention, window_attention
+
+from .attention import BLOCK_SPARSE, PatternBackend, eager_attention_forward
+from .attention_patterns import Window2D, patterns_for_layers
 from .checks import check_labels
 from .configuration_swin_transformer import SwinTransformerConfig, pair
 from .linear_onednn import OneDNNLinear
@@ -206,7 +204,7 @@ class SwinTransformerMaskedImageModelingOutput(MaskedImageModelingOutput):
     reshaped_hidden_states: tuple[torch.FloatTensor, ...] | None = None
 
 
-class SwinTransformerPreTrainedModel(BlockSparseByDefault, PreTrainedModel):
+class SwinTransformerPreTrainedModel(PatternBackend, PreTrainedModel):
     """Initial weights, and what Transformers wants to know about the family."""
 
     config: SwinTransformerConfig

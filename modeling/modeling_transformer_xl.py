@@ -23,9 +23,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .adaptive_softmax import AdaptiveEmbedding, AdaptiveSoftmax
-from .attention import eager_attention_forward, lower_mask
-from .attention_block_sparse import NAME as BLOCK_SPARSE
-from .attention_masks import VisibleKeys, visible_keys
+from .attention import BLOCK_SPARSE, VisibleKeys, eager_attention_forward, lower_mask, visible_keys
 from .attention_patterns import Full, Local
 from .checks import check_one_input, check_token_ids
 from .configuration_transformer_xl import TransformerXLConfig

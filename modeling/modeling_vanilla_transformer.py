@@ -23,9 +23,9 @@ from transformers.modeling_outputs import (
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 
+from .cache_patterns import PatternCacheGenerationMixin
 from .configuration_vanilla_transformer import VanillaTransformerConfig
 from .layers import label_smoothed_loss
-from .memory import PatternCacheGenerationMixin
 from .vanilla_stacks import VanillaTransformerDecoder, VanillaTransformerEncoder, VanillaTransformerPreTrainedModel
 
 

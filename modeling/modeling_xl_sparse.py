@@ -18,12 +18,8 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention import eager_attention_forward, lower_mask
-from .attention_block_sparse import NAME as BLOCK_SPARSE
-from .attention_block_sparse import BlockSparseByDefault, key_distances
-from .attention_masks import VisibleKeys
-from .attention_patterns_base import Pattern
-from .attention_relative_plan import distances_met, rows_by_distance
+from .attention import BLOCK_SPARSE, PatternBackend, VisibleKeys, eager_attention_forward, lower_mask
+from .attention_patterns import Pattern, distances_met
 from .configuration_xl_sparse import XLSparseConfig
 from .memory_sparse_segments import SparseSegmentMemory, layer_patterns
 from .modeling_transformer_xl import (
@@ -34,7 +30,7 @@ from .modeling_transformer_xl import (
     TransformerXLModel,
     TransformerXLPreTrainedModel,
 )
-from .positions import RelativeBiases, RelativeScores
+from .positions import RelativeBiases, RelativeScores, rows_by_distance
 
 
 @dataclass(frozen=True)
@@ -119,7 +115,7 @@ class XLSparseBlock(TransformerXLBlock):
     attention_class = XLSparseAttention
 
 
-class XLSparsePreTrainedModel(BlockSparseByDefault, TransformerXLPreTrainedModel):
+class XLSparsePreTrainedModel(PatternBackend, TransformerXLPreTrainedModel):
     """What Transformers wants to know about the family."""
 
     config: XLSparseConfig
@@ -195,7 +191,7 @@ class XLSparseModel(XLSparsePreTrainedModel, TransformerXLModel):
         states = None if at_hand else self.dropout(self.positions.of(distances, inputs_embeds))
         rows, blind = None, None
         if implementation != BLOCK_SPARSE:
-            rows = rows_by_distance(distances.to(device), key_distances(seen, device))
+            rows = rows_by_distance(distances.to(device), seen.distances(device))
             blind = ~seen.dense(device).any(dim=-1).transpose(1, 2)
         return lower_mask(seen, implementation, device), MetDistances(distances, reach, states, rows, blind)
 

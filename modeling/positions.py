@@ -267,3 +267,10 @@ def hidden_columns(length: int, key_length: int, reach: int | None, device: torc
     columns = torch.arange(max(length, out_of_reach), device=device)
     unmet = columns < length - torch.arange(length, device=device)[:, None]
     return unmet | (columns < out_of_reach)
+
+
+def rows_by_distance(distances: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """For each of the `wanted` distances, of any shape, the row r where distances[r] is it; any if there is none."""
+    rows = distances.new_zeros(int(distances.max()) + 1)
+    rows[distances] = torch.arange(len(distances), device=distances.device)
+    return rows[wanted.clamp(0, len(rows) - 1)]

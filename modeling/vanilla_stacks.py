@@ -19,13 +19,12 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .attention import cross_attention_mask, layer_masks, query_and_key_positions
-from .attention_block_sparse import NAME as BLOCK_SPARSE
+from .attention import BLOCK_SPARSE, cross_attention_mask, layer_masks, query_and_key_positions
 from .attention_patterns import Full, patterns_for_layers
+from .cache_patterns import PatternCache
 from .checks import check_embeddings, check_one_input, check_positions, check_some_token, check_token_ids
 from .configuration_vanilla_transformer import VanillaTransformerConfig
 from .layers import CrossAttention, FeedForward, MultiHeadAttention, final_norm, residual_connection
-from .memory import PatternCache
 from .position_schemes import POSITION_SCHEMES
 from .positions import RelativeBiases
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .attention_patterns_images import Window2D
+from .attention_patterns import Window2D
 from .call_modes import is_observed
 
 

@@ -17,12 +17,11 @@ import torch.nn.functional as F
 from benchmarking import Benchmark
 from torch.nn.attention.flex_attention import flex_attention
 
-from hf_tfamily.modeling.attention_masks import VisibleKeys
-from hf_tfamily.modeling.attention_patterns import Fixed, Local, Strided, Union
-from hf_tfamily.modeling.attention_patterns_base import Pattern
-from hf_tfamily.modeling.attention_relative import relative_attention
-from hf_tfamily.modeling.attention_relative_plan import distances_met, rows_by_distance
-from hf_tfamily.modeling.attention_torch import block_sparse_attention
+from hf_tfamily.block_sparse.cpu import block_sparse_attention
+from hf_tfamily.block_sparse.relative import relative_attention
+from hf_tfamily.block_sparse.relative_plan import distances_met, rows_by_distance
+from hf_tfamily.modeling.attention import VisibleKeys
+from hf_tfamily.modeling.attention_patterns import Fixed, Local, Pattern, Strided, Union
 from hf_tfamily.modeling.configuration_sparse_transformer import SparseTransformerConfig
 from hf_tfamily.modeling.modeling_sparse_transformer import SparseTransformerForCausalLM
 

@@ -11,9 +11,9 @@ import torch
 from benchmarking import Benchmark, Measure, measure
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
+from hf_tfamily.modeling.cache_patterns import PatternCache
 from hf_tfamily.modeling.configuration_rope_decoder import RoPEDecoderConfig
 from hf_tfamily.modeling.configuration_transformer_xl import TransformerXLConfig
-from hf_tfamily.modeling.memory import PatternCache
 from hf_tfamily.modeling.modeling_rope_decoder import RoPEDecoderForCausalLM
 from hf_tfamily.modeling.modeling_transformer_xl import TransformerXLForCausalLM
 

@@ -43,12 +43,14 @@ from gpu_shapes import SHAPES, Shape, sweeps
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import hf_tfamily  # noqa: F401  registers the systems
-from hf_tfamily.modeling import attention_triton, attention_triton_relative
-from hf_tfamily.modeling.attention_patterns_base import Pattern
-from hf_tfamily.modeling.attention_torch import _to_json, block_sparse_attention
-from hf_tfamily.modeling.attention_triton_call import Call
-from hf_tfamily.modeling.attention_triton_layout import layout
-from hf_tfamily.modeling.attention_triton_views import dense_kernel
+from hf_tfamily.block_sparse.cpu import block_sparse_attention
+from hf_tfamily.block_sparse.patterns import to_text
+from hf_tfamily.block_sparse.triton import attention as triton_attention
+from hf_tfamily.block_sparse.triton import relative as triton_relative
+from hf_tfamily.block_sparse.triton.call import Call
+from hf_tfamily.block_sparse.triton.layout import layout
+from hf_tfamily.block_sparse.triton.views import dense_kernel
+from hf_tfamily.modeling.attention_patterns import Pattern
 from hf_tfamily.recipes import load_recipe
 
 MODELS_TAKE = 100  # seconds that the benchmark leaves to training and sampling
@@ -70,8 +72,8 @@ def main() -> int:
         return 2
     run = Run(options)
     if options.dry_run:
-        attention_triton.register("cpu")
-        attention_triton_relative.register("cpu")
+        triton_attention.register_on("cpu")
+        triton_relative.register_on("cpu")
     if options.compile:
         compile_some(run, *map(int, options.compile.split("/")))
         return 0
@@ -267,7 +269,7 @@ def how_it_runs(pattern: Pattern, tensors: list[torch.Tensor], scale: float) -> 
     """What runs our kernels or which dense kernel a view is handed to, and how long the layout takes."""
     layout.cache_clear()
     begin = time.perf_counter()
-    call = Call.of(*tensors[:3], None, _to_json(pattern), True, scale, 0, 0)
+    call = Call.of(*tensors[:3], None, to_text(pattern), True, scale, 0, 0)
     view = call.view
     if view is not None:
         return {"ours runs": f"{view.kernel} on a view", "layout ms": 0.0}

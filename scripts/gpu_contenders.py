@@ -13,7 +13,7 @@ from gpu_shapes import Shape
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from hf_tfamily.modeling.attention_masks import VisibleKeys
+from hf_tfamily.modeling.attention import VisibleKeys
 from hf_tfamily.modeling.attention_patterns import Full, Strided
 
 SDPA = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}

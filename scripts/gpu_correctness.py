@@ -8,14 +8,13 @@ import torch
 from gpu_run import Run, inputs
 from gpu_shapes import PATTERNS
 
-from hf_tfamily.modeling import attention_triton_views as views
-from hf_tfamily.modeling.attention_decode import attend_one
-from hf_tfamily.modeling.attention_masks import VisibleKeys
-from hf_tfamily.modeling.attention_patterns import FixedBlock, Full, Strided
-from hf_tfamily.modeling.attention_patterns_base import Pattern
-from hf_tfamily.modeling.attention_relative import relative_attention
-from hf_tfamily.modeling.attention_relative_plan import distances_met, rows_by_distance
-from hf_tfamily.modeling.attention_torch import block_sparse_attention
+from hf_tfamily.block_sparse.cpu import block_sparse_attention
+from hf_tfamily.block_sparse.decode import attend_one
+from hf_tfamily.block_sparse.relative import relative_attention
+from hf_tfamily.block_sparse.relative_plan import distances_met, rows_by_distance
+from hf_tfamily.block_sparse.triton import views
+from hf_tfamily.modeling.attention import VisibleKeys
+from hf_tfamily.modeling.attention_patterns import FixedBlock, Full, Pattern, Strided
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 BUDGET = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 2e-5}  # relative errors that always pass
@@ -170,7 +169,7 @@ def check_decoding(run: Run) -> None:
 
             def step() -> torch.Tensor:
                 seen = VisibleKeys(pattern, heads, True, 2, 1, length, query_offset=place, all_places=True)
-                return attend_one(seen, one, key, value, dim**-0.5)
+                return attend_one(seen, one, key, value, dim**-0.5)[0]
 
             replay, outputs = graphed(run, step), []
             for at in places:

@@ -3,8 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from hf_tfamily.modeling.attention_patterns import Fixed, FixedBlock, FixedSummary, Full, Local, Strided, Union
-from hf_tfamily.modeling.attention_patterns_base import Pattern
+from hf_tfamily.modeling.attention_patterns import Fixed, FixedBlock, FixedSummary, Full, Local, Pattern, Strided, Union
 
 Goals = tuple[tuple[float, float] | None, tuple[float, float] | None]  # (must, stretch) of forward, and with backward
 _PRIME = 1009

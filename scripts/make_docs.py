@@ -19,7 +19,7 @@ from matplotlib.colors import ListedColormap
 
 from hf_tfamily import plots
 from hf_tfamily.auto import SYSTEMS
-from hf_tfamily.modeling.attention_patterns_images import Window2D
+from hf_tfamily.modeling.attention_patterns import Window2D
 from hf_tfamily.pattern_views import parse_pattern, pattern_panels
 from hf_tfamily.recipes import list_recipes, load_recipe
 

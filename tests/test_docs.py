@@ -8,7 +8,7 @@ from huggingface_hub import constants
 from transformers import AutoConfig
 
 from hf_tfamily.auto import SYSTEMS
-from hf_tfamily.modeling.attention_patterns_base import PATTERN_TYPES
+from hf_tfamily.modeling.attention_patterns import PATTERN_TYPES
 from hf_tfamily.recipes import list_recipes
 from tests.hub.conftest import open_hub
 

@@ -8,7 +8,7 @@ implementation. Nothing heavy is imported until it is used: no triton, datasets,
 
 __version__ = "0.1.0"
 
-from . import peft_defaults
+from . import block_sparse, peft_defaults  # noqa: F401  block_sparse registers itself
 from .auto import SYSTEMS, public_classes, register_all
 from .modeling.attention_patterns import Fixed, Full, Local, PerHead, Strided, Union
 from .stock_models import set_attention_patterns

@@ -18,9 +18,17 @@ from typing import Any
 import numpy as np
 import yaml
 
-from .modeling.attention_patterns import PerHead, Union, pattern_from_dict, patterns_for_layers, walk
-from .modeling.attention_patterns_base import PATTERN_TYPES, Pattern
-from .modeling.attention_patterns_images import Block2D, Window2D
+from .modeling.attention_patterns import (
+    PATTERN_TYPES,
+    Block2D,
+    Pattern,
+    PerHead,
+    Union,
+    Window2D,
+    pattern_from_dict,
+    patterns_for_layers,
+    walk,
+)
 from .modeling.image_processing_tokens import GENERATION_ORDERS
 
 LATER, QUERY, UNSEEN = -2, -1, 0  # codes of a view; k = 1 ... MAX_PARTS is the k-th part of the pattern

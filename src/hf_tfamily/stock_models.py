@@ -7,9 +7,8 @@ from functools import cache
 from torch import nn
 from transformers import PreTrainedModel
 
-from .modeling.attention_block_sparse import NAME, layer_pattern
-from .modeling.attention_patterns import patterns_for_layers
-from .modeling.attention_patterns_base import Pattern
+from .block_sparse.stock_masks import NAME, layer_pattern
+from .modeling.attention_patterns import Pattern, patterns_for_layers
 
 _INTERFACE = "ALL_ATTENTION_FUNCTIONS.get_interface("
 # Parts of the names of parameters that enter the scores.

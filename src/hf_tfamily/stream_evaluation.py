@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from .data.streams import IGNORED, SegmentCollator, StreamDataset
-from .modeling.memory import PatternCache
+from .modeling.cache_patterns import PatternCache
 
 
 def has_memory(model: PreTrainedModel) -> bool:

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .modeling.attention_triton_views import dense_kernel
+from .block_sparse.triton.views import dense_kernel
 from .modeling.configuration_sparse_transformer import SparseTransformerConfig
 
 PACKAGES = ("hf-tfamily", "torch", "transformers", "huggingface_hub", "accelerate", "triton", "datasets", "matplotlib")

@@ -6,6 +6,9 @@ import pytest
 import torch
 
 from hf_tfamily.modeling.attention_patterns import (
+    PATTERN_TYPES,
+    Block1D,
+    Block2D,
     Fixed,
     FixedBlock,
     FixedSummary,
@@ -15,12 +18,12 @@ from hf_tfamily.modeling.attention_patterns import (
     PerHead,
     Strided,
     Union,
+    Window2D,
     pattern_from_dict,
     patterns_for_layers,
     walk,
 )
-from hf_tfamily.modeling.attention_patterns_base import PATTERN_TYPES
-from hf_tfamily.modeling.attention_patterns_images import Block1D, Block2D, Window2D
+from tests.pattern_examples import EXAMPLES
 from tests.reference.image_transformer import block_order
 
 PATTERNS = [
@@ -39,6 +42,7 @@ PATTERNS = [
     Union((Intersection((Fixed(6, 1, sub_blocks=4), Local(9))), Local(2))),
     PerHead((Union((Local(2), Strided(5))), FixedSummary(5, 2, sub_blocks=2))),
     Block1D(4, 3),
+    *EXAMPLES,
 ]
 # Patterns of pictures need a grid, which no config says.
 GRID_PATTERNS = [

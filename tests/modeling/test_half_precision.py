@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from hf_tfamily.modeling import attention_block_sparse
+from hf_tfamily.block_sparse import interface
+from hf_tfamily.block_sparse.cpu import block_sparse_attention
 from hf_tfamily.modeling.attention_patterns import Fixed, Local, Strided, Union
-from hf_tfamily.modeling.attention_torch import block_sparse_attention
 from hf_tfamily.modeling.configuration_sparse_transformer import SparseTransformerConfig
 from hf_tfamily.modeling.modeling_sparse_transformer import SparseTransformerForCausalLM
 from tests.reference.attention import dense_attention
@@ -13,7 +13,7 @@ from tests.reference.attention import dense_attention
 
 def triton_executor():
     pytest.importorskip("triton")
-    from tests.modeling.triton_support import triton_attention
+    from tests.block_sparse.triton_support import triton_attention
 
     return triton_attention
 
@@ -42,7 +42,7 @@ def test_products_beyond_the_range(executor, pattern):
 )
 def test_training_under_dynamic_loss_scaling(executor, steps, scale, monkeypatch):
     """Activations so large that a first scale is too much: it is halved until gradients fit, and training goes on."""
-    monkeypatch.setattr(attention_block_sparse, "block_sparse_attention", EXECUTORS[executor]())
+    monkeypatch.setattr(interface, "block_sparse_attention", EXECUTORS[executor]())
     torch.manual_seed(0)
     config = SparseTransformerConfig(
         vocab_size=11,

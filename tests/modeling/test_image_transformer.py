@@ -24,11 +24,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import hf_tfamily  # noqa: F401
 from hf_tfamily.modeling.attention import eager_attention_forward, layer_masks
-from hf_tfamily.modeling.attention_patterns_images import Block1D, Block2D
+from hf_tfamily.modeling.attention_patterns import Block1D, Block2D
+from hf_tfamily.modeling.cache_patterns import PatternCacheLayer
 from hf_tfamily.modeling.configuration_image_transformer import ImageTransformerConfig
 from hf_tfamily.modeling.image_enlargement import BicubicEnlargement
 from hf_tfamily.modeling.image_processing_tokens import ImageTokenProcessor
-from hf_tfamily.modeling.memory import PatternCacheLayer
 from hf_tfamily.modeling.mixture_of_logistics import channel_mixture
 from hf_tfamily.modeling.modeling_image_transformer import (
     ImageTransformerForCausalLM,

@@ -8,7 +8,7 @@ from huggingface_hub.errors import StrictDataclassClassValidationError
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import SwinBackbone, SwinConfig, SwinForImageClassification, SwinForMaskedImageModeling
 
-from hf_tfamily.modeling.attention_patterns_images import Window2D
+from hf_tfamily.modeling.attention_patterns import Window2D
 from hf_tfamily.modeling.configuration_swin_transformer import SwinTransformerConfig
 from hf_tfamily.modeling.modeling_swin_transformer import (
     SwinTransformerBackbone,

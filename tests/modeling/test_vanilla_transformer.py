@@ -13,8 +13,8 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutput
 
 from hf_tfamily.auto import register_all
+from hf_tfamily.modeling.cache_patterns import PatternCache
 from hf_tfamily.modeling.configuration_vanilla_transformer import POSITION_ENCODINGS, VanillaTransformerConfig
-from hf_tfamily.modeling.memory import PatternCache
 from hf_tfamily.modeling.modeling_vanilla_transformer import (
     VanillaTransformer,
     VanillaTransformerForCausalLM,

@@ -12,7 +12,7 @@ from hf_tfamily.modeling.configuration_xl_sparse import XLSparseConfig
 from hf_tfamily.modeling.memory_segments import SegmentMemory
 from hf_tfamily.modeling.memory_sparse_segments import SparseSegmentMemory
 from hf_tfamily.modeling.modeling_xl_sparse import XLSparseForCausalLM, XLSparseForSequenceClassification, XLSparseModel
-from tests.modeling.test_attention_torch import LargestTensor
+from tests.block_sparse.test_cpu import LargestTensor
 from tests.reference.xl_sparse import xl_sparse
 
 VOCAB = 11

@@ -1,0 +1,168 @@
+"""What Transformers calls under `attn_implementation="block_sparse"`, for our models and for stock ones.
+
+Shapes: B batch, H heads, T queries, S keys, D head dim of queries and keys, Dv of values.
+"""
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..modeling.attention import BLOCK_SPARSE as NAME
+from ..modeling.attention import VisibleKeys
+from ..modeling.attention_patterns import Pattern
+from ..modeling.positions import rows_by_distance
+from .alignment import Tensors, attend_packed, attend_padded
+from .cpu import block_sparse_attention
+from .decode import attend_masked, attend_one
+from .patterns import own_mask
+from .relative import relative_attention
+from .stock_masks import bind
+
+
+def block_sparse_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: VisibleKeys | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    return_lse: bool = False,
+    **kwargs,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention [B, T, H, Dv] of queries [B, H, T, D] to keys [B, Hk, S, D] and values [B, Hk, S, Dv].
+
+    Args:
+        attention_mask: VisibleKeys of any copy of modeling/attention.py; None where the layer's pattern says all.
+        position_bias (in kwargs): scores for distances as what they are computed from, positions.DistanceScores.
+        return_lse: also return the log-sum-exp [B, H, T] of each query's scores, -inf where it sees nothing.
+
+    Raises:
+        ValueError: for what the backend cannot do, naming what can.
+    """
+    _refuse_unsupported(attention_mask, dropout if module.training else 0.0, {**kwargs, "return_lse": return_lse})
+    is_causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
+    seen = bind(None if attention_mask is None else own_mask(attention_mask), module, query, key, is_causal)
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    bias = kwargs.get("position_bias")
+    if bias is not None:
+        return attend_relative(seen, query, key, value, scaling, bias), None
+    tensors = (tensor.transpose(1, 2) for tensor in _in_one_dtype(query, key, value))
+    return attend(seen, *tensors, scaling, return_lse)
+
+
+def attend(
+    seen: VisibleKeys, query: Tensor, key: Tensor, value: Tensor, scaling: float, with_lse: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Attention [B, T, H, Dv] of queries [B, T, H, D] to the keys [B, S, Hk, D] that `seen` shows, and if asked for the
+    log-sum-exp [B, H, T] of each query's scores, -inf where it sees nothing."""
+
+    def execute(queries: Tensors, key: Tensor, value: Tensor, **where) -> Tensors:
+        how = {"causal": seen.causal, "scale": scaling, "return_lse": True}
+        return block_sparse_attention(*queries, key, value, seen.pattern, **how, **where)
+
+    if _is_one_token(seen, key.device):
+        return attend_one(seen, query, key, value, scaling, with_lse)
+    if seen.query_positions is not None and (seen.query_length == 1 or seen.key_positions.ndim == 3):
+        return attend_masked(seen.dense(query.device), query, key, value, scaling, with_lse)
+    output, lse = _run(seen, (query,), key, value, execute)
+    return output, lse.transpose(1, 2) if with_lse else None
+
+
+def _run(seen: VisibleKeys, queries: Tensors, key: Tensor, value: Tensor, execute: Callable) -> Tensors:
+    """What `execute` gives for queries and keys at the positions that they have, [B, T, ...] each."""
+    if seen.query_positions is None:
+        where = {"q_offset": seen.query_offset, "kv_offset": seen.key_offset, "key_valid": seen.key_valid}
+        return execute(queries, key, value, **where)
+    align = attend_padded if seen.query_documents is None else attend_packed
+    return align(seen, queries, key, value, execute)
+
+
+def _is_one_token(seen: VisibleKeys, device: torch.device) -> bool:
+    """Is this a step of decoding over all slots, to be run without a look at where it stands?
+
+    Where slots are positions known to the host, a CPU is faster with a plan.
+    """
+    one = seen.query_length == 1 and seen.causal and seen.all_places and seen.extra is None
+    if not one or seen.query_documents is not None or (seen.key_positions is not None and seen.key_offset):
+        return False
+    return seen.key_positions is not None or isinstance(seen.query_offset, Tensor) or device.type == "cuda"
+
+
+def attend_relative(seen: VisibleKeys, query: Tensor, key: Tensor, value: Tensor, scaling: float, bias) -> Tensor:
+    """Attention of [B, H, T, D] to keys [B, H, S, D] with scores for their distance -> [B, T, H, D]."""
+    *tensors, relative_key = _in_one_dtype(query, bias.position_query, key, value, bias.relative_key)
+    query, position_query, key, value = (tensor.transpose(1, 2) for tensor in tensors)
+
+    def execute(queries: Tensors, key: Tensor, value: Tensor, **where) -> Tensors:
+        scores = (relative_key, bias.distances)
+        return (relative_attention(*queries, key, value, *scores, seen.pattern, scale=scaling, **where),)
+
+    if seen.query_length == 1:
+        return _attend_one(seen, query, position_query, key, value, scaling, relative_key, bias.distances)
+    return _run(seen, (query, position_query), key, value, execute)[0]
+
+
+def _refuse_unsupported(attention_mask: Any, dropout: float, kwargs: dict[str, Any]) -> None:
+    bias = kwargs.get("position_bias")
+    reasons = {
+        "dropout of attention weights; set it to 0 in the config, or use 'eager' or 'sdpa'": dropout > 0,
+        "output_attentions; use 'eager'": kwargs.get("output_attentions"),
+        "softcap; set attn_logit_softcapping to None in the config, or use 'eager'": kwargs.get("softcap") is not None,
+        "attention sinks (s_aux); use 'eager'": kwargs.get("s_aux") is not None,
+        "a position_bias that is a tensor; use 'eager' or 'sdpa'": isinstance(bias, Tensor),
+        "scores by distance alone (DistanceBias); use 'eager' or 'sdpa'": hasattr(bias, "table"),
+        "return_lse beside a position_bias; use 'eager'": bias is not None and kwargs.get("return_lse"),
+        "global tokens; use 'eager', 'sdpa' or 'flex_attention'": getattr(attention_mask, "global_tokens", None)
+        is not None,
+        "masks that are tensors, whether given as a 4-D attention_mask or built by the model itself; "
+        "use 'eager' or 'sdpa'": isinstance(attention_mask, Tensor),
+        "a 4-D attention_mask; use 'eager' or 'sdpa'": getattr(attention_mask, "extra", None) is not None,
+    }
+    for reason, applies in reasons.items():
+        if applies:
+            raise ValueError(f"attn_implementation='{NAME}' does not support {reason}.")
+
+
+def _attend_one(
+    seen: VisibleKeys, query, position_query, key, value, scaling: float, relative_key, distances
+) -> Tensor:
+    """One query [B, 1, H, D] in each row, which reads only keys that it sees and scores only their distances."""
+    mask = None
+    key, value = key.transpose(1, 2), value.transpose(1, 2)  # [B, H, S, D], as memories store them
+    if seen.query_positions is None and seen.key_valid is None and seen.pattern.head_period == 1:
+        chosen, distance = _seen_by_one(seen.pattern, seen.query_offset, seen.key_offset, seen.key_length)
+        if len(chosen) < seen.key_length:
+            key, value = (tensor.index_select(2, chosen.to(tensor.device)) for tensor in (key, value))
+    else:
+        mask = seen.dense(query.device)
+        distance = seen.distances(query.device)[:, 0]
+    scores = torch.einsum("bohd,hld->bhol", position_query, relative_key) * scaling
+    rows = rows_by_distance(distances, distance.cpu()).to(query.device)
+    bias = scores.gather(3, rows[:, None, None].expand(*scores.shape[:3], -1))
+    if mask is not None:
+        bias = bias.masked_fill(~mask, torch.finfo(bias.dtype).min)
+    output = nn.functional.scaled_dot_product_attention(query.transpose(1, 2), key, value, bias, scale=scaling)
+    if mask is not None:
+        output = output.masked_fill(~mask.any(dim=-1, keepdim=True), 0.0)
+    return output.transpose(1, 2)
+
+
+@lru_cache(maxsize=16)  # for the layers of a step
+def _seen_by_one(pattern: Pattern, query: int, first_key: int, num_keys: int) -> tuple[Tensor, Tensor]:
+    """Which keys a query at a position sees [J], and their distances [1, J]."""
+    positions = torch.arange(first_key, min(first_key + num_keys, query + 1))
+    chosen = pattern.visible(0, query, positions).nonzero()[:, 0]
+    return chosen, query - positions[None, chosen]
+
+
+def _in_one_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Under autocast, models mix float32 (rotated queries, say) with the autocast dtype."""
+    device = tensors[0].device.type
+    if torch.is_autocast_enabled(device):
+        return tuple(tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors)
+    return tensors

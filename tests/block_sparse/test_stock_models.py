@@ -1,0 +1,669 @@
+"""Transformers' own models under our patterns, held to the same models with dense attention under an explicit table.
+
+The oracle is a backend of this file: it ignores the masks that Transformers builds and shows each query of a
+self-attention layer what a table written by loops says (pattern AND the model's own rule AND padding AND packing).
+"""
+
+import pytest
+import torch
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    BertConfig,
+    BertForMaskedLM,
+    CLIPConfig,
+    CLIPModel,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    DogeConfig,
+    DogeForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    ImageGPTConfig,
+    ImageGPTModel,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MoonshineConfig,
+    MoonshineModel,
+    SwinConfig,
+    SwinModel,
+    T5Config,
+    T5Model,
+    ViTConfig,
+    ViTModel,
+)
+from transformers.cache_utils import DynamicCache, StaticCache
+from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, or_masks
+from transformers.modeling_utils import AttentionInterface
+
+import hf_tfamily
+from hf_tfamily.block_sparse import interface, stock_masks
+from hf_tfamily.modeling.attention_patterns import (
+    Fixed,
+    FixedBlock,
+    FixedSummary,
+    Full,
+    Intersection,
+    Local,
+    PerHead,
+    Strided,
+    Union,
+)
+from hf_tfamily.modeling.configuration_sparse_transformer import SparseTransformerConfig
+from hf_tfamily.modeling.modeling_sparse_transformer import SparseTransformerForCausalLM
+from tests.reference.masked_attention import visible_table
+
+HEADS, LENGTH, WINDOW = 4, 21, 6
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": HEADS}
+TEXT = {"vocab_size": 50, "num_key_value_heads": 2, "initializer_range": 0.3, "pad_token_id": 0, **SIZES}
+BART = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
+IMAGE = {"image_size": 20, "patch_size": 4, **SIZES}
+
+MERGED = Union([Local(3), Strided(4)])
+PATTERNS = {
+    "local": [Local(4)],
+    "merged": [MERGED],
+    "fixed": [Fixed(block=5, summary=1, sub_blocks=2)],
+    "per head": [PerHead([Local(2), FixedSummary(5, 2)])],
+    "intersection": [Intersection([Local(9), Strided(2)])],
+    "by layer": [FixedBlock(5), PerHead([Strided(4), Full()])],
+}
+
+
+def llama():
+    return LlamaForCausalLM(LlamaConfig(**TEXT))
+
+
+def gemma2():
+    """Its first layer slides, its second does not."""
+    config = Gemma2Config(**TEXT, head_dim=8, sliding_window=WINDOW, attn_logit_softcapping=None)
+    return Gemma2ForCausalLM(config)
+
+
+def gpt2():
+    config = GPT2Config(
+        vocab_size=50, n_embd=32, n_layer=2, n_head=HEADS, initializer_range=0.3, eos_token_id=1, bos_token_id=1,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+    )  # fmt: skip
+    return GPT2LMHeadModel(config)
+
+
+def bert():
+    no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    return BertForMaskedLM(BertConfig(vocab_size=50, initializer_range=0.3, **SIZES, **no_dropout))
+
+
+def vit():
+    return ViTModel(ViTConfig(**IMAGE, initializer_range=0.3))
+
+
+def clip_vision():
+    return CLIPVisionModel(CLIPVisionConfig(**IMAGE, initializer_factor=10.0))
+
+
+def bart():
+    heads = {"encoder_attention_heads": HEADS, "decoder_attention_heads": HEADS}
+    return BartForConditionalGeneration(BartConfig(vocab_size=50, init_std=0.3, dropout=0.0, **BART, **heads))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The oracle
+
+
+class Tables:
+    """What each self-attention layer shows, [B, H, N, N]: by stack ("encoder" or "decoder") and layer."""
+
+    def __init__(self):
+        self.by_layer = {}
+
+    def of(self, module, query_length, key_length, batch_size):
+        if not self.by_layer or attention_is_cross(module):
+            return None
+        stack = "decoder" if getattr(module, "is_decoder", False) else "encoder"
+        layers = self.by_layer.get(stack) or self.by_layer["all"]
+        table = layers[(getattr(module, "layer_idx", None) or 0) % len(layers)]
+        return table[:, :, :query_length, :key_length].repeat_interleave(batch_size // len(table), dim=0)
+
+
+TABLES = Tables()
+
+
+def attention_is_cross(module):
+    return getattr(module, "is_decoder", False) and not module.is_causal
+
+
+def table_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    table = TABLES.of(module, query.shape[2], key.shape[2], len(query))
+    if table is None:  # cross-attention: padding is all there is
+        table = torch.ones(1) if attention_mask is None else attention_mask[:, None, None]
+    scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    weights = scores.masked_fill(table == 0, float("-inf")).softmax(-1).nan_to_num()
+    return (weights @ value).transpose(1, 2), weights
+
+
+def only_padding(attention_mask=None, **kwargs):
+    return attention_mask
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _oracle_backend():
+    AttentionInterface.register("table", table_attention)
+    AttentionMaskInterface.register("table", only_padding)
+    yield
+    for table in (AttentionInterface, AttentionMaskInterface):
+        table._global_mapping.pop("table")
+
+
+def tables(patterns, valid=None, batch=2, length=LENGTH, causal=True, windows=(None,), documents=None):
+    """One table for each layer, from positions that count tokens from the start of their document."""
+    valid = torch.ones(batch, length, dtype=torch.bool) if valid is None else valid.bool()
+    documents = torch.zeros_like(valid, dtype=torch.long) if documents is None else documents
+    positions = [
+        [sum(bool(valid[b, j]) and documents[b, j] == documents[b, i] for j in range(i)) for i in range(valid.shape[1])]
+        for b in range(len(valid))
+    ]
+    layers = []
+    for layer in range(2):
+        window = windows[layer % len(windows)]
+
+        def seen(b, i, j, window=window):
+            return (
+                bool(valid[b, j])
+                and bool(valid[b, i])
+                and documents[b, i] == documents[b, j]
+                and (j <= i or not causal)
+                and (window is None or i - j < window)
+            )
+
+        layers.append(visible_table(patterns[layer % len(patterns)], HEADS, positions, positions, seen))
+    return layers
+
+
+def pair(build, patterns):
+    """The model under our patterns, and its twin under the oracle."""
+    ours, twin = build().eval(), build().eval()
+    for parameter in ours.parameters():  # biases, too, so that nothing is right by being zero
+        if parameter.ndim == 1:
+            torch.nn.init.normal_(parameter, mean=float(parameter.detach().mean()), std=0.1)
+    twin.load_state_dict(ours.state_dict())
+    hf_tfamily.set_attention_patterns(ours, patterns)
+    twin.set_attn_implementation("table")
+    return ours, twin
+
+
+def assert_equal(ours, twin, valid=None, call=None, **inputs):
+    """Outputs and the gradient of every parameter; what padding puts out is nobody's concern."""
+    results = []
+    for model in (ours, twin):
+        model.zero_grad()
+        output = call(model) if call else model(**inputs)[0]
+        output = output if valid is None else output[valid.bool()]
+        torch.manual_seed(1)
+        (output * torch.randn_like(output)).sum().backward()
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        results.append((output.detach(), gradients))
+    (output, gradients), (expected, expected_gradients) = results
+    close(output, expected)
+    assert gradients.keys() == expected_gradients.keys()
+    largest = max(float(gradient.abs().max()) for gradient in expected_gradients.values())
+    for name, gradient in gradients.items():  # a key's bias has gradient 0 but for rounding
+        close(gradient, expected_gradients[name], name, floor=1e-2 * largest)
+
+
+def close(actual, expected, name="", floor=0.0):
+    scale = max(float(expected.abs().max()), floor)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=3e-5 * scale, msg=lambda m: f"{name}: {m}")
+
+
+def positions_of(mask):
+    return (mask.cumsum(-1) - 1).clamp(min=0)
+
+
+def tokens(batch=2, length=LENGTH):
+    return torch.randint(3, 50, (batch, length))
+
+
+def padding(side, batch=2, length=LENGTH, width=6):
+    mask = torch.ones(batch, length, dtype=torch.long)
+    mask[0, slice(0, width) if side == "left" else slice(length - width, length)] = 0
+    return mask
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Outputs and gradients
+
+DECODERS = {"llama": (llama, (None,)), "gemma2": (gemma2, (WINDOW, None)), "gpt2": (gpt2, (None,))}
+
+
+@pytest.fixture(params=DECODERS)
+def decoder(request):
+    return DECODERS[request.param]
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_llama_equals_the_table(name):
+    ours, twin = pair(llama, PATTERNS[name])
+    TABLES.by_layer = {"all": tables(PATTERNS[name])}
+    assert_equal(ours, twin, input_ids=tokens())
+
+
+def test_the_table_can_fail():
+    """The patterns matter: under another one, outputs are far away."""
+    ours, twin = pair(llama, PATTERNS["local"])
+    TABLES.by_layer = {"all": tables(PATTERNS["merged"])}
+    ids = tokens()
+    with torch.no_grad():
+        assert (ours(ids).logits - twin(ids).logits).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("side", ["none", "left", "right"])
+def test_decoders_with_padding(decoder, side):
+    build, windows = decoder
+    ours, twin = pair(build, PATTERNS["by layer"])
+    valid = None if side == "none" else padding(side)
+    TABLES.by_layer = {"all": tables(PATTERNS["by layer"], valid, windows=windows)}
+    assert_equal(ours, twin, valid, input_ids=tokens(), attention_mask=valid)
+
+
+def test_gemma2_slides_under_every_pattern():
+    """A pattern that reaches beyond the sliding window is cut by it, in the layers that slide."""
+    ours, twin = pair(gemma2, PATTERNS["merged"])
+    TABLES.by_layer = {"all": tables(PATTERNS["merged"], windows=(WINDOW, None))}
+    ids = tokens()
+    assert_equal(ours, twin, input_ids=ids)
+    TABLES.by_layer = {"all": tables(PATTERNS["merged"])}
+    with torch.no_grad():
+        assert (ours(ids).logits - twin(ids).logits).abs().max() > 0.1
+
+
+def test_packed_documents_do_not_see_each_other(decoder):
+    build, windows = decoder
+    lengths = ([9, 5, 7], [4, 16, 1])
+    documents = torch.tensor([[d for d, n in enumerate(row) for _ in range(n)] for row in lengths])
+    positions = torch.tensor([[i for n in row for i in range(n)] for row in lengths])
+    ours, twin = pair(build, PATTERNS["by layer"])
+    TABLES.by_layer = {"all": tables(PATTERNS["by layer"], documents=documents, windows=windows)}
+    ids = tokens()
+    assert_equal(ours, twin, input_ids=ids, position_ids=positions, use_cache=False)
+    with torch.no_grad():
+        alone = ours(ids[:1, 9:14]).logits
+        close(ours(ids, position_ids=positions, use_cache=False).logits[:1, 9:14], alone)
+
+
+def test_packed_documents_of_one_row_serve_the_whole_batch():
+    ours = pair(llama, PATTERNS["merged"])[0]
+    positions = torch.tensor([[*range(12), *range(9)]])
+    ids = tokens()
+    with torch.no_grad():
+        packed = ours(ids, position_ids=positions, use_cache=False).logits
+        close(packed[:, 12:], ours(ids[:, 12:]).logits)
+
+
+@pytest.mark.parametrize("side", ["none", "left", "right"])
+def test_bert_sees_both_ways(side):
+    ours, twin = pair(bert, PATTERNS["by layer"])
+    valid = None if side == "none" else padding(side)
+    TABLES.by_layer = {"all": tables(PATTERNS["by layer"], valid, causal=False)}
+    assert_equal(ours, twin, valid, input_ids=tokens(), attention_mask=valid)
+
+
+@pytest.mark.parametrize("name", ["local", "merged", "per head"])
+@pytest.mark.parametrize("build", [vit, clip_vision])
+def test_models_of_images_are_not_causal(build, name):
+    """25 patches and the class token. CLIP's hands over no mask at all, so only the module can say so."""
+    ours, twin = pair(build, PATTERNS[name])
+    TABLES.by_layer = {"all": tables(PATTERNS[name], length=26, causal=False)}
+    assert_equal(ours, twin, pixel_values=torch.randn(2, 3, 20, 20))
+
+
+@pytest.mark.parametrize("target_length", [13, 28])
+def test_bart_has_patterns_in_both_stacks_and_none_between(target_length):
+    ours, twin = pair(bart, PATTERNS["by layer"])
+    valid, target_valid = padding("right"), padding("right", length=target_length)
+    TABLES.by_layer = {
+        "encoder": tables(PATTERNS["by layer"], valid, causal=False),
+        "decoder": tables(PATTERNS["by layer"], target_valid),
+    }
+    inputs = {"input_ids": tokens(), "decoder_input_ids": tokens(length=target_length)}
+    masks = {"attention_mask": valid, "decoder_attention_mask": target_valid}
+    assert_equal(ours, twin, target_valid, **inputs, **masks)
+
+
+def test_bart_without_padding():
+    ours, twin = pair(bart, PATTERNS["merged"])
+    TABLES.by_layer = {
+        "encoder": tables(PATTERNS["merged"], causal=False),
+        "decoder": tables(PATTERNS["merged"], length=9),
+    }
+    assert_equal(ours, twin, input_ids=tokens(), decoder_input_ids=tokens(length=9))
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing(decoder, use_reentrant):
+    build, windows = decoder
+    ours, twin = pair(build, PATTERNS["by layer"])
+    valid = padding("left")
+    TABLES.by_layer = {"all": tables(PATTERNS["by layer"], valid, windows=windows)}
+    ours.train()
+    twin.train()
+    ours.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    assert_equal(ours, twin, valid, input_ids=tokens(), attention_mask=valid)
+
+
+def test_bfloat16_is_as_near_as_the_table():
+    ours, twin = pair(llama, PATTERNS["merged"])
+    TABLES.by_layer = {"all": tables(PATTERNS["merged"])}
+    ids = tokens()
+    with torch.no_grad():
+        exact = twin(ids).logits
+        errors = [(model.bfloat16()(ids).logits - exact).norm() / exact.norm() for model in (ours, twin)]
+    assert errors[0] < 2 * errors[1]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Generation
+
+
+def generate(model, ids, mask, new=12, **kwargs):
+    return model.generate(
+        ids, attention_mask=mask, max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0,
+        output_logits=True, output_scores=True, return_dict_in_generate=True, **kwargs,
+    )  # fmt: skip
+
+
+def assert_logits_follow_the_table(twin, patterns, windows, output, prompt_mask):
+    """Every step's logits are those of one pass over the whole sequence."""
+    steps = len(output.logits)
+    mask = torch.nn.functional.pad(prompt_mask, (0, steps), value=1)
+    TABLES.by_layer = {"all": tables(patterns, mask, windows=windows)}
+    with torch.no_grad():
+        logits = twin(output.sequences, position_ids=positions_of(mask)).logits
+    close(torch.stack(output.logits, dim=1), logits[:, -steps - 1 : -1])
+
+
+CACHES = {
+    "none": {"use_cache": False},
+    "dynamic": {},
+    "static": {"cache_implementation": "static"},
+    "chunked prefill": {"prefill_chunk_size": 4},
+}
+
+
+@pytest.mark.parametrize("side", ["none", "left"])
+@pytest.mark.parametrize("cache", CACHES)
+def test_generation(decoder, cache, side):
+    build, windows = decoder
+    ours, twin = pair(build, PATTERNS["by layer"])
+    ids = tokens(length=10)
+    mask = torch.ones_like(ids) if side == "none" else padding("left", length=10, width=3)
+    output = generate(ours, ids * mask, mask, **CACHES[cache])
+    assert_logits_follow_the_table(twin, PATTERNS["by layer"], windows, output, mask)
+
+
+@pytest.mark.parametrize("side", ["none", "left"])
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_a_cache_that_is_given_in_chunks(decoder, kind, side):
+    """Prompts of several passes against what the cache holds, past the end of the sliding window."""
+    build, windows = decoder
+    ours, twin = pair(build, PATTERNS["merged"])
+    ids = tokens()
+    mask = torch.ones_like(ids) if side == "none" else padding("left", width=3)
+    cache = DynamicCache(config=ours.config) if kind == "dynamic" else StaticCache(ours.config, max_cache_len=30)
+    positions, parts = positions_of(mask), []
+    with torch.no_grad():
+        for start, end in ((0, 5), (5, 13), (13, 14), (14, LENGTH)):
+            chunk = {"input_ids": ids[:, start:end], "position_ids": positions[:, start:end]}
+            parts.append(ours(**chunk, attention_mask=mask[:, :end], past_key_values=cache).logits)
+        TABLES.by_layer = {"all": tables(PATTERNS["merged"], mask, windows=windows)}
+        expected = twin(ids, position_ids=positions).logits
+    close(torch.cat(parts, dim=1)[mask.bool()], expected[mask.bool()])
+
+
+@pytest.mark.parametrize("cache", ["none", "dynamic", "static"])
+def test_beams(decoder, cache):
+    build, windows = decoder
+    ours, twin = pair(build, PATTERNS["by layer"])
+    ids, mask = tokens(length=7), padding("left", length=7, width=2)
+    TABLES.by_layer = {
+        "all": tables(PATTERNS["by layer"], torch.nn.functional.pad(mask, (0, 8), value=1), windows=windows)
+    }
+    expected = generate(twin, ids, mask, new=8, num_beams=3, use_cache=False)
+    output = generate(ours, ids, mask, new=8, num_beams=3, **CACHES[cache])
+    assert output.sequences.tolist() == expected.sequences.tolist()
+    close(output.sequences_scores, expected.sequences_scores)
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+@pytest.mark.parametrize("cache", ["none", "dynamic", "static"])
+def test_bart_generates(cache, num_beams):
+    ours, twin = pair(bart, PATTERNS["merged"])
+    ids, mask = tokens(length=10), padding("right", length=10, width=4)
+    TABLES.by_layer = {
+        "encoder": tables(PATTERNS["merged"], mask, causal=False),
+        "decoder": tables(PATTERNS["merged"], length=12),
+    }
+    expected = generate(twin, ids, mask, new=10, num_beams=num_beams, use_cache=False)
+    output = generate(ours, ids, mask, new=10, num_beams=num_beams, **CACHES[cache])
+    assert output.sequences.tolist() == expected.sequences.tolist()
+    if num_beams == 1:
+        close(torch.stack(output.logits), torch.stack(expected.logits))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Setting patterns
+
+
+@pytest.mark.parametrize("name", ["local", "by layer"])
+def test_patterns_survive_saving(name, tmp_path):
+    ours = pair(llama, PATTERNS[name])[0]
+    ours.save_pretrained(tmp_path)
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path, attn_implementation="block_sparse")
+    ids = tokens()
+    assert loaded.config.attention_patterns == ours.config.attention_patterns
+    assert torch.equal(loaded(ids).logits, ours(ids).logits)
+
+
+def test_a_config_alone_is_enough(tmp_path):
+    model = llama()
+    model.save_pretrained(tmp_path)
+    config = LlamaConfig.from_pretrained(tmp_path)
+    config.attention_patterns = {"type": "local", "window": 4}
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path, config=config, attn_implementation="block_sparse")
+    hf_tfamily.set_attention_patterns(model, Local(4))
+    ids = tokens()
+    assert torch.equal(loaded(ids).logits, model.eval()(ids).logits)
+
+
+@pytest.mark.parametrize("patterns", [Local(4), [Local(4)], {"type": "local", "window": 4}, iter([Local(4)])])
+def test_one_pattern_is_stored_as_one_plain_dict(patterns):
+    model = llama()
+    hf_tfamily.set_attention_patterns(model, patterns)
+    assert model.config.attention_patterns == {"type": "local", "window": 4}
+    assert model.config._attn_implementation == "block_sparse"
+
+
+def test_patterns_can_be_changed():
+    ours, twin = pair(llama, PATTERNS["local"])
+    hf_tfamily.set_attention_patterns(ours, PATTERNS["by layer"])
+    TABLES.by_layer = {"all": tables(PATTERNS["by layer"])}
+    assert_equal(ours, twin, input_ids=tokens())
+
+
+def swin():
+    sizes = {"embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2], "window_size": 2}
+    return SwinModel(SwinConfig(image_size=32, patch_size=4, **sizes))
+
+
+def clip():
+    return CLIPModel(CLIPConfig(text_config={**SIZES, "vocab_size": 50}, vision_config=IMAGE, projection_dim=8))
+
+
+def t5():
+    return T5Model(T5Config(vocab_size=50, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=HEADS))
+
+
+def imagegpt():
+    return ImageGPTModel(ImageGPTConfig(n_embd=32, n_layer=1, n_head=HEADS, vocab_size=17, n_positions=16))
+
+
+def capped_gemma2():
+    return Gemma2ForCausalLM(Gemma2Config(**TEXT, head_dim=8))
+
+
+def sparse_transformer():
+    sizes = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": HEADS}
+    return SparseTransformerForCausalLM(SparseTransformerConfig(**sizes))
+
+
+def moonshine():
+    return MoonshineModel(MoonshineConfig(**TEXT))
+
+
+REFUSED = {
+    "own patterns": (sparse_transformer, Local(4), "SparseTransformerForCausalLM knows patterns itself"),
+    "own code": (imagegpt, Local(4), "ImageGPTAttention attends by its own code and would ignore the pattern"),
+    "position bias": (swin, Local(4), "SwinAttention adds terms of its own to the scores"),
+    "relative bias": (t5, Local(4), "T5Attention adds terms of its own to the scores"),
+    "softcap": (capped_gemma2, Local(4), "attn_logit_softcapping to None"),
+    "several configs": (clip, Local(4), "CLIPAttention.* config of its own"),
+    "which attention": (moonshine, Local(4), "whether MoonshineAttention is self- or cross-attention"),
+    "no layer number": (vit, [Local(4), Full()], "ViTAttention does not know its layer"),
+    "unknown type": (llama, {"type": "locl", "window": 4}, "did you mean 'local'"),
+    "bad value": (llama, {"type": "local", "window": 0}, "Local.window must be an integer of at least 1"),
+    "no pattern": (llama, [], "empty list"),
+    "heads": (llama, PerHead([Local(1), Local(2), Local(3)]), "does not divide num_attention_heads=4"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_is_refused_and_the_model_left_alone(case):
+    build, patterns, reason = REFUSED[case]
+    model = build()
+    before, implementation = model.config.to_dict(), model.config._attn_implementation
+    with pytest.raises(ValueError, match=reason):
+        hf_tfamily.set_attention_patterns(model, patterns)
+    assert model.config.to_dict() == before
+    assert model.config._attn_implementation == implementation
+
+
+def test_one_half_of_a_composite_model_can_have_patterns():
+    model = clip().eval()
+    hf_tfamily.set_attention_patterns(model.vision_model, Local(3))
+    assert model.config.vision_config.attention_patterns == {"type": "local", "window": 3}
+    assert model.config.text_config._attn_implementation == "sdpa"
+    model(input_ids=tokens(), pixel_values=torch.randn(2, 3, 20, 20))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a forward pass refuses
+
+
+def under_pattern(build=llama, **changes):
+    model = build()
+    hf_tfamily.set_attention_patterns(model, Local(4))
+    for name, value in changes.items():
+        setattr(model.config, name, value)
+    return model.eval()
+
+
+def test_attention_dropout_is_refused_in_training_only():
+    model = LlamaForCausalLM(LlamaConfig(**TEXT, attention_dropout=0.1))
+    hf_tfamily.set_attention_patterns(model, Local(4))
+    model.eval()(tokens())
+    with pytest.raises(ValueError, match="dropout of attention weights; set it to 0"):
+        model.train()(tokens())
+
+
+def test_output_attentions_is_refused():
+    with pytest.raises(ValueError, match="eager"):
+        under_pattern()(tokens(), output_attentions=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+def test_masks_of_four_dimensions_are_refused(dtype):
+    with pytest.raises(ValueError, match=r"masks that are tensors.*4-D"):
+        under_pattern()(tokens(), attention_mask=torch.ones(2, 1, LENGTH, LENGTH, dtype=dtype))
+
+
+def test_masks_that_a_model_adds_to_are_refused():
+    config = SwinConfig(image_size=32, patch_size=4, embed_dim=8, depths=[1, 1], num_heads=[1, 2], window_size=2)
+    config.attention_patterns = Local(2).to_dict()
+    model = SwinModel._from_config(config, attn_implementation="block_sparse")
+    with pytest.raises(ValueError, match="masks that are tensors"):
+        model(torch.randn(1, 3, 32, 32))
+
+
+def test_masks_that_a_model_reads_are_refused():
+    model = DogeForCausalLM(DogeConfig(**TEXT))
+    hf_tfamily.set_attention_patterns(model, Local(4))
+    with pytest.raises(AttributeError, match="makes no mask tensor, but this model reads 'dtype' of its mask"):
+        model(tokens())
+
+
+@pytest.mark.parametrize("patterns", [None, [], {}])
+def test_missing_patterns_are_refused(patterns):
+    model = under_pattern(attention_patterns=patterns)
+    with pytest.raises(ValueError, match=r"needs config\.attention_patterns"):
+        model(tokens())
+
+
+def test_patterns_that_do_not_fit_the_heads_are_refused():
+    model = under_pattern(attention_patterns=PerHead([Local(1), Local(2), Local(3)]).to_dict())
+    with pytest.raises(ValueError, match="does not divide num_attention_heads=4"):
+        model(tokens())
+
+
+def test_softcapping_is_refused():
+    config = Gemma2Config(**TEXT, head_dim=8)
+    config.attention_patterns = Local(4).to_dict()
+    model = Gemma2ForCausalLM._from_config(config, attn_implementation="block_sparse")
+    with pytest.raises(ValueError, match="softcap; set attn_logit_softcapping to None"):
+        model(tokens())
+
+
+def test_chunked_attention_is_refused():
+    config = Llama4TextConfig(**TEXT, head_dim=8, num_local_experts=2, attention_chunk_size=8)
+    config.attention_patterns = Local(4).to_dict()
+    model = Llama4ForCausalLM._from_config(config, attn_implementation="block_sparse")
+    with pytest.raises(ValueError, match=r"cannot combine a pattern with this model's own mask \(chunked_overlay\)"):
+        model(tokens())
+
+
+@pytest.mark.parametrize("mask_function", [or_masks(causal_mask_function, causal_mask_function), lambda b, h, q, k: q])
+def test_unknown_mask_functions_are_refused(mask_function):
+    with pytest.raises(ValueError, match=r"own mask .*(or_masks|lambda)"):
+        stock_masks.block_sparse_mask(batch_size=1, q_length=4, kv_length=4, mask_function=mask_function)
+
+
+def test_a_mask_function_is_known_by_its_origin_not_its_name():
+    def bidirectional_mask_function(batch, head, query, key):
+        return query == key
+
+    bidirectional_mask_function.__qualname__ = "bidirectional_mask_function"
+    with pytest.raises(ValueError, match="own mask"):
+        stock_masks.block_sparse_mask(1, 4, 4, mask_function=bidirectional_mask_function)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The operator
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_each_layer_runs_the_operator_once(monkeypatch, padded):
+    calls, operator = [], interface.block_sparse_attention
+
+    def counted(*args, **kwargs):
+        calls.append(kwargs)
+        return operator(*args, **kwargs)
+
+    model, mask = under_pattern(), padding("left") if padded else None
+    expected = model(ids := tokens(), attention_mask=mask).logits
+    monkeypatch.setattr(interface, "block_sparse_attention", counted)
+    assert torch.equal(model(ids, attention_mask=mask).logits, expected)
+    assert len(calls) == SIZES["num_hidden_layers"]

@@ -1,0 +1,34 @@
+"""A row for each kind of pattern: what plans, masks, caches, kernels, decoding and facts are tested with."""
+
+from hf_tfamily.modeling.attention_patterns import (
+    Block1D,
+    Fixed,
+    FixedBlock,
+    FixedSummary,
+    Full,
+    Intersection,
+    Local,
+    Pattern,
+    PerHead,
+    RandomBlocks,
+    Strided,
+    Union,
+)
+
+EXAMPLES: list[Pattern] = [  # for sequences, with 4 heads
+    Full(),
+    Local(5),
+    Local(4, dilation=3),
+    Strided(4),
+    FixedBlock(8),
+    FixedSummary(8, 2, sub_blocks=4),
+    Fixed(7, 2, sub_blocks=2, shift=1),
+    RandomBlocks(4, 2),
+    RandomBlocks(3, 2, seed=5, length=50),
+    Block1D(7, 3),
+    Union([Local(5), Strided(5)]),
+    Union([Local(3), Local(4, dilation=3)]),
+    Union([Local(3), RandomBlocks(4, 2), FixedSummary(8, 1)]),
+    Intersection([Local(9), Strided(2)]),
+    PerHead([Local(5), Local(3, dilation=4), Strided(5), RandomBlocks(5, 1)]),
+]
