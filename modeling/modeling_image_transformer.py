@@ -125,7 +125,7 @@ def image_state(cache: Cache | None) -> ImageCache | None:
     return cache if hasattr(cache, "values_seen") else None
 
 
-def windows(input_ids: torch.Tensor, count: int, cache: Cache | None, width: int) -> torch.Tensor:
+def ids_before(input_ids: torch.Tensor, count: int, cache: Cache | None, width: int) -> torch.Tensor:
     """[B, count, W]: for each of `count` new positions the W ids before it; the newest ids are left in the cache."""
     if width == 1:
         return input_ids[..., None]
@@ -160,7 +160,7 @@ def with_recent(input_ids: torch.Tensor, cache: Cache | None, width: int) -> tor
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# How an image enters: values, whole pixels, classes, and where they lie
+# How an image enters: values, whole pixels, classes, where they lie, and a small image at the size of a large one
 
 
 class ValueEmbedding(nn.Module):
@@ -170,7 +170,7 @@ class ValueEmbedding(nn.Module):
     code.
     """
 
-    def __init__(self, config):
+    def __init__(self, config: ImageTransformerConfig):
         super().__init__()
         self.channels, self.hidden_size = config.num_channels, config.hidden_size
         self.embed_tokens = nn.Embedding(config.vocab_size, config.num_channels * config.hidden_size)
@@ -207,7 +207,7 @@ class SourcePixelEmbedding(nn.Module):
     Followed by a ReLU, as in the authors' code.
     """
 
-    def __init__(self, config):
+    def __init__(self, config: ImageTransformerConfig):
         super().__init__()
         self.num_values = config.num_values
         self.embed_values = PixelConvolution(config.num_channels, config.hidden_size)
@@ -231,7 +231,7 @@ class PixelEmbedding(SourcePixelEmbedding):
     Before the first is the start token.
     """
 
-    def __init__(self, config):
+    def __init__(self, config: ImageTransformerConfig):
         super().__init__(config)
         self.hidden_size = config.hidden_size
         self.embed_start = nn.Embedding(config.vocab_size - config.num_values, config.hidden_size)
@@ -334,10 +334,6 @@ class ImageCoordinates(nn.Module):
         return torch.cat([self.rows(row, like), self.columns(column * depth + positions % depth, like)], dim=-1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The small image at the size of the large one (Kim et al. 2016, arXiv:1511.04587, section 3.1; not in the paper)
-
-
 @dataclass
 class EnlargingEncoderOutput(BaseModelOutput):
     """What the encoder of a small image returns.
@@ -351,9 +347,13 @@ class EnlargingEncoderOutput(BaseModelOutput):
 
 
 class BicubicEnlargement(nn.Module):
-    """Bicubic interpolation with Pillow's kernel (Keys 1981, a = -1/2)."""
+    """The small image at the size of the large one, for a model that predicts what is added to it.
 
-    def __init__(self, config):
+    Not in the paper: networks that enlarge images are commonly given the plain interpolation and learn the residual, as
+    in Kim, Lee and Lee 2016 (arXiv:1511.04587). Bicubic, with Pillow's kernel (Keys 1981, a = -1/2).
+    """
+
+    def __init__(self, config: ImageTransformerConfig):
         super().__init__()
         self.small, self.large, self.num_values = config.source_image_size, config.image_size, config.num_values
         self.order = Block2D(*(config.block_shape or config.image_size), 0, 0).bind(config.grid)
@@ -391,7 +391,7 @@ def check_enlarged(predict_residual: bool, enlarged: torch.Tensor | None) -> Non
 class ImageTransformerAttention(nn.Module):
     """Multi-head attention (equation 1) to the same sequence, or to an encoder's."""
 
-    def __init__(self, config, layer_idx: int, is_causal: bool):
+    def __init__(self, config: ImageTransformerConfig, layer_idx: int, is_causal: bool):
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
@@ -457,7 +457,7 @@ class MatchingKeys(nn.Linear):
 class ImageTransformerMLP(nn.Module):
     """Position-wise feed-forward layer W_1 relu(W_2 x) (equation 2)."""
 
-    def __init__(self, config):
+    def __init__(self, config: ImageTransformerConfig):
         super().__init__()
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
@@ -470,7 +470,7 @@ class ImageTransformerMLP(nn.Module):
 class ImageTransformerBlock(GradientCheckpointingLayer):
     """Attention and a feed-forward layer, each followed by dropout, the residual and a norm (equations 1 and 2)."""
 
-    def __init__(self, config, layer_idx: int, is_causal: bool = True, cross: bool = False):
+    def __init__(self, config: ImageTransformerConfig, layer_idx: int, is_causal: bool = True, cross: bool = False):
         super().__init__()
         self.self_attn = ImageTransformerAttention(config, layer_idx, is_causal)
         self.self_attn_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -582,9 +582,8 @@ class ImageTransformerModel(ImageTransformerStack):
         self.condition = ClassCondition() if config.num_classes else NoCondition()
         self.coordinates = ImageCoordinates(config.coordinates, config.grid, config.block_shape, config.hidden_size)
         self.dropout = nn.Dropout(config.resid_dropout)
-        self.layers = nn.ModuleList(
-            ImageTransformerBlock(config, i, cross=cross) for i in range(config.num_hidden_layers)
-        )
+        blocks = (ImageTransformerBlock(config, i, cross=cross) for i in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(blocks)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -650,9 +649,7 @@ class ImageTransformerModel(ImageTransformerStack):
             for layer, mask in zip(self.layers, masks):  # the encoder's states not by name: gradients flow through them
                 hidden_states = layer(hidden_states, mask, encoder_hidden_states, past_key_values=trunk, **kwargs)
         hidden_states = for_each_value(hidden_states, length, past, self.values_per_position)
-        return BaseModelOutputWithPastAndCrossAttentions(
-            last_hidden_state=hidden_states, past_key_values=past_key_values
-        )
+        return BaseModelOutputWithPastAndCrossAttentions(hidden_states, past_key_values)
 
     def _check_inputs(self, input_ids, inputs_embeds, encoder_hidden_states) -> None:
         check_one_input(input_ids, inputs_embeds)
@@ -703,7 +700,7 @@ class ImageTransformerModel(ImageTransformerStack):
         if inputs_embeds is not None:
             embeddings = self.embedding.of_channel(inputs_embeds, positions)
         else:
-            ids = windows(input_ids, positions.shape[1], past, self.values_per_position)
+            ids = ids_before(input_ids, positions.shape[1], past, self.values_per_position)
             embeddings = self.embedding(ids, positions, enlarged)
         return self.condition(embeddings, positions, image_state(past))
 
@@ -731,9 +728,8 @@ class ImageTransformerEncoder(ImageTransformerStack):
         stretch = tuple(large / small for large, small in zip(config.image_size, config.source_image_size))
         self.coordinates = ImageCoordinates(config.coordinates, grid, None, config.hidden_size, stretch)
         self.dropout = nn.Dropout(config.resid_dropout)
-        self.layers = nn.ModuleList(
-            ImageTransformerBlock(config, i, is_causal=False) for i in range(config.num_encoder_layers)
-        )
+        blocks = (ImageTransformerBlock(config, i, is_causal=False) for i in range(config.num_encoder_layers))
+        self.layers = nn.ModuleList(blocks)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -777,7 +773,7 @@ class ImageTransformerEncoder(ImageTransformerStack):
 class CategoricalOutput(nn.Module):
     """One softmax over the ids, the same for all channels."""
 
-    def __init__(self, config):
+    def __init__(self, config: ImageTransformerConfig):
         super().__init__()
         self.config = config
 
@@ -787,7 +783,7 @@ class CategoricalOutput(nn.Module):
         return self.config.vocab_size
 
     @staticmethod
-    def new_layer(config) -> nn.Linear:
+    def new_layer(config: ImageTransformerConfig) -> nn.Linear:
         """The linear layer from hidden states to logits."""
         return nn.Linear(config.hidden_size, config.vocab_size)
 
@@ -803,17 +799,13 @@ class CategoricalOutput(nn.Module):
 class MixtureOutput(nn.Module):
     """A mixture of discretised logistics over pixels, handed out as exact conditional logits of the next channel."""
 
-    def __init__(self, config):
+    def __init__(self, config: ImageTransformerConfig):
         super().__init__()
         self.vocab_size, self.num_values, self.channels = config.vocab_size, config.num_values, config.num_channels
-
-    @property
-    def num_targets(self) -> int:
-        """How many ids can be predicted: values, and no start tokens."""
-        return self.num_values
+        self.num_targets = config.num_values  # start tokens cannot be predicted
 
     @staticmethod
-    def new_layer(config) -> nn.Linear:
+    def new_layer(config: ImageTransformerConfig) -> nn.Linear:
         """The linear layer from hidden states to the parameters of mixtures."""
         return nn.Linear(config.hidden_size, num_parameters(config.num_mixtures, config.num_channels), bias=False)
 
