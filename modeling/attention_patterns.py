@@ -869,6 +869,14 @@ def patterns_for_layers(patterns: Mapping | Pattern | Iterable, num_layers: int)
     return [patterns[layer % len(patterns)] for layer in range(num_layers)]
 
 
+def check_patterns(patterns: Mapping | Pattern | Iterable, num_layers: int, num_heads: int) -> list[Pattern]:
+    """`patterns_for_layers`, but raises ValueError, too, where a pattern cannot be dealt out to `num_heads` heads."""
+    checked = patterns_for_layers(patterns, num_layers)
+    for pattern in checked:
+        pattern.check_heads(num_heads)
+    return checked
+
+
 def intersect(first: Pattern, second: Pattern) -> Pattern:
     """Keys that both show, without an Intersection where one pattern alone says it."""
     if first.is_full or contains(first, second):
@@ -923,6 +931,13 @@ def nearest(name: str, allowed: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, allowed, n=3)
     guess = f"; did you mean {' or '.join(map(repr, close))}?" if close else "."
     return f"{guess} Allowed: {', '.join(allowed)}."
+
+
+def check_known(config, name: str, allowed: Iterable[str]) -> None:
+    """Raise ValueError if the config's field `name` is none of the `allowed` names."""
+    value = getattr(config, name)
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r} is unknown{nearest(value, allowed)}")
 
 
 def _check_fixed(pattern: "Fixed | FixedSummary") -> None:

@@ -1,11 +1,60 @@
-"""Clear errors for inputs that would otherwise fail deep inside a kernel, or not fail at all.
+"""Clear errors for inputs and fields of configs that would otherwise fail deep inside a kernel, or not fail at all.
 
-Values are looked at only where that is free: in plain tensors on the CPU, outside compilation and export.
+Values of tensors are looked at only where that is free: in plain ones on the CPU, outside compilation and export.
 
 Shapes: B batch, T tokens.
 """
 
 import torch
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Fields of a config
+
+
+def check_sizes(config, *names: str) -> None:
+    """Fields that are sizes are at least 1, and not left out."""
+    for name in names:
+        value = getattr(config, name)
+        if value is None or value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}.")
+
+
+def check_probabilities(config, *names: str) -> None:
+    """Dropouts and the like are probabilities below 1."""
+    for name in names:
+        if not 0 <= getattr(config, name) < 1:
+            raise ValueError(f"{name} must be at least 0 and below 1, got {getattr(config, name)}.")
+
+
+def check_not_negative(config, *names: str) -> None:
+    """Numbers such as epsilons and standard deviations are at least 0."""
+    for name in names:
+        if getattr(config, name) < 0:
+            raise ValueError(f"{name} must be at least 0, got {getattr(config, name)}.")
+
+
+def check_heads_divide(config, instead: str | None = "head_dim") -> None:
+    """hidden_size is dealt out evenly to the heads; `instead` is the field that gives their size otherwise."""
+    if config.hidden_size % config.num_attention_heads:
+        otherwise = "" if instead is None else f", or give {instead}"
+        raise ValueError(
+            f"hidden_size={config.hidden_size} is not a multiple of num_attention_heads={config.num_attention_heads}; "
+            f"choose a number of heads that divides it{otherwise}."
+        )
+
+
+def check_left_out(config, *names: str, seen: str = "keys") -> None:
+    """Fields that Transformers reserves for its own caches and masks stay empty: patterns say what they would."""
+    for name in names:
+        if getattr(config, name, None) is not None:
+            raise ValueError(
+                f"{name}={getattr(config, name)!r} is not a field of this model; "
+                f"say which {seen} each layer sees with attention_patterns."
+            )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Inputs
 
 
 def check_one_input(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> None:

@@ -2,6 +2,7 @@
 
 from huggingface_hub.dataclasses import strict
 
+from .checks import check_sizes
 from .configuration_transformer_xl import TransformerXLConfig
 
 COMPRESSIONS = ("max_pool", "mean_pool", "conv", "dilated_conv", "most_used")
@@ -48,9 +49,7 @@ class CompressiveTransformerConfig(TransformerXLConfig):
                 f"compression={self.compression!r} with compression_loss={self.compression_loss!r}: convolutions "
                 f"({', '.join(LEARNED)}) learn by a compression loss alone, and nothing else has anything to learn."
             )
-        for name in ("compression_rate", "compressed_mem_len", "compression_dilation"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        check_sizes(self, "compression_rate", "compressed_mem_len", "compression_dilation")
         if self.compression_loss_weight <= 0:
             raise ValueError(f"compression_loss_weight must be above 0, got {self.compression_loss_weight}.")
 

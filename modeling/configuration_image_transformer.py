@@ -7,7 +7,8 @@ from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 
-from .attention_patterns import Block2D, Pattern, nearest, patterns_for_layers, walk
+from .attention_patterns import Block2D, Pattern, check_known, check_patterns, patterns_for_layers, walk
+from .checks import check_heads_divide, check_left_out, check_not_negative, check_probabilities, check_sizes
 
 OUTPUTS = ("categorical", "logistic_mixture")
 COORDINATES = ("sinusoidal", "learned")
@@ -97,7 +98,7 @@ class ImageTransformerConfig(PreTrainedConfig):
         if self.num_encoder_layers is None:
             self.num_encoder_layers = self.num_hidden_layers
         if self.head_dim is None and self.num_attention_heads > 0:
-            self._require_divisible()
+            check_heads_divide(self)
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.intermediate_size is None:
             self.intermediate_size = 4 * self.hidden_size
@@ -131,27 +132,14 @@ class ImageTransformerConfig(PreTrainedConfig):
         return list(shapes[0]) if shapes else None
 
     def _block_shapes(self) -> list[tuple[int, int]]:
-        patterns = self._patterns("attention_patterns", self.num_hidden_layers)
+        patterns = patterns_for_layers(self.attention_patterns, self.num_hidden_layers)
         found = (inner for pattern in patterns for inner in walk(pattern) if isinstance(inner, Block2D))
         return list(dict.fromkeys((pattern.height, pattern.width) for pattern in found))
-
-    def _patterns(self, name: str, layers: int) -> list[Pattern]:
-        return patterns_for_layers(getattr(self, name), layers)
-
-    def _require_divisible(self):
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"hidden_size={self.hidden_size} is not a multiple of num_attention_heads={self.num_attention_heads}; "
-                "choose a number of heads that divides it, or give head_dim."
-            )
 
     def validate_sizes(self):
         """Every size is at least 1; rows and columns each get half of an even number of waves."""
         sizes = "vocab_size num_values num_channels num_mixtures hidden_size num_hidden_layers num_attention_heads "
-        for name in (sizes + "head_dim intermediate_size num_encoder_layers").split():
-            value = getattr(self, name)
-            if value is None or value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}.")
+        check_sizes(self, *(sizes + "head_dim intermediate_size num_encoder_layers").split())
         for name in ("image_size", "source_image_size"):
             value = getattr(self, name)
             if len(value) != 2 or min(value) < 1:
@@ -161,8 +149,7 @@ class ImageTransformerConfig(PreTrainedConfig):
 
     def validate_vocabulary(self):
         """The values and the start tokens have ids."""
-        if self.num_classes < 0:
-            raise ValueError(f"num_classes must be at least 0, got {self.num_classes}.")
+        check_not_negative(self, "num_classes")
         needed = self.num_values + max(1, self.num_classes)
         if self.vocab_size < needed:
             raise ValueError(
@@ -182,18 +169,14 @@ class ImageTransformerConfig(PreTrainedConfig):
 
     def validate_numbers(self):
         """Dropouts are probabilities below 1, and the rest of the numbers are not negative."""
-        for name in ("resid_dropout", "attention_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}.")
-        for name in ("layer_norm_eps", "initializer_range"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}.")
+        check_probabilities(self, "resid_dropout", "attention_dropout")
+        check_not_negative(self, "layer_norm_eps", "initializer_range")
 
     def validate_choices(self):
         """Names are of the things that there are."""
-        for name, allowed in (("output", OUTPUTS), ("coordinates", COORDINATES), ("hidden_act", ACT2FN)):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}={getattr(self, name)!r} is unknown{nearest(getattr(self, name), allowed)}")
+        check_known(self, "output", OUTPUTS)
+        check_known(self, "coordinates", COORDINATES)
+        check_known(self, "hidden_act", ACT2FN)
 
     def validate_predict_residual(self):
         """Differences are numbers, which a softmax over ids cannot move."""
@@ -206,8 +189,7 @@ class ImageTransformerConfig(PreTrainedConfig):
             ("attention_patterns", self.num_hidden_layers),
             ("encoder_attention_patterns", self.num_encoder_layers),
         ):
-            for pattern in self._patterns(name, layers):
-                pattern.check_heads(self.num_attention_heads)
+            for pattern in check_patterns(getattr(self, name), layers, self.num_attention_heads):
                 self._check_grids(name, pattern)
         shapes = self._block_shapes()
         if len(shapes) > 1:
@@ -230,11 +212,7 @@ class ImageTransformerConfig(PreTrainedConfig):
 
     def validate_layer_type(self):
         """Transformers reserves `layer_types` for its own caches and masks; replaces its check of their names."""
-        if getattr(self, "layer_types", None) is not None:
-            raise ValueError(
-                f"layer_types={self.layer_types!r} is not a field of this model; "
-                "say which keys each layer sees with attention_patterns."
-            )
+        check_left_out(self, "layer_types")
 
 
 __all__ = ["ImageTransformerConfig"]

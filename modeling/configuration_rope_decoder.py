@@ -6,7 +6,8 @@ from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 
-from .attention_patterns import nearest, patterns_for_layers
+from .attention_patterns import check_known, check_patterns, nearest
+from .checks import check_heads_divide, check_left_out, check_probabilities, check_sizes
 
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
 LAYOUTS = ("half", "interleaved")
@@ -89,43 +90,30 @@ class RoPEDecoderConfig(PreTrainedConfig):
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None and self.num_attention_heads > 0:
-            self.head_dim = self._divided_head_dim()
+            check_heads_divide(self)
+            self.head_dim = self.hidden_size // self.num_attention_heads
         if self.intermediate_size is None:
             self.intermediate_size = -(-8 * self.hidden_size // (3 * 64)) * 64
         if self.attention_output_bias is None:
             self.attention_output_bias = self.attention_bias
         super().__post_init__(**kwargs)
 
-    def _divided_head_dim(self) -> int:
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"hidden_size={self.hidden_size} is not a multiple of num_attention_heads={self.num_attention_heads}; "
-                "choose a number of heads that divides it, or give head_dim."
-            )
-        return self.hidden_size // self.num_attention_heads
-
     def validate_sizes(self):
         """Every size is at least 1, and the heads fit each other."""
         heads = ("num_attention_heads", "num_key_value_heads", "head_dim")
         others = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "max_position_embeddings")
-        for name in heads + others:
-            value = getattr(self, name)
-            if value is None or value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}.")
+        check_sizes(self, *heads, *others)
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_key_value_heads={self.num_key_value_heads} must divide "
                 f"num_attention_heads={self.num_attention_heads}."
             )
-        for name in ("attention_dropout", "classifier_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}.")
+        check_probabilities(self, "attention_dropout", "classifier_dropout")
 
     def validate_rotary(self):
         """The rotary positions are of a known kind and turn a whole number of pairs."""
         self.validate_sizes()  # validators run in alphabetical order, and this one needs the sizes
-        if self.rotary_layout not in LAYOUTS:
-            raise ValueError(f"rotary_layout={self.rotary_layout!r} is unknown{nearest(self.rotary_layout, LAYOUTS)}")
+        check_known(self, "rotary_layout", LAYOUTS)
         rope_type = self.rope_parameters.get("rope_type")
         if rope_type not in ROPE_TYPES:
             raise ValueError(f"rope_parameters has rope_type={rope_type!r}{nearest(str(rope_type), ROPE_TYPES)}")
@@ -147,17 +135,11 @@ class RoPEDecoderConfig(PreTrainedConfig):
     def validate_attention_patterns(self):
         """Every pattern is known, complete, and can be dealt out to the heads."""
         if self.attention_patterns is not None:
-            for pattern in patterns_for_layers(self.attention_patterns, self.num_hidden_layers):
-                pattern.check_heads(self.num_attention_heads)
+            check_patterns(self.attention_patterns, self.num_hidden_layers, self.num_attention_heads)
 
     def validate_layer_types(self):
         """Transformers reserves `layer_types` for its own caches and masks, `sliding_window` likewise."""
-        for name in ("layer_types", "sliding_window"):
-            if getattr(self, name, None) is not None:
-                raise ValueError(
-                    f"{name}={getattr(self, name)!r} is not a field of this model; "
-                    "say which keys each layer sees with attention_patterns."
-                )
+        check_left_out(self, "layer_types", "sliding_window")
 
 
 __all__ = ["RoPEDecoderConfig"]

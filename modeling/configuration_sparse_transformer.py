@@ -7,7 +7,8 @@ from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 
-from .attention_patterns import nearest, patterns_for_layers
+from .attention_patterns import check_known, check_patterns
+from .checks import check_heads_divide, check_left_out, check_not_negative, check_probabilities, check_sizes
 
 
 @strict
@@ -77,25 +78,15 @@ class SparseTransformerConfig(PreTrainedConfig):
         """Fill in the widths that follow from hidden_size and num_attention_heads."""
         for name in ("qk_head_dim", "v_head_dim"):
             if getattr(self, name) is None and self.num_attention_heads > 0:
-                self._require_divisible(name)
+                check_heads_divide(self, instead=name)
                 setattr(self, name, self.hidden_size // self.num_attention_heads)
         if self.intermediate_size is None:
             self.intermediate_size = 4 * self.hidden_size
 
-    def _require_divisible(self, name):
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"hidden_size={self.hidden_size} is not a multiple of num_attention_heads={self.num_attention_heads}; "
-                f"choose a number of heads that divides it, or give {name}."
-            )
-
     def validate_sizes(self):
         """Every size is at least 1, and the axes hold as many positions as the model claims."""
         sizes = "vocab_size hidden_size num_hidden_layers num_attention_heads qk_head_dim v_head_dim intermediate_size"
-        for name in sizes.split():
-            value = getattr(self, name)
-            if value is None or value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}.")
+        check_sizes(self, *sizes.split())
         if not self.position_shape or min(self.position_shape) < 1:
             raise ValueError(f"position_shape must list axis lengths of at least 1, got {self.position_shape}.")
         positions = math.prod(self.position_shape)
@@ -107,29 +98,20 @@ class SparseTransformerConfig(PreTrainedConfig):
 
     def validate_numbers(self):
         """Dropout is a probability below 1, and the rest of the numbers are not negative."""
-        if not 0 <= self.resid_dropout < 1:
-            raise ValueError(f"resid_dropout must be at least 0 and below 1, got {self.resid_dropout}.")
-        for name in ("layer_norm_eps", "initializer_scale"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}.")
+        check_probabilities(self, "resid_dropout")
+        check_not_negative(self, "layer_norm_eps", "initializer_scale")
 
     def validate_hidden_act(self):
         """Transformers has an activation of that name."""
-        if self.hidden_act not in ACT2FN:
-            raise ValueError(f"hidden_act={self.hidden_act!r} is unknown{nearest(self.hidden_act, ACT2FN)}")
+        check_known(self, "hidden_act", ACT2FN)
 
     def validate_attention_patterns(self):
         """Every pattern is known, complete, and can be dealt out to the heads."""
-        for pattern in patterns_for_layers(self.attention_patterns, self.num_hidden_layers):
-            pattern.check_heads(self.num_attention_heads)
+        check_patterns(self.attention_patterns, self.num_hidden_layers, self.num_attention_heads)
 
     def validate_layer_type(self):
         """Transformers reserves `layer_types` for its own caches and masks; replaces its check of their names."""
-        if getattr(self, "layer_types", None) is not None:
-            raise ValueError(
-                f"layer_types={self.layer_types!r} is not a field of this model; "
-                "say which keys each layer sees with attention_patterns."
-            )
+        check_left_out(self, "layer_types")
 
 
 __all__ = ["SparseTransformerConfig"]

@@ -5,7 +5,8 @@ from transformers.activations import ACT2FN
 from transformers.backbone_utils import BackboneConfigMixin
 from transformers.configuration_utils import PreTrainedConfig
 
-from .attention_patterns import Window2D, nearest
+from .attention_patterns import Window2D, check_known
+from .checks import check_not_negative, check_probabilities, check_sizes
 
 
 @strict
@@ -120,9 +121,7 @@ class SwinTransformerConfig(BackboneConfigMixin, PreTrainedConfig):
 
     def validate_sizes(self):
         """Every size is at least 1, and heads divide the width of their stage."""
-        for name in ("num_channels", "embed_dim", "window_size", "encoder_stride"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        check_sizes(self, "num_channels", "embed_dim", "window_size", "encoder_stride")
         for name in ("image_size", "patch_size"):
             if len(pair(getattr(self, name))) != 2 or min(pair(getattr(self, name))) < 1:
                 raise ValueError(f"{name} must be one or two numbers of at least 1, got {getattr(self, name)}.")
@@ -136,19 +135,14 @@ class SwinTransformerConfig(BackboneConfigMixin, PreTrainedConfig):
 
     def validate_numbers(self):
         """Dropouts are probabilities below 1, and the rest of the numbers are not negative."""
-        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}.")
-        for name in ("layer_norm_eps", "initializer_range"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}.")
+        check_probabilities(self, "hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate")
+        check_not_negative(self, "layer_norm_eps", "initializer_range")
         if int(self.mlp_ratio * self.embed_dim) < 1:
             raise ValueError(f"mlp_ratio={self.mlp_ratio} leaves feed-forward layers no width at embed_dim.")
 
     def validate_hidden_act(self):
         """Transformers has an activation of that name."""
-        if self.hidden_act not in ACT2FN:
-            raise ValueError(f"hidden_act={self.hidden_act!r} is unknown{nearest(self.hidden_act, ACT2FN)}")
+        check_known(self, "hidden_act", ACT2FN)
 
 
 def pair(size: int | list[int] | tuple[int, ...]) -> tuple[int, ...]:

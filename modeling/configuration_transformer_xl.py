@@ -3,6 +3,8 @@
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
+from .checks import check_heads_divide, check_probabilities, check_sizes
+
 
 @strict
 class TransformerXLConfig(PreTrainedConfig):
@@ -72,11 +74,7 @@ class TransformerXLConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         if self.head_dim is None and self.num_attention_heads > 0:
-            if self.hidden_size % self.num_attention_heads:
-                raise ValueError(
-                    f"hidden_size={self.hidden_size} is not a multiple of num_attention_heads="
-                    f"{self.num_attention_heads}; choose a number of heads that divides it, or give head_dim."
-                )
+            check_heads_divide(self)
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.intermediate_size is None:
             self.intermediate_size = 4 * self.hidden_size
@@ -96,18 +94,14 @@ class TransformerXLConfig(PreTrainedConfig):
     def validate_sizes(self):
         """Every size is at least 1, or more where the model needs more."""
         sizes = "vocab_size hidden_size num_hidden_layers num_attention_heads head_dim intermediate_size div_val"
-        for name in sizes.split():
-            if (getattr(self, name) or 0) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        check_sizes(self, *sizes.split())
         for name in ("segment_length", "clamp_len"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, or None for no limit, got {value}.")
         if self.hidden_size % 2:
             raise ValueError(f"hidden_size must be even (distances are sines and cosines), got {self.hidden_size}.")
-        for name in ("hidden_dropout", "attention_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}.")
+        check_probabilities(self, "hidden_dropout", "attention_dropout")
 
     def validate_memory(self):
         """A model without a memory could not continue a text from its cache."""

@@ -2,6 +2,7 @@
 
 from huggingface_hub.dataclasses import strict
 
+from .checks import check_not_negative, check_probabilities
 from .configuration_vanilla_transformer import VanillaStackConfig
 
 
@@ -35,10 +36,8 @@ class VanillaEncoderConfig(VanillaStackConfig):
 
     def validate_encoder(self):
         """Token types are counted, and the dropout is a probability below 1."""
-        if self.type_vocab_size < 0:
-            raise ValueError(f"type_vocab_size must be at least 0, got {self.type_vocab_size}.")
-        if not 0 <= self.classifier_dropout < 1:
-            raise ValueError(f"classifier_dropout must be at least 0 and below 1, got {self.classifier_dropout}.")
+        check_not_negative(self, "type_vocab_size")
+        check_probabilities(self, "classifier_dropout")
 
 
 __all__ = ["VanillaEncoderConfig"]

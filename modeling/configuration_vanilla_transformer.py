@@ -6,7 +6,8 @@ from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 
-from .attention_patterns import nearest, patterns_for_layers
+from .attention_patterns import check_known, check_patterns
+from .checks import check_heads_divide, check_left_out, check_not_negative, check_probabilities, check_sizes
 
 POSITION_ENCODINGS = ("sinusoidal", "learned", "learned_per_layer", "relative", "transformer_xl", "rotary", "none")
 SINUSOID_LAYOUTS = ("interleaved", "halves")
@@ -69,42 +70,20 @@ class VanillaStackConfig(PreTrainedConfig):
 
     def validate_sizes(self):
         """Every size is at least 1, and heads divide the width."""
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "intermediate_size",
-            "max_position_embeddings",
-            "max_relative_position",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"hidden_size={self.hidden_size} is not a multiple of num_attention_heads={self.num_attention_heads}; "
-                "choose a number of heads that divides it."
-            )
+        sizes = "vocab_size hidden_size num_hidden_layers num_attention_heads intermediate_size "
+        check_sizes(self, *(sizes + "max_position_embeddings max_relative_position").split())
+        check_heads_divide(self, instead=None)
 
     def validate_numbers(self):
         """Dropouts are probabilities below 1, and the other numbers are not negative."""
-        for name in ("dropout", "attention_dropout", "activation_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}.")
-        for name in ("layer_norm_eps", "initializer_factor"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}.")
+        check_probabilities(self, "dropout", "attention_dropout", "activation_dropout")
+        check_not_negative(self, "layer_norm_eps", "initializer_factor")
 
     def validate_names(self):
         """Encoding, layout and activation are known."""
-        for name, allowed in (
-            ("position_encoding", POSITION_ENCODINGS),
-            ("sinusoid_layout", SINUSOID_LAYOUTS),
-            ("hidden_act", ACT2FN),
-        ):
-            value = getattr(self, name)
-            if value not in allowed:
-                raise ValueError(f"{name}={value!r} is unknown{nearest(value, allowed)}")
+        check_known(self, "position_encoding", POSITION_ENCODINGS)
+        check_known(self, "sinusoid_layout", SINUSOID_LAYOUTS)
+        check_known(self, "hidden_act", ACT2FN)
 
     def validate_waves(self):
         """Sines and cosines come in pairs."""
@@ -121,20 +100,12 @@ class VanillaStackConfig(PreTrainedConfig):
 
     def validate_attention_patterns(self):
         """Every pattern is known, complete, and can be dealt out to the heads."""
-        self._check_patterns(self.attention_patterns, self.num_hidden_layers)
-
-    def _check_patterns(self, patterns: dict | list | None, num_layers: int):
-        if patterns is not None:
-            for pattern in patterns_for_layers(patterns, num_layers):
-                pattern.check_heads(self.num_attention_heads)
+        if self.attention_patterns is not None:
+            check_patterns(self.attention_patterns, self.num_hidden_layers, self.num_attention_heads)
 
     def validate_layer_type(self):
         """Transformers reserves `layer_types` for its own caches and masks; replaces its check of their names."""
-        if getattr(self, "layer_types", None) is not None:
-            raise ValueError(
-                f"layer_types={self.layer_types!r} is not a field of this model; "
-                "say which tokens each layer sees with attention_patterns."
-            )
+        check_left_out(self, "layer_types", seen="tokens")
 
 
 @strict
@@ -187,12 +158,9 @@ class VanillaTransformerConfig(VanillaStackConfig):
 
     def validate_decoder(self):
         """The decoder has blocks and ids, shared tables are of one size, and smoothing is a probability."""
-        for name in ("decoder_layers", "target_vocab_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}.")
-        if not 0 <= self.label_smoothing < 1:
-            raise ValueError(f"label_smoothing must be at least 0 and below 1, got {self.label_smoothing}.")
+        given = [name for name in ("decoder_layers", "target_vocab_size") if getattr(self, name) is not None]
+        check_sizes(self, *given)
+        check_probabilities(self, "label_smoothing")
         shares = self.share_embeddings and self.tie_word_embeddings and self.is_encoder_decoder
         if shares and self.vocab_size_of_decoder != self.vocab_size:
             raise ValueError(
@@ -203,7 +171,8 @@ class VanillaTransformerConfig(VanillaStackConfig):
     def validate_attention_patterns(self):
         """Both stacks' patterns are known, complete, and can be dealt out to the heads."""
         super().validate_attention_patterns()
-        self._check_patterns(self.patterns_of_decoder, self.decoder_layers)
+        if self.patterns_of_decoder is not None:
+            check_patterns(self.patterns_of_decoder, self.decoder_layers, self.num_attention_heads)
 
 
 __all__ = ["VanillaTransformerConfig"]

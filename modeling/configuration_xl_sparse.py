@@ -4,7 +4,7 @@ from typing import Any
 
 from huggingface_hub.dataclasses import strict
 
-from .attention_patterns import patterns_for_layers, walk
+from .attention_patterns import check_patterns, walk
 from .configuration_transformer_xl import TransformerXLConfig
 
 
@@ -37,8 +37,7 @@ class XLSparseConfig(TransformerXLConfig):
 
     def validate_attention_patterns(self):
         """Every pattern is known, complete, can be dealt out to the heads, and is for text."""
-        for pattern in patterns_for_layers(self.attention_patterns, self.num_hidden_layers):
-            pattern.check_heads(self.num_attention_heads)
+        for pattern in check_patterns(self.attention_patterns, self.num_hidden_layers, self.num_attention_heads):
             if any(hasattr(inner, "grid") for inner in walk(pattern)):
                 raise ValueError(f"attention_patterns: {pattern.to_dict()} is for pictures, not for text.")
 

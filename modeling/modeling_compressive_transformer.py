@@ -18,6 +18,7 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.output_capturing import capture_outputs
 
 from .attention import eager_attention_forward
+from .causal_lm import num_targets
 from .configuration_compressive_transformer import CompressiveTransformerConfig
 from .memory_compressive import CompressiveMemory, Evicted
 from .modeling_transformer_xl import (
@@ -26,7 +27,6 @@ from .modeling_transformer_xl import (
     TransformerXLForSequenceClassification,
     TransformerXLModel,
     TransformerXLPreTrainedModel,
-    num_targets,
 )
 from .positions import RelativeBiases, RelativePositions
 

@@ -19,16 +19,17 @@ from transformers.modeling_layers import (
     GenericForTokenClassification,
     GradientCheckpointingLayer,
 )
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils import TransformersKwargs
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .attention import PatternBackend, eager_attention_forward, layer_masks, token_positions
 from .attention_patterns import Full, patterns_for_layers
 from .cache_patterns import PatternCacheGenerationMixin
+from .causal_lm import CausalLMHead
 from .checks import check_embeddings, check_one_input, check_token_ids
 from .configuration_rope_decoder import RoPEDecoderConfig
 from .positions import ROTARY_LAYOUTS, RotaryEmbedding
@@ -227,7 +228,7 @@ class RoPEDecoderModel(RoPEDecoderPreTrainedModel):
         return torch.arange(past_length, end, device=inputs_embeds.device)[None]
 
 
-class RoPEDecoderForCausalLM(RoPEDecoderPreTrainedModel, PatternCacheGenerationMixin):
+class RoPEDecoderForCausalLM(CausalLMHead, RoPEDecoderPreTrainedModel, PatternCacheGenerationMixin):
     """The decoder with a linear layer to the next token's logits."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -240,47 +241,6 @@ class RoPEDecoderForCausalLM(RoPEDecoderPreTrainedModel, PatternCacheGenerationM
         self.model = RoPEDecoderModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | dict | None = None,
-        position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> CausalLMOutputWithPast:
-        """
-        Args:
-            labels: [B, T] ids to predict, shifted inside: position t predicts labels[t + 1]; -100 is ignored. Give
-                `shift_labels` instead where t predicts shift_labels[t].
-            logits_to_keep: compute logits for the last so many positions only (0: all), or for these indices.
-        """
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **kwargs,
-        )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
-        loss = None
-        if labels is not None or kwargs.get("shift_labels") is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.lm_head.out_features, **kwargs)
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
 
 
 # The generic heads look their base model up by Auto class, which a checkpoint's own code is not registered with.

@@ -15,16 +15,17 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils import TransformersKwargs
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .attention import PatternBackend, eager_attention_forward, in_float32, layer_masks, token_positions
 from .attention_patterns import patterns_for_layers
 from .cache_patterns import PatternCacheGenerationMixin
+from .causal_lm import CausalLMHead
 from .checks import check_embeddings, check_one_input, check_positions, check_token_ids
 from .configuration_sparse_transformer import SparseTransformerConfig
 from .positions import AxialPositionEmbedding
@@ -216,7 +217,7 @@ class SparseTransformerModel(SparseTransformerPreTrainedModel):
         return position_ids
 
 
-class SparseTransformerForCausalLM(SparseTransformerPreTrainedModel, PatternCacheGenerationMixin):
+class SparseTransformerForCausalLM(CausalLMHead, SparseTransformerPreTrainedModel, PatternCacheGenerationMixin):
     """The decoder with a linear layer to the next token's logits (equation 11), which is 0 at first."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -228,47 +229,6 @@ class SparseTransformerForCausalLM(SparseTransformerPreTrainedModel, PatternCach
         if not config.tie_word_embeddings:
             self.lm_head.init_divisor = math.inf  # logits of 0, section 6
         self.post_init()
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> CausalLMOutputWithPast:
-        """
-        Args:
-            labels: [B, T] ids to predict, shifted inside: position t predicts labels[t + 1]; -100 is ignored. For
-                inputs that begin with a start token give `shift_labels` instead, where t predicts shift_labels[t].
-            logits_to_keep: compute logits for the last so many positions only (0: all), or for these indices.
-        """
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **kwargs,
-        )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
-        loss = None
-        if labels is not None or kwargs.get("shift_labels") is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.lm_head.out_features, **kwargs)
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
 
 
 # The generic head looks its base model up by Auto class, which a checkpoint's own code is not registered with.

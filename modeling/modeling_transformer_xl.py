@@ -25,6 +25,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .adaptive_softmax import AdaptiveEmbedding, AdaptiveSoftmax
 from .attention import BLOCK_SPARSE, VisibleKeys, eager_attention_forward, lower_mask, visible_keys
 from .attention_patterns import Full, Local
+from .causal_lm import kept_positions, next_tokens, num_targets
 from .checks import check_one_input, check_token_ids
 from .configuration_transformer_xl import TransformerXLConfig
 from .memory_segments import SegmentMemory, check_memory
@@ -389,8 +390,7 @@ class TransformerXLForCausalLM(TransformerXLPreTrainedModel, GenerationMixin):
         )
         logits, loss = None, None
         if targets is None or not (self.training and self.config.is_adaptive):
-            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self.lm_head(outputs.last_hidden_state[:, kept])
+            logits = self.lm_head(outputs.last_hidden_state[:, kept_positions(logits_to_keep)])
         if targets is not None:
             loss = self._loss(outputs, logits, targets, **kwargs)
         return self._output(loss, logits, outputs)
@@ -434,20 +434,6 @@ def build_embeddings(config: TransformerXLConfig) -> nn.Module:
             config.vocab_size, config.embedding_size, config.hidden_size, config.cutoffs, config.div_val
         )
     return nn.Embedding(config.vocab_size, config.hidden_size)
-
-
-def next_tokens(labels: torch.Tensor | None, shift_labels: torch.Tensor | None) -> torch.Tensor | None:
-    """[B, T] targets of each position: shift_labels as they are, or labels moved by one."""
-    if shift_labels is not None or labels is None:
-        return None if shift_labels is None else shift_labels.contiguous()
-    return nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
-
-
-def num_targets(targets: torch.Tensor, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor | int:
-    """What sums of token losses are divided by."""
-    if num_items_in_batch is None:
-        return (targets != -100).sum()
-    return num_items_in_batch.to(targets.device) if torch.is_tensor(num_items_in_batch) else num_items_in_batch
 
 
 def _new_tokens(attention_mask: torch.Tensor | None, memory: SegmentMemory, inputs_embeds) -> torch.Tensor | None:

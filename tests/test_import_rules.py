@@ -55,10 +55,6 @@ MAY_IMPORT = {
     "attention": MASKS | PLAN | {"attention_block_sparse"},
     "feed_forward": {"call_modes", "freed_memory", "linear_onednn"},
     "linear_onednn": {"call_modes"},
-    "image_embeddings": {"memory_images", "mixture_of_logistics", "positions"} | PATTERNS,
-    "image_enlargement": {"mixture_of_logistics"} | PATTERNS,
-    "image_heads": {"mixture_of_logistics"},
-    "image_layers": {"attention"},
     "layers": {"attention", "position_schemes"},
     "position_schemes": {"positions"},
     "swin_layers": {"checks", "configuration_swin_transformer", "feed_forward", "linear_onednn"},
@@ -71,7 +67,7 @@ MAY_IMPORT = {
     "memory_compressive": {"memory_segments"},
     "memory_sparse_segments": {"memory_segments"} | PATTERNS,
     "memory_*": MASKS | {"memory"},
-    "configuration_*": PATTERNS,
+    "configuration_*": {"checks"} | PATTERNS,
     "modeling_*": SHARED,
 }
 # Systems that their own paper presents as an extension of another.

@@ -27,10 +27,10 @@ from hf_tfamily.modeling.attention import eager_attention_forward, layer_masks
 from hf_tfamily.modeling.attention_patterns import Block1D, Block2D
 from hf_tfamily.modeling.cache_patterns import PatternCacheLayer
 from hf_tfamily.modeling.configuration_image_transformer import ImageTransformerConfig
-from hf_tfamily.modeling.image_enlargement import BicubicEnlargement
 from hf_tfamily.modeling.image_processing_tokens import ImageTokenProcessor
 from hf_tfamily.modeling.mixture_of_logistics import channel_mixture
 from hf_tfamily.modeling.modeling_image_transformer import (
+    BicubicEnlargement,
     ImageTransformerForCausalLM,
     ImageTransformerForSuperResolution,
     ImageTransformerModel,
@@ -463,6 +463,33 @@ def test_left_padding_changes_nothing():
     torch.testing.assert_close(
         model(padded, attention_mask=mask).logits[:, 5:], model(ids).logits, atol=1e-5, rtol=1e-5
     )
+
+
+def gradients_in_steps(model, ids, sizes, cache):
+    """Of all weights by name, of some weighted sum of the losses of values, computed in such steps."""
+    model.zero_grad()
+    total, start = 0.0, 0
+    for size in sizes:
+        values = slice(start, start + size)
+        logits = model(ids[:, values], past_key_values=cache).logits
+        total = total + (logits * torch.arange(values.start, values.stop)[:, None].sin()).sum()
+        start += size
+    total.backward()
+    return {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
+
+
+@every_output
+@with_classes
+@pytest.mark.parametrize("sizes", [[18, 18], [10, 1, 1, 1, 2, 21]])
+def test_gradients_flow_through_the_past(output, classes, sizes):
+    """Through keys and values, the class of the start token, and the hidden state that the values of a pixel share."""
+    model = tiny_model(output, classes=classes, implementation="block_sparse").double()
+    ids = image_ids(model)
+    expected = gradients_in_steps(model, ids, [36], None)
+    found = gradients_in_steps(model, ids, sizes, model.new_pattern_cache())
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, atol=1e-9, rtol=1e-9, msg=name)
 
 
 # Losses and training
