@@ -24,10 +24,10 @@ from .attention_masks import VisibleKeys, with_packing, with_padding
 from .attention_patterns import Full, Local, intersect, pattern_from_dict
 from .attention_patterns_base import Pattern
 from .attention_relative import relative_attention
-from .attention_relative_plan import rows_by_distance
 from .attention_torch import block_sparse_attention
 from .attention_triton import register as register_triton
 from .attention_triton_relative import register as register_triton_relative
+from .positions import rows_by_distance
 
 NAME = "block_sparse"
 Tensors = tuple[torch.Tensor, ...]
@@ -48,7 +48,7 @@ def block_sparse_attention_forward(
 ) -> tuple[torch.Tensor, None]:
     """Attention [B, T, H, Dv] of queries [B, H, T, D] to keys [B, Hk, S, D] and values [B, Hk, S, Dv].
 
-    A bias comes as what it is computed from, `position_bias` being a positions.RelativeScores.
+    A bias comes as what it is computed from, `position_bias` being a positions.DistanceScores.
 
     Raises:
         ValueError: for what the backend cannot do, naming what can.

@@ -112,13 +112,6 @@ def distances_met(pattern: Pattern, reach: int) -> Tensor:
         return distances[_meets(pattern, distances)]
 
 
-def rows_by_distance(distances: Tensor, wanted: Tensor) -> Tensor:
-    """For each of the `wanted` distances, of any shape, the row r where distances[r] is it; any if there is none."""
-    rows = distances.new_zeros(int(distances.max()) + 1)
-    rows[distances] = torch.arange(len(distances), device=distances.device)
-    return rows[wanted.clamp(0, len(rows) - 1)]
-
-
 def period(pattern: Pattern) -> int | None:
     """By how many positions queries and keys can be moved without a change; None if that is not known."""
     match pattern:

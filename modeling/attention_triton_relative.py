@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .attention_relative import _backward as pytorch_backward
 from .attention_relative import _forward as pytorch_forward
-from .attention_relative_plan import distances_met, rows_by_distance
+from .attention_relative_plan import distances_met
 from .attention_triton import backward as attention_backward
 from .attention_triton import forward as attention_forward
 from .attention_triton import register_implementation
@@ -25,6 +25,7 @@ from .attention_triton_call import DTYPES, parse_pattern
 from .attention_triton_configs import HEAD_DIMS
 from .attention_triton_layout import Pass, table_heads
 from .attention_triton_tables import TablePass
+from .positions import rows_by_distance
 
 _SCORES = 1 << 27  # scores of one pass held at once: 256 MB in half precision, twice that in the backward
 _LEAST_ROWS = 128

@@ -23,7 +23,7 @@ from .attention_block_sparse import NAME as BLOCK_SPARSE
 from .attention_block_sparse import BlockSparseByDefault, key_distances
 from .attention_masks import VisibleKeys
 from .attention_patterns_base import Pattern
-from .attention_relative_plan import distances_met, rows_by_distance
+from .attention_relative_plan import distances_met
 from .configuration_xl_sparse import XLSparseConfig
 from .memory_sparse_segments import SparseSegmentMemory, layer_patterns
 from .modeling_transformer_xl import (
@@ -34,7 +34,7 @@ from .modeling_transformer_xl import (
     TransformerXLModel,
     TransformerXLPreTrainedModel,
 )
-from .positions import RelativeBiases, RelativeScores
+from .positions import DistanceScores, RelativeBiases, rows_by_distance
 
 
 @dataclass(frozen=True)
@@ -55,13 +55,13 @@ class MetDistances:
     rows: torch.Tensor | None = None
     blind: torch.Tensor | None = None
 
-    def bias(self, query: torch.Tensor, relative_key: torch.Tensor, scaling: float) -> torch.Tensor | RelativeScores:
+    def bias(self, query: torch.Tensor, relative_key: torch.Tensor, scaling: float) -> torch.Tensor | DistanceScores:
         """What queries [B, H, T, D] and relative keys [H, L, D] have in common, as [B, H, T, S]; or yet to be computed.
 
         The terms (b) and (d) of Dai et al. 2019, section 3.3, if v has been added to the query.
         """
         if self.rows is None:
-            return RelativeScores(query, relative_key, self.distances)
+            return DistanceScores(query, relative_key, self.distances)
         by_distance = query @ relative_key.transpose(-1, -2) * scaling
         return by_distance.gather(-1, self.rows[:, None].expand(*by_distance.shape[:2], -1, -1))
 

@@ -21,10 +21,11 @@ from hf_tfamily.modeling.attention_masks import VisibleKeys
 from hf_tfamily.modeling.attention_patterns import Fixed, Local, Strided, Union
 from hf_tfamily.modeling.attention_patterns_base import Pattern
 from hf_tfamily.modeling.attention_relative import relative_attention
-from hf_tfamily.modeling.attention_relative_plan import distances_met, rows_by_distance
+from hf_tfamily.modeling.attention_relative_plan import distances_met
 from hf_tfamily.modeling.attention_torch import block_sparse_attention
 from hf_tfamily.modeling.configuration_sparse_transformer import SparseTransformerConfig
 from hf_tfamily.modeling.modeling_sparse_transformer import SparseTransformerForCausalLM
+from hf_tfamily.modeling.positions import rows_by_distance
 
 HEADS, DIM, STRIDE = 4, 64, 128
 SCALE = DIM**-0.5

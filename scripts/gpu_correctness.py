@@ -14,8 +14,9 @@ from hf_tfamily.modeling.attention_masks import VisibleKeys
 from hf_tfamily.modeling.attention_patterns import FixedBlock, Full, Strided
 from hf_tfamily.modeling.attention_patterns_base import Pattern
 from hf_tfamily.modeling.attention_relative import relative_attention
-from hf_tfamily.modeling.attention_relative_plan import distances_met, rows_by_distance
+from hf_tfamily.modeling.attention_relative_plan import distances_met
 from hf_tfamily.modeling.attention_torch import block_sparse_attention
+from hf_tfamily.modeling.positions import rows_by_distance
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 BUDGET = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 2e-5}  # relative errors that always pass

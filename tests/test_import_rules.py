@@ -41,16 +41,13 @@ MAY_IMPORT = {
     "attention_triton_*_gradients": {"attention_triton_kernels"},
     "attention_triton_call": {"attention_triton_views"} | PATTERNS | KERNELS | TRITON,
     "attention_triton_launch": TRITON,
-    "attention_triton_relative": {"attention_relative", "attention_relative_plan", "attention_triton"}
+    "attention_triton_relative": {"attention_relative", "attention_relative_plan", "attention_triton", "positions"}
     | PATTERNS
     | TRITON,
     "attention_triton_layout": {"attention_parts"} | PATTERNS,
     "attention_triton_tables": {"attention_parts", "attention_triton_layout"} | PATTERNS,
     "attention_triton_views": {"attention_parts"} | PATTERNS,
-    "attention_block_sparse": MASKS
-    | PLAN
-    | EXECUTORS
-    | {"attention_decode", "attention_relative", "attention_relative_plan"},
+    "attention_block_sparse": MASKS | PLAN | EXECUTORS | {"attention_decode", "attention_relative", "positions"},
     "attention_windows": {"call_modes", "freed_memory"},
     "attention": MASKS | PLAN | {"attention_block_sparse"},
     "feed_forward": {"call_modes", "freed_memory", "linear_onednn"},
@@ -59,10 +56,7 @@ MAY_IMPORT = {
     "image_enlargement": {"mixture_of_logistics"} | PATTERNS,
     "image_heads": {"mixture_of_logistics"},
     "image_layers": {"attention"},
-    "layers": {"attention", "position_schemes"},
-    "position_schemes": {"positions"},
     "swin_layers": {"checks", "configuration_swin_transformer", "feed_forward", "linear_onednn"},
-    "vanilla_stacks": SHARED | {"configuration_vanilla_transformer"},
     "window_layout": {"call_modes"} | PATTERNS,
     "memory": MASKS | {"memory_steps", "memory_stores"},
     "memory_blocks": PATTERNS,
@@ -80,6 +74,7 @@ EXTENDS = {
     "configuration_vanilla_encoder": "configuration_vanilla_transformer",
     "configuration_xl_sparse": "configuration_transformer_xl",
     "modeling_compressive_transformer": "modeling_transformer_xl",
+    "modeling_vanilla_encoder": "modeling_vanilla_transformer",
     "modeling_xl_sparse": "modeling_transformer_xl",
 }
 THIRD_PARTY = {"torch", "transformers", "huggingface_hub", "numpy", "PIL"}

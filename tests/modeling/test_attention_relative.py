@@ -20,8 +20,8 @@ from hf_tfamily.modeling.attention_relative_plan import (
     EvenPart,
     distances_met,
     plan_relative_attention,
-    rows_by_distance,
 )
+from hf_tfamily.modeling.positions import rows_by_distance
 from tests.modeling.test_attention_plan import EXTENTS, HEADS, PATTERNS
 from tests.modeling.test_attention_torch import ROUNDINGS, LargestTensor, poisoned_memory
 from tests.reference.attention import dense_mask

@@ -21,7 +21,7 @@ from hf_tfamily.modeling.modeling_vanilla_transformer import (
     VanillaTransformerForConditionalGeneration,
     VanillaTransformerModel,
 )
-from hf_tfamily.modeling.position_schemes import POSITION_SCHEMES
+from hf_tfamily.modeling.positions import POSITION_SCHEMES
 from tests.reference.vanilla_transformer import noam_rate, smoothed_loss, vanilla_transformer
 
 register_all()
