@@ -249,11 +249,8 @@ class VanillaTransformerPreTrainedModel(PreTrainedModel):
     def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args, **kwargs) -> str:
         """block_sparse where patterns are set and nothing else is asked, unless the scores need a bias."""
         patterns = self.config.attention_patterns or getattr(self.config, "decoder_attention_patterns", None)
-        if (
-            attn_implementation is None
-            and patterns
-            and not POSITION_SCHEMES[self.config.position_encoding].biases_scores
-        ):
+        scheme = POSITION_SCHEMES[self.config.position_encoding]
+        if attn_implementation is None and patterns and not scheme.biases_scores:
             attn_implementation = BLOCK_SPARSE
         return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
 
