@@ -87,7 +87,7 @@ class VanillaEncoderModel(VanillaTransformerStack, VanillaEncoderPreTrainedModel
 
 
 class VanillaEncoderForMaskedLM(VanillaEncoderPreTrainedModel):
-    """The encoder with the logits of what stood in each place (section 3.1, task 1)."""
+    """The encoder with the logits of what stood at each position (section 3.1, task 1)."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
@@ -113,7 +113,7 @@ class VanillaEncoderForMaskedLM(VanillaEncoderPreTrainedModel):
     ) -> MaskedLMOutput:
         """
         Args:
-            labels: [B, T] ids that stood in each place, not shifted; -100 is ignored.
+            labels: [B, T] ids that stood at each position, not shifted; -100 is ignored.
         """
         outputs = self.model(
             input_ids=input_ids,

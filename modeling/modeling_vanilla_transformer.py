@@ -408,7 +408,7 @@ class VanillaTransformerDecoder(VanillaTransformerStack):
         own_past = getattr(past_key_values, "self_attention_cache", past_key_values)
         if self.positions.biases_scores and hasattr(own_past, "announce"):
             raise ValueError(
-                f"position_encoding={self.config.position_encoding!r} needs a place for every past key, which a "
+                f"position_encoding={self.config.position_encoding!r} needs every past key, which a "
                 "pattern-aware cache does not keep; pass past_key_values=DynamicCache()."
             )
 

@@ -30,8 +30,8 @@ rows = pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
 
 def distances_of(batch_size):
     """[B, T, S], the last queries of as many keys; other rows are padded on the left by one key more each."""
-    places = torch.arange(KEYS) - torch.arange(batch_size)[:, None]
-    return places[:, -QUERIES:, None] - places[:, None, :]
+    positions = torch.arange(KEYS) - torch.arange(batch_size)[:, None]
+    return positions[:, -QUERIES:, None] - positions[:, None, :]
 
 
 def by_loops(entry, distances, rows):
@@ -133,9 +133,9 @@ def test_what_a_lazy_backend_gets_is_what_others_add():
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_the_scheme_of_transformer_xl_has_its_waves(causal):
-    like, places = torch.zeros(1), torch.arange(KEYS)[None]
+    like, positions = torch.zeros(1), torch.arange(KEYS)[None]
     scheme = POSITION_SCHEMES["transformer_xl"](SimpleNamespace(hidden_size=6))
-    order = scheme.prepare(places[:, -QUERIES:], places, causal, like)
+    order = scheme.prepare(positions[:, -QUERIES:], positions, causal, like)
     waves = RelativeSinusoids(6)(KEYS + 1, like)
     assert torch.equal(order.states[: KEYS + 1], waves)
     assert len(order.states) == KEYS + (1 if causal else KEYS)
@@ -146,6 +146,6 @@ def test_the_scheme_of_rotations_has_the_angles_of_a_rope_decoder():
     scheme = POSITION_SCHEMES["rotary"](SimpleNamespace(hidden_size=16, num_attention_heads=2))
     rope = {"rope_theta": 10000.0}
     embedding = RotaryEmbedding(RoPEDecoderConfig(hidden_size=16, num_attention_heads=2, rope_parameters=rope))
-    places = torch.tensor([[0, 1, 5, 100]])
-    for one, other in zip(scheme.prepare(places, places, True, torch.zeros(1)), embedding(torch.zeros(1), places)):
+    positions, like = torch.tensor([[0, 1, 5, 100]]), torch.zeros(1)
+    for one, other in zip(scheme.prepare(positions, positions, True, like), embedding(like, positions)):
         torch.testing.assert_close(one[:, 0], other, atol=1e-5, rtol=0)

@@ -40,8 +40,8 @@ def test_clamped_distances_count_as_the_largest():
 def test_shift_and_gather_bring_each_key_its_distance():
     queries, keys = 3, 7
     columns = torch.arange(keys, -1, -1.0).repeat(1, 1, queries, 1)  # the distance of each column
-    places = torch.arange(keys)
-    distances = (places[-queries:, None] - places)[None]
+    key_positions = torch.arange(keys)
+    distances = (key_positions[-queries:, None] - key_positions)[None]
     causal = distances[0] >= 0
     assert torch.equal(shift_rows(columns)[0, 0][causal], distances[0][causal].float())
 
