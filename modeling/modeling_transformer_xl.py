@@ -23,7 +23,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .adaptive_softmax import AdaptiveEmbedding, AdaptiveSoftmax
-from .attention import BLOCK_SPARSE, VisibleKeys, eager_attention_forward, lower_mask, visible_keys
+from .attention import BLOCK_SPARSE, PatternBackend, VisibleKeys, eager_attention_forward, lower_mask, visible_keys
 from .attention_patterns import Full, Local
 from .causal_lm import kept_positions, next_tokens, num_targets
 from .checks import check_one_input, check_token_ids
@@ -147,7 +147,7 @@ class TransformerXLBlock(GradientCheckpointingLayer):
         return self.mlp_post_norm(hidden_states + self.dropout(transformed)), weights
 
 
-class TransformerXLPreTrainedModel(PreTrainedModel):
+class TransformerXLPreTrainedModel(PatternBackend, PreTrainedModel):
     """Initial weights, and what Transformers wants to know about the family."""
 
     config: TransformerXLConfig

@@ -2,9 +2,8 @@
 Pre-training of Deep Bidirectional Transformers for Language Understanding" (arXiv:1810.04805).
 
 "BERT's model architecture is a multi-layer bidirectional Transformer encoder based on the original implementation"
-(section 3): blocks (vanilla_stacks.py) and attention (layers.py, with its call of
-ALL_ATTENTION_FUNCTIONS.get_interface(...)) are those of the vanilla Transformer. BERT's own are token types, a norm on
-the embeddings, and the heads.
+(section 3): blocks and attention, with its call of ALL_ATTENTION_FUNCTIONS.get_interface(...), are those of
+modeling_vanilla_transformer.py. BERT's own are token types, a norm on the embeddings, and the heads.
 
 Shapes: B batch, T tokens.
 """
@@ -20,8 +19,8 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .checks import check_some_token, check_token_types
 from .configuration_vanilla_encoder import VanillaEncoderConfig
-from .layers import MultiHeadAttention
-from .vanilla_stacks import (
+from .modeling_vanilla_transformer import (
+    MultiHeadAttention,
     VanillaTransformerEncoderBlock,
     VanillaTransformerPreTrainedModel,
     VanillaTransformerStack,
@@ -69,7 +68,7 @@ class VanillaEncoderModel(VanillaTransformerStack, VanillaEncoderPreTrainedModel
         """
         embeddings = self.token_embeddings(input_ids, inputs_embeds)
         check_some_token(attention_mask)
-        hidden_states, masks, order = self.survey(
+        hidden_states, masks, order = self.prepare(
             embeddings + self.type_embeddings(token_type_ids, embeddings), attention_mask, position_ids
         )
         hidden_states = self.dropout(self.embedding_norm(hidden_states))
@@ -88,7 +87,7 @@ class VanillaEncoderModel(VanillaTransformerStack, VanillaEncoderPreTrainedModel
 
 
 class VanillaEncoderForMaskedLM(VanillaEncoderPreTrainedModel):
-    """The encoder with the logits of what stood in each place (section 3.1, task 1)."""
+    """The encoder with the logits of what stood at each position (section 3.1, task 1)."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
@@ -114,7 +113,7 @@ class VanillaEncoderForMaskedLM(VanillaEncoderPreTrainedModel):
     ) -> MaskedLMOutput:
         """
         Args:
-            labels: [B, T] ids that stood in each place, not shifted; -100 is ignored.
+            labels: [B, T] ids that stood at each position, not shifted; -100 is ignored.
         """
         outputs = self.model(
             input_ids=input_ids,

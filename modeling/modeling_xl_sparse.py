@@ -18,7 +18,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention import BLOCK_SPARSE, PatternBackend, VisibleKeys, eager_attention_forward, lower_mask
+from .attention import BLOCK_SPARSE, VisibleKeys, eager_attention_forward, lower_mask
 from .attention_patterns import Pattern, distances_met
 from .configuration_xl_sparse import XLSparseConfig
 from .memory_sparse_segments import SparseSegmentMemory, layer_patterns
@@ -30,7 +30,7 @@ from .modeling_transformer_xl import (
     TransformerXLModel,
     TransformerXLPreTrainedModel,
 )
-from .positions import RelativeBiases, RelativeScores, rows_by_distance
+from .positions import DistanceScores, RelativeBiases, rows_by_distance
 
 
 @dataclass(frozen=True)
@@ -51,13 +51,13 @@ class MetDistances:
     rows: torch.Tensor | None = None
     blind: torch.Tensor | None = None
 
-    def bias(self, query: torch.Tensor, relative_key: torch.Tensor, scaling: float) -> torch.Tensor | RelativeScores:
+    def bias(self, query: torch.Tensor, relative_key: torch.Tensor, scaling: float) -> torch.Tensor | DistanceScores:
         """What queries [B, H, T, D] and relative keys [H, L, D] have in common, as [B, H, T, S]; or yet to be computed.
 
         The terms (b) and (d) of Dai et al. 2019, section 3.3, if v has been added to the query.
         """
         if self.rows is None:
-            return RelativeScores(query, relative_key, self.distances)
+            return DistanceScores(query, relative_key, self.distances)
         by_distance = query @ relative_key.transpose(-1, -2) * scaling
         return by_distance.gather(-1, self.rows[:, None].expand(*by_distance.shape[:2], -1, -1))
 
@@ -115,7 +115,7 @@ class XLSparseBlock(TransformerXLBlock):
     attention_class = XLSparseAttention
 
 
-class XLSparsePreTrainedModel(PatternBackend, TransformerXLPreTrainedModel):
+class XLSparsePreTrainedModel(TransformerXLPreTrainedModel):
     """What Transformers wants to know about the family."""
 
     config: XLSparseConfig

@@ -1,45 +1,85 @@
 """How order enters a model.
 
-Shapes: B batch, T tokens.
+A scheme has two halves, chosen once when a model is built. The stack's half (`StackOrder`) adds positions to the
+embeddings and works out, once for each call, what the layers need to know about where tokens stand. The layer's half
+(`LayerOrder`) lives in an attention module and meets that layer's hidden states, queries, keys and values.
+`POSITION_SCHEMES` at the end of the file names them all. They are made of the waves, rotations and scores by distance
+that come first, of which models that know order in one way alone take what they need.
+
+Shapes: B batch, H heads, T queries, S keys, D head dim, L distances.
 """
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Waves
 
-class AxialPositionEmbedding(nn.Module):
-    """Learned embeddings of a position's coordinates along several axes, summed (Child et al. 2019, section 5.3).
+# The dimension along which sines and cosines are stacked before the last two are flattened.
+SINUSOID_LAYOUTS = {"interleaved": -1, "halves": -2}
 
-    Position t of data laid out in `shape` has the coordinates `unravel(t, shape)`: row, column and channel for an
-    image; for text or audio, row and column of a matrix whose width is the attention's stride.
+
+def wavelengths(dim: int, base: float = 10000, dtype: torch.dtype = torch.float32, device=None) -> torch.Tensor:
+    """[dim / 2], base^(2i / dim) for each pair i of dimensions: how many positions a wave takes for an angle of 1."""
+    return base ** (torch.arange(0, dim, 2, dtype=dtype, device=device) / dim)
+
+
+def sinusoids(
+    positions: torch.Tensor, dim: int, layout: str = "interleaved", dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """Sine and cosine waves of positions, [...] -> [..., dim] (Vaswani et al. 2017, arXiv:1706.03762, section 3.5).
 
     Args:
-        shape: length of each axis, the last one running fastest.
-        hidden_size: width of the embeddings.
+        layout: "interleaved" as in the paper (sine in even columns, cosine in odd ones), or "halves" as in Marian and
+            Transformer-XL (all sines, then all cosines).
+        dtype: of the waves, computed in float32 at least; that of the (floating point) positions if None.
+
+    Raises:
+        ValueError: if the layout is unknown, or dim is odd.
+    """
+    if layout not in SINUSOID_LAYOUTS:
+        raise ValueError(f"layout must be one of {', '.join(SINUSOID_LAYOUTS)}, got {layout!r}.")
+    if dim % 2 or dim < 2:
+        raise ValueError(f"Sines and cosines come in pairs: dim must be even and at least 2, got {dim}.")
+    dtype = dtype or positions.dtype
+    exact = positions.to(torch.promote_types(dtype, torch.float32))
+    angles = exact[..., None] / wavelengths(dim, dtype=exact.dtype, device=exact.device)
+    waves = torch.stack([angles.sin(), angles.cos()], dim=SINUSOID_LAYOUTS[layout])
+    return waves.flatten(-2).to(dtype)
+
+
+class RelativeSinusoids(nn.Module):
+    """The matrix R of Dai et al. 2019 (arXiv:1901.02860), section 3.3: a wave for each distance i - j.
+
+    Args:
+        hidden_size: width of the embeddings, even.
+        clamp_len: larger distances count as this one; None for no limit.
     """
 
-    def __init__(self, shape: list[int], hidden_size: int):
+    def __init__(self, hidden_size: int, clamp_len: int | None = None):
         super().__init__()
-        self.shape = tuple(shape)
-        self.axes = nn.ModuleList(nn.Embedding(length, hidden_size) for length in shape)
+        self.hidden_size = hidden_size
+        self.clamp_len = clamp_len
 
-    @property
-    def num_positions(self) -> int:
-        return math.prod(self.shape)
+    def forward(self, length: int, like: torch.Tensor) -> torch.Tensor:
+        """[length, hidden], rows for the distances length - 1 down to 0, in the dtype and on the device of `like`."""
+        return self.of(torch.arange(length - 1, -1, -1), like)
 
-    def forward(self, position_ids: torch.Tensor) -> torch.Tensor:
-        """[B, T] positions -> [B, T, hidden]."""
-        embeddings, rest = 0, position_ids
-        for axis in reversed(self.axes):
-            embeddings = embeddings + axis(rest % axis.num_embeddings)
-            rest = rest // axis.num_embeddings
-        return embeddings
+    def of(self, distances: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        """[L, hidden], rows for the distances [L]."""
+        distances = distances.to(like.device)
+        if self.clamp_len is not None:
+            distances = distances.clamp(max=self.clamp_len)
+        return sinusoids(distances, self.hidden_size, "halves", like.dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rotations
 
 
 class RotaryEmbedding(nn.Module):
@@ -65,7 +105,7 @@ class RotaryEmbedding(nn.Module):
     def compute_default_rope_parameters(config, **kwargs) -> tuple[torch.Tensor, float]:
         """The angles theta_i of equation 15, and 1.0, the factor on cos and sin."""
         rotated = int(config.head_dim * config.rope_parameters.get("partial_rotary_factor", 1.0))
-        return 1.0 / config.rope_parameters["rope_theta"] ** (torch.arange(0, rotated, 2).float() / rotated), 1.0
+        return 1.0 / wavelengths(rotated, config.rope_parameters["rope_theta"]), 1.0
 
     def _apply(self, fn, recurse=True):
         """Move with the model but stay in float32: in bfloat16 the angle at position 1,000 would be off by a radian."""
@@ -109,70 +149,66 @@ def rotate_half(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> t
 ROTARY_LAYOUTS: dict[str, Callable] = {"interleaved": rotate_interleaved, "half": rotate_half}
 
 
-# The dimension along which sines and cosines are stacked before the last two are flattened.
-SINUSOID_LAYOUTS = {"interleaved": -1, "halves": -2}
+# ---------------------------------------------------------------------------------------------------------------------
+# Scores by distance
 
 
-def sinusoids(positions: torch.Tensor, dim: int, layout: str = "interleaved") -> torch.Tensor:
-    """Sine and cosine waves of positions, [...] -> [..., dim] (Vaswani et al. 2017, arXiv:1706.03762, section 3.5).
+class DistanceBias(NamedTuple):
+    """A bias that depends on the head and on the distance from key to query alone (ALiBi, T5's buckets).
 
-    Args:
-        positions: floating point; the waves have its dtype.
-        layout: "interleaved" as in the paper (sine in even columns, cosine in odd ones), or "halves" as in Marian and
-            Transformer-XL (all sines, then all cosines).
-    """
-    if layout not in SINUSOID_LAYOUTS:
-        raise ValueError(f"layout must be one of {', '.join(SINUSOID_LAYOUTS)}, got {layout!r}.")
-    if dim % 2 or dim < 2:
-        raise ValueError(f"Sines and cosines come in pairs: dim must be even and at least 2, got {dim}.")
-    even = torch.arange(0, dim, 2, dtype=positions.dtype, device=positions.device)
-    angles = positions[..., None] / 10000 ** (even / dim)
-    waves = torch.stack([angles.sin(), angles.cos()], dim=SINUSOID_LAYOUTS[layout])
-    return waves.flatten(-2)
+    This and `DistanceScores` are the two forms in which what is added to scores crosses to a backend, as position_bias;
+    read by attribute and never by class, since model and backend may come from different copies of this file. A backend
+    without a way of its own takes `dense_bias` of either.
 
-
-class SinusoidalPositionEmbedding(nn.Module):
-    """Absolute positions as waves; no parameters, and no longest position.
-
-    Args:
-        hidden_size: width of the embeddings, even.
-        layout: see `sinusoids`.
+    Attributes:
+        table: [H, L], added to the scaled scores.
+        distances: [L] on the CPU, the distance i - j that each column of the table is for; all that are met.
     """
 
-    def __init__(self, hidden_size: int, layout: str = "interleaved"):
-        super().__init__()
-        self.hidden_size = hidden_size
-        self.layout = layout
-
-    def forward(self, position_ids: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """[B, T] positions -> [B, T, hidden]."""
-        exact = torch.promote_types(dtype, torch.float32)
-        return sinusoids(position_ids.to(exact), self.hidden_size, self.layout).to(dtype)
+    table: torch.Tensor
+    distances: torch.Tensor
 
 
-class RelativeSinusoids(nn.Module):
-    """The matrix R of Dai et al. 2019 (arXiv:1901.02860), section 3.3: a wave for each distance i - j.
+class DistanceScores(NamedTuple):
+    """Scores of queries and distances, yet to be computed (Shaw et al. 2018, Transformer-XL); see `DistanceBias`.
 
-    Args:
-        hidden_size: width of the embeddings, even.
-        clamp_len: larger distances count as this one; None for no limit.
+    They are q' k' for a position query q' and a relative key k', scaled as the scores q k of queries and keys are.
+
+    Attributes:
+        position_query: [B, H, T, D].
+        relative_key: [H, L, D].
+        distances: [L] on the CPU, the distance i - j that each row of relative_key is for; all that are met.
     """
 
-    def __init__(self, hidden_size: int, clamp_len: int | None = None):
-        super().__init__()
-        self.hidden_size = hidden_size
-        self.clamp_len = clamp_len
+    position_query: torch.Tensor
+    relative_key: torch.Tensor
+    distances: torch.Tensor
 
-    def forward(self, length: int, like: torch.Tensor) -> torch.Tensor:
-        """[length, hidden], rows for the distances length - 1 down to 0, in the dtype and on the device of `like`."""
-        return self.of(torch.arange(length - 1, -1, -1), like)
 
-    def of(self, distances: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-        """[L, hidden], rows for the distances [L]."""
-        distances = distances.to(like.device, torch.promote_types(like.dtype, torch.float32))
-        if self.clamp_len is not None:
-            distances = distances.clamp(max=self.clamp_len)
-        return sinusoids(distances, self.hidden_size, "halves").to(like.dtype)
+def dense_bias(bias: DistanceBias | DistanceScores, distances: torch.Tensor, scaling: float) -> torch.Tensor:
+    """Either form as a tensor [B or 1, H, T, S] to be added to scores that have been multiplied by `scaling`.
+
+    Args:
+        distances: [B or 1, T, S], from each key to each query; what stands at those that the bias does not list means
+            nothing, and a mask must hide it.
+    """
+    rows = rows_by_distance(bias.distances.to(distances.device), distances)
+    if hasattr(bias, "table"):
+        return bias.table[:, rows].transpose(0, 1)
+    return scores_by_key(bias.position_query @ bias.relative_key.transpose(-1, -2) * scaling, rows)
+
+
+def rows_by_distance(distances: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """For each of the `wanted` distances, of any shape, the row r where distances[r] is it; any if there is none."""
+    lowest, highest = torch.stack(distances.aminmax()).tolist()
+    rows = distances.new_zeros(highest - lowest + 1)
+    rows[distances - lowest] = torch.arange(len(distances), device=distances.device)
+    return rows[(wanted - lowest).clamp(0, highest - lowest)]
+
+
+def scores_by_key(by_distance: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """Scores [B, H, T, L] by distance -> [B, H, T, S] by key; `columns` [B or 1, T, S] says which one a pair takes."""
+    return by_distance.gather(-1, columns[:, None].expand(*by_distance.shape[:3], -1))
 
 
 class RelativeBiases(nn.Module):
@@ -193,64 +229,54 @@ class RelativeBiases(nn.Module):
         return query + self.content[:, None], query + self.position[:, None]
 
 
-class RelativeScores(NamedTuple):
-    """Scores of the distances between queries and keys, yet to be computed: what block_sparse takes as position_bias.
-
-    Attributes:
-        position_query: [B, H, T, D].
-        relative_key: [H, L, D].
-        distances: [L] on the CPU, the distance that each row of relative_key is for; all that the pattern can meet.
-    """
-
-    position_query: torch.Tensor
-    relative_key: torch.Tensor
-    distances: torch.Tensor
-
-
-@dataclass(frozen=True)
-class RelativePositions:
+class RelativePositions(NamedTuple):
     """Where the queries stand to the keys, for every layer of one call.
 
     Attributes:
-        states: R [L, hidden] for the distances L - 1 down to 0.
-        key_length: S, less than L.
-        distances: [B, T, S], negative for later keys; None where the T queries are the last T of S unpadded keys.
+        states: R [L, hidden] for the distances `lowest` + L - 1 down to `lowest`.
+        key_length: S; R has a row for this distance.
+        distances: [B or 1, T, S], below `lowest` where nobody looks; None where the T queries are the last T of S
+            unpadded keys.
+        lowest: 0 where later keys are hidden.
         blind: [B, T] bool, queries that see no key at all; None if there are none.
         hidden: [T, columns] bool from `hidden_columns`: what `scores` makes hopeless; None leaves it to a mask.
+        lazy: the backend computes the scores itself.
     """
 
     states: torch.Tensor
     key_length: int
     distances: torch.Tensor | None = None
+    lowest: int = 0
     blind: torch.Tensor | None = None
     hidden: torch.Tensor | None = None
     lazy: bool = False
 
-    def bias(self, query: torch.Tensor, relative_key: torch.Tensor, scaling: float) -> torch.Tensor | RelativeScores:
+    def bias(self, query: torch.Tensor, relative_key: torch.Tensor, scaling: float) -> torch.Tensor | DistanceScores:
         """Scaled `scores`, or where the backend computes them itself what they are computed from."""
         if not self.lazy:
             return self.scores(query * scaling, relative_key)
-        return RelativeScores(query, relative_key, torch.arange(relative_key.shape[1] - 1, -1, -1))
+        lowest, highest = self.lowest, self.lowest + relative_key.shape[1] - 1
+        return DistanceScores(query, relative_key, torch.arange(highest, lowest - 1, -1))
 
     def scores(self, query: torch.Tensor, relative_key: torch.Tensor) -> torch.Tensor:
         """What queries [B, H, T, D] and projected distances [H, L, D] have in common, as [B, H, T, S].
 
-        The terms (b) and (d) of Dai et al. 2019, section 3.3, if v has been added to the query. Entries for later
-        keys mean nothing; the causal mask hides them, or `hidden` does.
+        The terms (b) and (d) of Dai et al. 2019, section 3.3, if v has been added to the query. Entries for distances
+        below `lowest` mean nothing; the causal mask hides them, or `hidden` does.
         """
-        by_distance = query @ relative_key[:, -self.key_length - 1 :].transpose(-1, -2)  # column c: distance S - c
+        last = self.key_length - self.lowest
+        by_distance = query @ relative_key[:, -last - 1 :].transpose(-1, -2)  # column c: distance S - c
         if self.hidden is not None:
             by_distance[..., : self.hidden.shape[1]].masked_fill_(self.hidden, torch.finfo(by_distance.dtype).min)
         if self.distances is None:
             return shift_rows(by_distance)
-        columns = (self.key_length - self.distances).clamp(0, self.key_length)
-        return by_distance.gather(-1, columns[:, None].expand(-1, by_distance.shape[1], -1, -1))
+        return scores_by_key(by_distance, (self.key_length - self.distances).clamp(0, last))
 
 
 def shift_rows(scores: torch.Tensor) -> torch.Tensor:
     """[..., T, S + 1] by distance, S down to 0 -> [..., T, S] by key (Dai et al. 2019, appendix B).
 
-    Row i moves T - i places to the left: of S keys the last T are the queries' own. What enters from the right belongs
+    Row i moves T - i columns to the left: of S keys the last T are the queries' own. What enters from the right belongs
     to later keys. Nothing moves in memory: rows of S + 1 entries are viewed as rows of S, the first T entries left out.
     """
     rows, columns = scores.shape[-2:]
@@ -269,8 +295,282 @@ def hidden_columns(length: int, key_length: int, reach: int | None, device: torc
     return unmet | (columns < out_of_reach)
 
 
-def rows_by_distance(distances: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """For each of the `wanted` distances, of any shape, the row r where distances[r] is it; any if there is none."""
-    rows = distances.new_zeros(int(distances.max()) + 1)
-    rows[distances] = torch.arange(len(distances), device=distances.device)
-    return rows[wanted.clamp(0, len(rows) - 1)]
+# ---------------------------------------------------------------------------------------------------------------------
+# Schemes: the two halves
+
+
+class LayerOrder(nn.Module):
+    """The layer's half of a scheme that leaves attention alone; base of the others.
+
+    `order` is what the stack's half said about this call (`StackOrder.prepare`).
+    """
+
+    def __init__(self, config):
+        super().__init__()
+
+    def enter(self, hidden_states: torch.Tensor, order: Any) -> torch.Tensor:
+        """The block's input [B, T, hidden]."""
+        return hidden_states
+
+    def rotate(self, query: torch.Tensor, key: torch.Tensor, order: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Queries and keys [B, H, T, D] of the new tokens, before a cache stores the keys."""
+        return query, key
+
+    def relate(
+        self, query: torch.Tensor, value: torch.Tensor, order: Any, scaling: float
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Queries [B, H, T, D] and values [B, H, S, D] as attention shall take them, and a bias [B, H, T, S] on scores
+        that have been multiplied by `scaling`."""
+        return query, value, None
+
+    def collect(self, output: torch.Tensor, attention_mask: Any, order: Any) -> torch.Tensor:
+        """The heads' outputs [B, T, H, D], from what attention returned."""
+        return output
+
+
+class StackOrder(nn.Module):
+    """The stack's half of the scheme "none": order is not known at all. Base of the others.
+
+    Attributes:
+        layer: the layer's half.
+        num_positions: how many positions there are; None for no limit.
+        biases_scores: the layer's half adds a bias to the scores.
+    """
+
+    layer: type[LayerOrder] = LayerOrder
+    biases_scores = False
+    num_positions: int | None = None
+
+    def __init__(self, config):
+        super().__init__()
+
+    def embed(self, embeddings: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        """Embeddings [B, T, hidden] of tokens at position_ids [B or 1, T]."""
+        return embeddings
+
+    def prepare(
+        self, queries: torch.Tensor, keys: torch.Tensor, causal: bool, like: torch.Tensor
+    ) -> torch.Tensor | tuple[torch.Tensor, ...] | None:
+        """What the layers need to know of the positions of queries [B or 1, T] and keys [B or 1, S]."""
+        return None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Absolute positions, added to the embeddings or to the input of every layer
+
+
+class AxialPositionEmbedding(nn.Module):
+    """Learned embeddings of a position's coordinates along several axes, summed (Child et al. 2019, section 5.3).
+
+    Position t of data laid out in `shape` has the coordinates `unravel(t, shape)`: row, column and channel for an
+    image; for text or audio, row and column of a matrix whose width is the attention's stride.
+
+    Args:
+        shape: length of each axis, the last one running fastest.
+        hidden_size: width of the embeddings.
+    """
+
+    def __init__(self, shape: list[int], hidden_size: int):
+        super().__init__()
+        self.shape = tuple(shape)
+        self.axes = nn.ModuleList(nn.Embedding(length, hidden_size) for length in shape)
+
+    @property
+    def num_positions(self) -> int:
+        return math.prod(self.shape)
+
+    def forward(self, position_ids: torch.Tensor) -> torch.Tensor:
+        """[B, T] positions -> [B, T, hidden]."""
+        embeddings, rest = 0, position_ids
+        for axis in reversed(self.axes):
+            embeddings = embeddings + axis(rest % axis.num_embeddings)
+            rest = rest // axis.num_embeddings
+        return embeddings
+
+
+class Sinusoidal(StackOrder):
+    """Waves, added to the embeddings (Vaswani et al. 2017, arXiv:1706.03762, section 3.5)."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.layout = config.sinusoid_layout
+
+    def embed(self, embeddings: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        return embeddings + sinusoids(position_ids, embeddings.shape[-1], self.layout, embeddings.dtype)
+
+
+class Learned(StackOrder):
+    """A learned vector for each position, added to the embeddings (Gehring et al. 2017, arXiv:1705.03122)."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.num_positions = config.max_position_embeddings
+        self.table = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+
+    def embed(self, embeddings: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        return embeddings + self.table(position_ids)
+
+
+class LearnedInLayer(LayerOrder):
+    """A layer's own vector for each position, added to its input."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.table = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+
+    def enter(self, hidden_states: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+        return hidden_states + self.table(order)
+
+
+class LearnedPerLayer(StackOrder):
+    """Learned vectors that are added to the input of every layer (Al-Rfou et al. 2018, arXiv:1808.04444)."""
+
+    layer = LearnedInLayer
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.num_positions = config.max_position_embeddings
+
+    def prepare(self, queries, keys, causal, like) -> torch.Tensor:
+        return queries
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rotary positions
+
+
+class RotaryInLayer(LayerOrder):
+    """Queries and keys rotated by their positions' angles."""
+
+    def rotate(self, query, key, order: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        return rotate_interleaved(query, *order), rotate_interleaved(key, *order)
+
+
+class Rotary(StackOrder):
+    """Rotations of queries and keys (Su et al. 2021, arXiv:2104.09864, section 3.2.2): scores know the distance.
+
+    The angles are those of the sinusoidal positions, theta_i = 10000^(-2i / D) (equation 15), in the model's precision.
+    `RotaryEmbedding` has them for other bases and for lengths beyond the trained one.
+    """
+
+    layer = RotaryInLayer
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.head_dim = config.hidden_size // config.num_attention_heads
+
+    def prepare(self, queries, keys, causal, like) -> tuple[torch.Tensor, torch.Tensor]:
+        sin, cos = sinusoids(queries, self.head_dim, "halves", like.dtype).chunk(2, dim=-1)
+        return cos[:, None], sin[:, None]  # [B or 1, 1, T, D / 2]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Relative positions: scores that know the distance from query to key
+
+
+class BiasedLayerOrder(LayerOrder):
+    """Base of schemes with a bias on the scores: what sees nothing gives 0, on every backend."""
+
+    def collect(self, output: torch.Tensor, attention_mask: Any, order: Any) -> torch.Tensor:
+        if not isinstance(attention_mask, torch.Tensor):  # flex_attention's own masks hide such rows already
+            return output
+        # With a bias, sdpa averages over hidden keys where there are no others.
+        sees_some = attention_mask.any(dim=-1).transpose(1, 2)  # [B or 1, T, H or 1]
+        return output.masked_fill(~sees_some[..., None], 0.0)
+
+
+class DistanceVectors(nn.Embedding):
+    """A vector for each clipped distance, all of them at once."""
+
+    def forward(self) -> torch.Tensor:
+        """[2k + 1, D]."""
+        return self.weight
+
+
+class ShawInLayer(BiasedLayerOrder):
+    """A vector a^K for each clipped distance in the scores and one, a^V, in the values; shared by the heads."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        distances, head_dim = 2 * config.max_relative_position + 1, config.hidden_size // config.num_attention_heads
+        self.keys = DistanceVectors(distances, head_dim)
+        self.values = DistanceVectors(distances, head_dim)
+        self.head_dim = head_dim
+
+    def relate(self, query, value, order: torch.Tensor, scaling: float):
+        bias = scores_by_key(query @ self.keys().T * scaling, order)  # x W^Q a^K, equation 4
+        # Backends hand out no weights, but values that are unit vectors bring them along.
+        unit = torch.eye(value.shape[2], dtype=value.dtype, device=value.device).expand(*value.shape[:2], -1, -1)
+        return query, torch.cat([value, unit], dim=-1), bias
+
+    def collect(self, output, attention_mask, order: torch.Tensor) -> torch.Tensor:
+        output = super().collect(output, attention_mask, order)
+        output, weights = output.split([self.head_dim, output.shape[-1] - self.head_dim], dim=-1)  # [B, T, H, S]
+        order = order[:, :, None].expand_as(weights)
+        by_distance = weights.new_zeros(*weights.shape[:3], self.values.num_embeddings).scatter_add(-1, order, weights)
+        return output + by_distance @ self.values()  # alpha (x W^V + a^V), equation 3
+
+
+class Shaw(StackOrder):
+    """Learned vectors of distances (Shaw et al. 2018, arXiv:1803.02155): beyond `max_relative_position` all are alike.
+
+    As in its authors' code, each layer has its own vectors and its heads share them (section 3.3).
+    """
+
+    layer = ShawInLayer
+    biases_scores = True
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.clip = config.max_relative_position
+
+    def prepare(self, queries, keys, causal, like) -> torch.Tensor:
+        """Which vector each pair takes, [B or 1, T, S]: clip(j - i, k), equation 5, counted from 0."""
+        distances = keys[:, None, :] - queries[:, :, None]
+        return distances.clamp(-self.clip, self.clip) + self.clip
+
+
+class TransformerXLInLayer(BiasedLayerOrder):
+    """Scores (q + u) k + (q + v) W R_{i-j}, with u, v and W of the layer's own (Dai et al. 2019, section 3.3)."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        head_dim = config.hidden_size // config.num_attention_heads
+        self.r_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)  # W_{k,R}
+        self.biases = RelativeBiases(config.num_attention_heads, head_dim)
+
+    def relate(self, query, value, order: RelativePositions, scaling: float):
+        relative_key = self.r_proj(order.states).unflatten(-1, (query.shape[1], -1)).transpose(0, 1)  # [H, L, D]
+        content_query, position_query = self.biases(query)
+        # (a) + (c) are (q + u) k, (b) + (d) are (q + v) W R.
+        return content_query, value, order.bias(position_query, relative_key, scaling)
+
+
+class TransformerXLOrder(StackOrder):
+    """Waves of distances (Dai et al. 2019, arXiv:1901.02860, section 3.3), of both signs where later keys are seen."""
+
+    layer = TransformerXLInLayer
+    biases_scores = True
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.waves = RelativeSinusoids(config.hidden_size)
+
+    def prepare(self, queries, keys, causal, like) -> RelativePositions:
+        length = keys.shape[1]
+        lowest = 0 if causal else 1 - length
+        states = self.waves.of(torch.arange(length, lowest - 1, -1), like)
+        distances = (queries[:, :, None] - keys[:, None, :]).clamp(lowest, length - 1)
+        return RelativePositions(states, length, distances, lowest)
+
+
+# Every scheme by the name that a config's `position_encoding` gives it.
+POSITION_SCHEMES: dict[str, type[StackOrder]] = {
+    "sinusoidal": Sinusoidal,
+    "learned": Learned,
+    "learned_per_layer": LearnedPerLayer,
+    "relative": Shaw,
+    "transformer_xl": TransformerXLOrder,
+    "rotary": Rotary,
+    "none": StackOrder,
+}

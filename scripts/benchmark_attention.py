@@ -19,11 +19,11 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from hf_tfamily.block_sparse.cpu import block_sparse_attention
 from hf_tfamily.block_sparse.relative import relative_attention
-from hf_tfamily.block_sparse.relative_plan import distances_met, rows_by_distance
 from hf_tfamily.modeling.attention import VisibleKeys
-from hf_tfamily.modeling.attention_patterns import Fixed, Local, Pattern, Strided, Union
+from hf_tfamily.modeling.attention_patterns import Fixed, Local, Pattern, Strided, Union, distances_met
 from hf_tfamily.modeling.configuration_sparse_transformer import SparseTransformerConfig
 from hf_tfamily.modeling.modeling_sparse_transformer import SparseTransformerForCausalLM
+from hf_tfamily.modeling.positions import rows_by_distance
 
 HEADS, DIM, STRIDE = 4, 64, 128
 SCALE = DIM**-0.5

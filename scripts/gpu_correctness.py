@@ -11,10 +11,10 @@ from gpu_shapes import PATTERNS
 from hf_tfamily.block_sparse.cpu import block_sparse_attention
 from hf_tfamily.block_sparse.decode import attend_one
 from hf_tfamily.block_sparse.relative import relative_attention
-from hf_tfamily.block_sparse.relative_plan import distances_met, rows_by_distance
 from hf_tfamily.block_sparse.triton import views
 from hf_tfamily.modeling.attention import VisibleKeys
-from hf_tfamily.modeling.attention_patterns import FixedBlock, Full, Pattern, Strided
+from hf_tfamily.modeling.attention_patterns import FixedBlock, Full, Pattern, Strided, distances_met
+from hf_tfamily.modeling.positions import rows_by_distance
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 BUDGET = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 2e-5}  # relative errors that always pass

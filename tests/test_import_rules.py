@@ -16,58 +16,13 @@ ROOT = Path(__file__).parents[1]
 MODELING = ROOT / "modeling"
 FILES = sorted(path.stem for path in MODELING.glob("*.py") if path.stem != "__init__")
 
-PATTERNS = {"attention_patterns", "attention_patterns_base", "attention_patterns_images"}
-MASKS = {"attention_masks"} | PATTERNS
-PLAN = {"attention_parts", "attention_plan"} | PATTERNS
-EXECUTORS = {"attention_torch", "attention_triton", "attention_triton_relative"}
-KERNELS = {f"attention_triton_{name}" for name in ("kernels", "key_gradients", "query_gradients")}
-TRITON = {"attention_parts"} | {f"attention_triton_{name}" for name in ("call", "configs", "layout", "tables")}
+# modeling/: the first line that fits a file holds. Files without a line of their own import nothing of ours.
+PATTERNS = {"attention_patterns"}
 SHARED = {name for name in FILES if not name.startswith(("modeling_", "configuration_"))}
-
-# The first line that fits a file holds. Modules without a line of their own import nothing of ours.
 MAY_IMPORT = {
-    "attention_decode": MASKS,
-    "attention_masks": PATTERNS,
-    "attention_patterns": PATTERNS,
-    "attention_patterns_images": {"attention_patterns_base"},
-    "attention_plan": {"attention_parts", "attention_tiles"} | PATTERNS,
-    "attention_tiles": {"attention_parts"} | PATTERNS,
-    "attention_relative_plan": PLAN,
-    "attention_products": {"attention_parts", "freed_memory"},
-    "attention_relative": PLAN | {"attention_products", "attention_relative_plan", "attention_torch"},
-    "attention_tile_kernels": {"attention_parts", "attention_products"},
-    "attention_torch": PLAN | {"attention_products", "attention_tile_kernels"},
-    "attention_triton": {"attention_triton_call", "attention_triton_launch", "attention_triton_views"},
-    "attention_triton_*_gradients": {"attention_triton_kernels"},
-    "attention_triton_call": {"attention_triton_views"} | PATTERNS | KERNELS | TRITON,
-    "attention_triton_launch": TRITON,
-    "attention_triton_relative": {"attention_relative", "attention_relative_plan", "attention_triton"}
-    | PATTERNS
-    | TRITON,
-    "attention_triton_layout": {"attention_parts"} | PATTERNS,
-    "attention_triton_tables": {"attention_parts", "attention_triton_layout"} | PATTERNS,
-    "attention_triton_views": {"attention_parts"} | PATTERNS,
-    "attention_block_sparse": MASKS
-    | PLAN
-    | EXECUTORS
-    | {"attention_decode", "attention_relative", "attention_relative_plan"},
-    "attention_windows": {"call_modes", "freed_memory"},
-    "attention": MASKS | PLAN | {"attention_block_sparse"},
-    "feed_forward": {"call_modes", "freed_memory", "linear_onednn"},
-    "linear_onednn": {"call_modes"},
-    "layers": {"attention", "position_schemes"},
-    "position_schemes": {"positions"},
-    "swin_layers": {"checks", "configuration_swin_transformer", "feed_forward", "linear_onednn"},
-    "vanilla_stacks": SHARED | {"configuration_vanilla_transformer"},
-    "window_layout": {"call_modes"} | PATTERNS,
-    "memory": MASKS | {"memory_steps", "memory_stores"},
-    "memory_blocks": PATTERNS,
-    "memory_steps": MASKS,
-    "memory_stores": MASKS | {"memory_blocks", "memory_steps"},
-    "memory_compressive": {"memory_segments"},
-    "memory_sparse_segments": {"memory_segments"} | PATTERNS,
-    "memory_*": MASKS | {"memory"},
-    "configuration_*": {"checks"} | PATTERNS,
+    "attention": PATTERNS,
+    "cache_patterns": PATTERNS | {"attention"},
+    "configuration_*": PATTERNS | {"checks"},
     "modeling_*": SHARED,
 }
 # Systems that their own paper presents as an extension of another.
@@ -76,8 +31,10 @@ EXTENDS = {
     "configuration_vanilla_encoder": "configuration_vanilla_transformer",
     "configuration_xl_sparse": "configuration_transformer_xl",
     "modeling_compressive_transformer": "modeling_transformer_xl",
+    "modeling_vanilla_encoder": "modeling_vanilla_transformer",
     "modeling_xl_sparse": "modeling_transformer_xl",
 }
+MOST_FLOORS = 7
 THIRD_PARTY = {"torch", "transformers", "huggingface_hub", "numpy", "PIL"}
 
 
@@ -127,13 +84,21 @@ def test_own_imports_name_a_file_beside(name):
             assert node.module in FILES, f"line {node.lineno}: {node.module} is no file of modeling/"
 
 
-def test_there_are_no_cycles():
-    done, waiting = set(), {name: own_imports(name) for name in FILES}
-    while ready := [name for name, needed in waiting.items() if needed <= done]:
+def floors(needs):
+    """Files by how many imports are below them; the rest are in a circle."""
+    done, waiting, found = set(), dict(needs), []
+    while ready := [name for name, needed in waiting.items() if needed & set(needs) <= done]:
+        found.append(ready)
         done.update(ready)
         for name in ready:
             del waiting[name]
-    assert not waiting, f"each of {sorted(waiting)} needs one of the others"
+    return found, sorted(waiting)
+
+
+def test_modeling_has_few_floors_and_no_circle():
+    found, circle = floors({name: own_imports(name) for name in FILES})
+    assert not circle, f"each of {circle} needs one of the others"
+    assert len(found) <= MOST_FLOORS, found
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -164,10 +129,83 @@ def test_modeling_is_flat():
     assert not [path for path in MODELING.iterdir() if path.is_dir() and path.name != "__pycache__"]
 
 
-def test_every_rule_is_for_a_file_that_may_exist():
+def test_every_rule_is_for_a_file_that_exists():
     """A misspelt rule would hold nothing."""
-    for rule in MAY_IMPORT:
-        assert any(fnmatch(name, rule) for name in [*FILES, "attention_triton", "memory"]), rule
+    for rule in [*MAY_IMPORT, *EXTENDS, *EXTENDS.values()]:
+        assert any(fnmatch(name, rule) for name in FILES), rule
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The other two wings: src/hf_tfamily/* -> src/hf_tfamily/block_sparse/ -> modeling/
+
+PACKAGE = ROOT / "src" / "hf_tfamily"
+# What the engine reads of modeling/: patterns, what is seen, how scores know distances.
+OF_MODELING = {
+    "hf_tfamily.modeling.attention",
+    "hf_tfamily.modeling.attention_patterns",
+    "hf_tfamily.modeling.positions",
+}
+ENGINE = "hf_tfamily.block_sparse"
+
+
+def module_name(path):
+    parts = ("hf_tfamily", *path.relative_to(PACKAGE).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def imports_of(name, at_load=False):
+    """Modules of ours that one imports, anywhere in it or only where it is loaded."""
+    path = MODULES[name]
+    package = name if path.stem == "__init__" else name.rpartition(".")[0]
+    tree = ast.parse(path.read_text())
+    nodes = ast.walk(tree) if not at_load else tree.body
+    for node in nodes:
+        if isinstance(node, ast.ImportFrom):
+            module = node.module or ""
+            if node.level:
+                module = ".".join(
+                    [*package.split(".")[: len(package.split(".")) - node.level + 1], *filter(None, [module])]
+                )
+            for alias in node.names:
+                whole = f"{module}.{alias.name}"
+                yield (
+                    whole
+                    if whole in MODULES
+                    or (whole.startswith("hf_tfamily.modeling.") and module == "hf_tfamily.modeling")
+                    else module
+                )
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name.startswith(ENGINE)])
+def test_the_engine_imports_itself_and_three_files_of_modeling(name):
+    ours = {module for module in imports_of(name) if module.startswith("hf_tfamily")}
+    surplus = {module for module in ours if not module.startswith(ENGINE)} - OF_MODELING
+    assert not surplus, f"{name} imports {sorted(surplus)}"
+
+
+def test_only_the_engines_triton_wing_imports_triton():
+    for name in MODULES:
+        found = [module for module in imports_of(name) if module.split(".")[0] == "triton"]
+        assert not found or name.startswith(f"{ENGINE}.triton."), name
+
+
+def test_the_package_has_no_circle():
+    needs = {name: set(imports_of(name, at_load=True)) for name in MODULES}
+    _, circle = floors(needs)
+    assert not circle, f"each of {circle} needs one of the others"
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_models_know_the_engine_by_name_only(name):
+    """No operator and no attention function is registered in modeling/."""
+    text = (MODELING / f"{name}.py").read_text()
+    for word in ("custom_op", "register_kernel", "AttentionInterface", "AttentionMaskInterface", "globals()"):
+        assert word not in text, f"modeling/{name}.py has {word}"
 
 
 def test_configs_import_nothing():

@@ -9,7 +9,6 @@ from transformers.models.marian.modeling_marian import MarianSinusoidalPositiona
 from hf_tfamily.modeling.positions import (
     RelativePositions,
     RelativeSinusoids,
-    SinusoidalPositionEmbedding,
     hidden_columns,
     shift_rows,
     sinusoids,
@@ -17,7 +16,7 @@ from hf_tfamily.modeling.positions import (
 
 
 def test_interleaved_is_the_paper():
-    table = SinusoidalPositionEmbedding(6)(torch.tensor([[0, 3, 1000]]), dtype=torch.float64)
+    table = sinusoids(torch.tensor([[0, 3, 1000]]), 6, dtype=torch.float64)
     for row, position in zip(table[0], (0, 3, 1000)):
         for i in range(3):
             angle = position / 10000 ** (2 * i / 6)
@@ -28,7 +27,7 @@ def test_interleaved_is_the_paper():
 def test_halves_is_marian():
     marian = MarianSinusoidalPositionalEmbedding(20, 8)
     weight = marian.create_weight()
-    table = SinusoidalPositionEmbedding(8, layout="halves")(torch.arange(20)[None])[0]
+    table = sinusoids(torch.arange(20)[None], 8, "halves", torch.float32)[0]
     torch.testing.assert_close(table, weight.to(table.dtype), atol=1e-5, rtol=0)
 
 
@@ -41,8 +40,8 @@ def test_clamped_distances_count_as_the_largest():
 def test_shift_and_gather_bring_each_key_its_distance():
     queries, keys = 3, 7
     columns = torch.arange(keys, -1, -1.0).repeat(1, 1, queries, 1)  # the distance of each column
-    places = torch.arange(keys)
-    distances = (places[-queries:, None] - places)[None]
+    key_positions = torch.arange(keys)
+    distances = (key_positions[-queries:, None] - key_positions)[None]
     causal = distances[0] >= 0
     assert torch.equal(shift_rows(columns)[0, 0][causal], distances[0][causal].float())
 

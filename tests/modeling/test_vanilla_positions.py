@@ -8,7 +8,7 @@ from hf_tfamily.modeling.configuration_vanilla_encoder import VanillaEncoderConf
 from hf_tfamily.modeling.configuration_vanilla_transformer import POSITION_ENCODINGS, VanillaTransformerConfig
 from hf_tfamily.modeling.modeling_vanilla_encoder import VanillaEncoderModel
 from hf_tfamily.modeling.modeling_vanilla_transformer import VanillaTransformerForCausalLM
-from hf_tfamily.modeling.position_schemes import POSITION_SCHEMES, ShawInLayer
+from hf_tfamily.modeling.positions import POSITION_SCHEMES, ShawInLayer
 
 TINY = {
     "vocab_size": 40,

@@ -21,7 +21,7 @@ from hf_tfamily.modeling.modeling_vanilla_transformer import (
     VanillaTransformerForConditionalGeneration,
     VanillaTransformerModel,
 )
-from hf_tfamily.modeling.position_schemes import POSITION_SCHEMES
+from hf_tfamily.modeling.positions import POSITION_SCHEMES
 from tests.reference.vanilla_transformer import noam_rate, smoothed_loss, vanilla_transformer
 
 register_all()
@@ -262,7 +262,7 @@ def test_padding_changes_no_real_token(encoding, pattern):
 @pytest.mark.parametrize("encoding", ["sinusoidal", "relative", "transformer_xl"])
 @torch.no_grad()
 def test_queries_that_see_nothing_give_nothing(encoding):
-    """The first places of a block see no summary yet; whatever the backend, their heads give 0."""
+    """The first positions of a block see no summary yet; whatever the backend, their heads give 0."""
     summaries = {"type": "fixed_summary", "block": 4, "summary": 1}
     for implementation in backends_of(encoding):
         model = translator(encoding, implementation, decoder_attention_patterns=summaries)
