@@ -28,11 +28,12 @@ from .attention_relative_plan import rows_by_distance
 from .attention_torch import block_sparse_attention
 from .attention_triton import register as register_triton
 from .attention_triton_relative import register as register_triton_relative
+from .attention_windows import window_attention
 
 NAME = "block_sparse"
 Tensors = tuple[torch.Tensor, ...]
 # A copy of this file beside a checkpoint and the installed package may meet in one process: the newer one serves both.
-VERSION = 1
+VERSION = 2  # since 2: masks of windows that are already cut
 
 
 def block_sparse_attention_forward(
@@ -48,11 +49,15 @@ def block_sparse_attention_forward(
 ) -> tuple[torch.Tensor, None]:
     """Attention [B, T, H, Dv] of queries [B, H, T, D] to keys [B, Hk, S, D] and values [B, Hk, S, Dv].
 
-    A bias comes as what it is computed from, `position_bias` being a positions.RelativeScores.
+    A bias comes as what it is computed from, `position_bias` being a positions.RelativeScores. Under a Window2D without
+    a grid the batch is one of windows, the mask's `extra` [L, 1, T, T] holds for each picture's L, and the bias is a
+    tensor [1, H, T, T].
 
     Raises:
         ValueError: for what the backend cannot do, naming what can.
     """
+    if _is_window(attention_mask):
+        return _attend_window(query, key, value, attention_mask.extra, scaling, dropout, **kwargs), None
     _refuse_unsupported(attention_mask, dropout if module.training else 0.0, kwargs)
     is_causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
     seen = _bind(attention_mask, module, query, key, is_causal)
@@ -62,6 +67,19 @@ def block_sparse_attention_forward(
         return attend_relative(seen, query, key, value, scaling, bias), None
     tensors = (tensor.transpose(1, 2) for tensor in _in_one_dtype(query, key, value))
     return attend(seen, *tensors, scaling), None
+
+
+def _is_window(attention_mask: Any) -> bool:
+    """Are the windows of a picture already cut? A pattern without a grid could show nothing else."""
+    pattern = getattr(attention_mask, "pattern", None)  # its class may be that of another copy of these files
+    return getattr(pattern, "type", None) == "window_2d" and pattern.grid is None
+
+
+def _attend_window(query, key, value, mask, scaling, dropout, *, position_bias, output_attentions=False, **kwargs):
+    if output_attentions:
+        raise ValueError(f"attn_implementation='{NAME}' does not support output_attentions; use 'eager'.")
+    tensors = _in_one_dtype(query, key, value)
+    return window_attention(*tensors, position_bias[0], None if mask is None else mask[:, 0], scaling, dropout)
 
 
 def attend(

@@ -6,7 +6,7 @@ import torch
 from hf_tfamily.modeling import attention_windows
 from hf_tfamily.modeling.attention_patterns_images import Window2D
 from hf_tfamily.modeling.attention_windows import window_attention
-from hf_tfamily.modeling.window_layout import window_layout
+from hf_tfamily.modeling.modeling_swin_transformer import window_layout
 
 SCALING = 0.5
 SHIFTED, PLAIN = window_layout(Window2D(3, 1), (6, 9), "cpu", fit=True).mask, None  # 6 windows a picture
@@ -48,17 +48,15 @@ def test_parts_are_the_equation(monkeypatch, mask, windows):
 
 
 @pytest.mark.parametrize("mask", [PLAIN, SHIFTED], ids=["plain", "shifted"])
-@pytest.mark.parametrize("fused_is_slow", [True, False])
-def test_either_way_without_gradients(monkeypatch, mask, fused_is_slow):
-    """By PyTorch's fused kernel or by products, as the processor has it: the errors are the equation's own."""
-    monkeypatch.setattr(attention_windows, "_fused_is_slow", lambda query: fused_is_slow)
-    monkeypatch.setattr(attention_windows, "SCORES", 7 * 2 * 81)
-    for dtype in (torch.float32, torch.bfloat16):
-        inputs = [x.detach() for x in make_inputs(dtype)]
-        found, equation = (attend(*inputs, mask, SCALING) for attend in (window_attention, by_equation))
-        exact = by_equation(*(x.double() for x in inputs), mask, SCALING)
-        rounding = torch.finfo(dtype).eps * exact.abs().max()
-        assert (found - exact).abs().max() <= 2 * (equation - exact).abs().max() + rounding
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("pictures", [1, 3, 11], ids="{} pictures".format)
+def test_errors_without_gradients_are_the_equations_own(mask, dtype, pictures):
+    """By PyTorch's fused kernel, which takes windows with masks of their own in several calls."""
+    inputs = [x.detach() for x in make_inputs(dtype, pictures)]
+    found, equation = (attend(*inputs, mask, SCALING) for attend in (window_attention, by_equation))
+    exact = by_equation(*(x.double() for x in inputs), mask, SCALING)
+    rounding = torch.finfo(dtype).eps * exact.abs().max()
+    assert (found - exact).abs().max() <= 2 * (equation - exact).abs().max() + rounding
 
 
 @pytest.mark.parametrize("mask", [PLAIN, SHIFTED], ids=["plain", "shifted"])

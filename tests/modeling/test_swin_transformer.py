@@ -15,8 +15,8 @@ from hf_tfamily.modeling.modeling_swin_transformer import (
     SwinTransformerForImageClassification,
     SwinTransformerForMaskedImageModeling,
     SwinTransformerModel,
+    window_layout,
 )
-from hf_tfamily.modeling.window_layout import window_layout
 from tests.reference import swin_transformer as reference
 from tests.tiny_models import SMALL_SWIN
 
