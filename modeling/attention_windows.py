@@ -10,30 +10,22 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
 SCORES = 2**20  # of a chunk
-NAMESPACE = "hf_tfamily_block_sparse"
 
 
 def window_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    position_bias: Tensor,
-    mask: Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor, mask: Tensor | None, scaling: float, dropout: float = 0.0
 ) -> Tensor:
     """Attention inside windows, [B * L, N, H, D], of queries, keys and values [B * L, H, N, D].
 
     Args:
-        position_bias: [H, N, N], added to the scaled scores.
+        bias: [H, N, N], added to the scaled scores.
         mask: [L, N, N] bool, True where a key is seen, as a window's own token always is; None if all are.
         dropout: of the attention weights.
     """
-    bias = position_bias.to(torch.promote_types(query.dtype, torch.float32))
+    bias = bias.to(torch.promote_types(query.dtype, torch.float32))
     if mask is not None:
         bias = bias.masked_fill(~mask[:, None], torch.finfo(query.dtype).min)  # [L, H, N, N]
     learns = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value, bias))
@@ -42,8 +34,23 @@ def window_attention(
     # Exported graphs hold PyTorch's own operators alone, so that others can run them.
     if query.device.type == "cpu" and not dropout and not torch.compiler.is_exporting():
         return _WindowAttention.apply(query, key, value, bias, scaling)[0]
+    return _attend(query, key, value, bias, scaling, dropout)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scaling: float, dropout: float = 0.0) -> Tensor:
     weights = _scores(query, key, bias, scaling).softmax(dim=-1).to(value.dtype)
     return (F.dropout(weights, dropout) @ value).transpose(1, 2)
+
+
+def _attend_fused(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scaling: float) -> Tensor:
+    """PyTorch's fused attention. Biases of windows are repeated for a few pictures at a time."""
+    bias = bias.to(query.dtype)
+    if bias.ndim == 3:
+        return F.scaled_dot_product_attention(query, key, value, bias[None], scale=scaling).transpose(1, 2)
+    chunks = list(_chunks(64, bias, query, key, value))
+    bias = bias.repeat(len(chunks[0][0]) // len(bias), 1, 1, 1)
+    outputs = (F.scaled_dot_product_attention(*chunk, bias[: len(chunk[0])], scale=scaling) for chunk in chunks)
+    return torch.cat([output.transpose(1, 2) for output in outputs])
 
 
 def _scores(query: Tensor, key: Tensor, bias: Tensor, scaling: float) -> Tensor:
@@ -52,28 +59,11 @@ def _scores(query: Tensor, key: Tensor, bias: Tensor, scaling: float) -> Tensor:
     return torch.add(bias, products.view(-1, *bias.shape), alpha=scaling).view(products.shape)
 
 
-def _whole_pictures(windows: int, bias: Tensor) -> int:
-    """The least multiple of a picture's windows that is about as many as `windows`."""
+def _chunks(windows: int, bias: Tensor, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """About so many windows of each [B * L, ...] at a time: whole pictures where windows have biases of their own."""
     of_picture = len(bias) if bias.ndim == 4 else 1
-    return max(1, windows // of_picture) * of_picture
-
-
-def _attend_fused(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scaling: float) -> Tensor:
-    """PyTorch's fused attention. Biases of windows are repeated for a few pictures at a time."""
-    bias = bias.to(query.dtype)
-    if bias.ndim == 3:
-        return F.scaled_dot_product_attention(query, key, value, bias[None], scale=scaling).transpose(1, 2)
-    step = _whole_pictures(64, bias)
-    bias = bias.repeat(step // len(bias), 1, 1, 1)
-    outputs = [
-        F.scaled_dot_product_attention(*chunk, bias[: len(chunk[0])], scale=scaling).transpose(1, 2)
-        for chunk in zip(query.split(step), key.split(step), value.split(step))
-    ]
-    return torch.cat(outputs)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# In chunks, as operators, which torch.compile leaves alone
+    step = max(1, windows // of_picture) * of_picture
+    return zip(*(x.split(step) for x in tensors))
 
 
 class _WindowAttention(torch.autograd.Function):
@@ -90,19 +80,20 @@ class _WindowAttention(torch.autograd.Function):
         ctx.save_for_backward(*tensors, output[1])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, gradient, _):
-        if gradient is None:
-            return None, None, None, None, None
+        *tensors, weights = ctx.saved_tensors
+        if torch.is_grad_enabled():  # gradients may want gradients
+            return *torch.func.vjp(lambda *x: _attend(*x, ctx.scaling), *tensors)[1](gradient), None
         backward = torch.ops.hf_tfamily_block_sparse.window_attention_backward
-        return *backward(gradient, *ctx.saved_tensors, ctx.scaling), None
+        return *backward(gradient, *tensors, weights, ctx.scaling), None
 
 
 @torch.autocast("cpu", enabled=False)
 def _forward(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
     """Outputs [B * L, N, H, D], and weights [B * L, H, N, N] for the backward pass."""
     output, weights = _results(query)
-    for q, k, v, into_output, into_weights in _chunks(bias, query, key, value, output, weights):
+    tensors = (query, key, value, output, weights)
+    for q, k, v, into_output, into_weights in _chunks(SCORES // bias.shape[-3:].numel(), bias, *tensors):
         into_weights.copy_(_scores(q, k, bias, scaling).softmax(dim=-1))
         into_output.copy_((into_weights @ v).transpose(1, 2))
     return output, weights
@@ -113,10 +104,9 @@ def _backward(
     gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, bias: Tensor, weights: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of queries, keys, values and the bias, which is summed over windows while they are at hand."""
-    to_query, to_key, to_value, to_bias = map(torch.empty_like, (query, key, value, bias))
-    to_bias.zero_()
+    to_query, to_key, to_value, to_bias = *map(torch.empty_like, (query, key, value)), torch.zeros_like(bias)
     tensors = (gradient.transpose(1, 2), query, key, value, weights, to_query, to_key, to_value)
-    for *chunk, into_query, into_key, into_value in _chunks(bias, *tensors):
+    for *chunk, into_query, into_key, into_value in _chunks(SCORES // bias.shape[-3:].numel(), bias, *tensors):
         to_output, q, k, v, weight = (x.contiguous() for x in chunk)
         to_scores = torch._softmax_backward_data(to_output @ v.transpose(-1, -2), weight, -1, weight.dtype)
         to_bias += to_scores.view(-1, *bias.shape).sum(dim=0, dtype=bias.dtype)
@@ -127,34 +117,25 @@ def _backward(
     return to_query, to_key, to_value, to_bias
 
 
-def _chunks(bias: Tensor, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Some windows of each [B * L, ...] at a time."""
-    step = _whole_pictures(SCORES // bias.shape[-3:].numel(), bias)
-    return zip(*(x.split(step) for x in tensors))
-
-
 def _results(query: Tensor, *_) -> tuple[Tensor, Tensor]:
     windows, heads, length, width = query.shape
     return query.new_empty(windows, length, heads, width), query.new_empty(windows, heads, length, length)
 
 
 def _register(name: str, run: Callable, fake: Callable, products: int) -> None:
-    """An operator, what torch.compile, torch.func and counters know of it; its products are of N x D by D x N."""
-    operator = torch.library.custom_op(f"{NAMESPACE}::{name}", run, mutates_args=())
+    """An operator, and what torch.compile, torch.func and FLOP counters need to know of it."""
+    operator = torch.library.custom_op(f"hf_tfamily_block_sparse::{name}", run, mutates_args=())
     operator.register_fake(fake)
 
     @operator.register_vmap
     def one_by_one(info, in_dims, *inputs):
-        calls = (
-            operator(*(x if dim is None else x.select(dim, number) for x, dim in zip(inputs, in_dims)))
-            for number in range(info.batch_size)
-        )
-        results = tuple(map(torch.stack, zip(*calls)))
-        return results, (0,) * len(results)
+        samples = zip(*([x] * info.batch_size if d is None else x.unbind(d) for x, d in zip(inputs, in_dims)))
+        results = [torch.stack(result) for result in zip(*(operator(*sample) for sample in samples))]
+        return tuple(results), (0,) * len(results)
 
-    @register_flop_formula(getattr(getattr(torch.ops, NAMESPACE), name), get_raw=True)
+    @register_flop_formula(getattr(torch.ops.hf_tfamily_block_sparse, name), get_raw=True)
     def flops(*inputs, **_):
-        return products * 2 * inputs[1].numel() * inputs[1].shape[2]  # keys, or queries: [B * L, H, N, D]
+        return products * 2 * inputs[1].numel() * inputs[1].shape[2]  # each of N x D and N for a head of a window
 
 
 _register("window_attention", _forward, _results, products=2)

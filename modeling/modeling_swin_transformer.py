@@ -188,13 +188,14 @@ class WindowLayout:
 
     def partition(self, states: torch.Tensor) -> torch.Tensor:
         """[B, T, C] -> [B * L, N, C]; slots without a token hold zeros."""
-        windows = _Move.apply(states, self.tokens, self.empty, self.slots, None)
+        windows = _gather(states, self.tokens)
+        if self.empty is not None:
+            windows = windows.index_fill(1, self.empty, 0)
         return windows.view(-1, self.window[0] * self.window[1], states.shape[-1])
 
     def reverse(self, windows: torch.Tensor) -> torch.Tensor:
         """[B * L, N, C] -> [B, T, C]; what lies in slots without a token is dropped."""
-        states = windows.reshape(-1, len(self.tokens), windows.shape[-1])
-        return _Move.apply(states, self.slots, None, self.tokens, self.empty)
+        return _gather(windows.reshape(-1, len(self.tokens), windows.shape[-1]), self.slots)
 
     def attention_mask(self, implementation: str, query: torch.Tensor) -> VisibleKeys | torch.Tensor | None:
         """What `implementation` takes to show queries [B * L, H, N, D] the keys of their windows."""
@@ -248,42 +249,11 @@ def _into_windows(values: torch.Tensor, padded: tuple[int, ...], window: tuple[i
     return values.transpose(1, 2).flatten()
 
 
-class _Move(torch.autograd.Function):
-    """A gather of `rows`, zeros where they are `empty`, whose transpose is the gather `back`.
-
-    PyTorch's own backward of a gather would scatter and add.
-    """
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(states, rows, empty, back, back_empty):
-        return _gather(states, rows, empty)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs[1:])
-        ctx.save_for_forward(*inputs[1:])
-
-    @staticmethod
-    def backward(ctx, gradient):
-        rows, empty, back, back_empty = ctx.saved_tensors
-        return _Move.apply(gradient, back, back_empty, rows, empty), None, None, None, None
-
-    @staticmethod
-    def jvp(ctx, tangent, *_):
-        return _Move.apply(tangent, *ctx.saved_tensors)
-
-
-def _gather(states: torch.Tensor, rows: torch.Tensor, empty: torch.Tensor | None) -> torch.Tensor:
-    """[B, S, C] -> [B, T, C], the same `rows` [T] of every picture, zeros where they are `empty`.
-
-    PyTorch gathers one long list twice as fast.
-    """
+def _gather(states: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """[B, S, C] -> [B, T, C], the same `rows` [T] of every picture; PyTorch gathers one long list twice as fast."""
     batch, length = states.shape[:2]
     pictures = torch.arange(batch, device=rows.device)[:, None] * length
-    moved = states.flatten(0, 1).index_select(0, (pictures + rows).flatten()).unflatten(0, (batch, -1))
-    return moved if empty is None else moved.index_fill_(1, empty, 0)
+    return states.flatten(0, 1).index_select(0, (pictures + rows).flatten()).unflatten(0, (batch, -1))
 
 
 class WindowPositionBias(nn.Module):
