@@ -81,6 +81,8 @@ class _WindowAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient, _):
+        if gradient is None:
+            return (None,) * 5
         *tensors, weights = ctx.saved_tensors
         if torch.is_grad_enabled():  # gradients may want gradients
             return *torch.func.vjp(lambda *x: _attend(*x, ctx.scaling), *tensors)[1](gradient), None

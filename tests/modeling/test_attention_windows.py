@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from hf_tfamily.modeling import attention_windows
 from hf_tfamily.modeling.attention_patterns_images import Window2D
@@ -64,6 +65,66 @@ def test_gradients_are_those_of_differences(monkeypatch, mask):
     monkeypatch.setattr(attention_windows, "SCORES", 6 * 81)
     inputs = make_inputs(torch.float64, pictures=2, heads=1, dim=2)
     assert torch.autograd.gradcheck(lambda *x: window_attention(*x, mask, SCALING), inputs, fast_mode=True)
+    assert torch.autograd.gradgradcheck(lambda *x: window_attention(*x, mask, SCALING), inputs, fast_mode=True)
+
+
+@pytest.mark.parametrize("mask", [PLAIN, SHIFTED], ids=["plain", "shifted"])
+def test_torch_func_goes_through(mask):
+    """A gradient for each sample, and many gradients of one output at once, each as if alone."""
+    inputs = make_inputs(torch.float64)
+    samples = [torch.stack([x, 2 * x]) for x in inputs]
+
+    def loss(*inputs):
+        return window_attention(*inputs, mask, SCALING).square().sum()
+
+    found = torch.func.vmap(torch.func.grad(loss, argnums=(0, 1, 2, 3)))(*samples)
+    for number in range(2):
+        alone = torch.autograd.grad(loss(*(x[number] for x in samples)), samples, retain_graph=True)
+        for gradients, expected in zip(found, alone, strict=True):
+            torch.testing.assert_close(gradients[number], expected[number])
+
+    output = window_attention(*inputs, mask, SCALING)
+    wanted = torch.randn(2, *output.shape, dtype=torch.float64)
+    found = torch.autograd.grad(output, inputs, wanted, is_grads_batched=True, retain_graph=True)
+    for number in range(2):
+        alone = torch.autograd.grad(output, inputs, wanted[number], retain_graph=True)
+        for gradients, expected in zip(found, alone, strict=True):
+            torch.testing.assert_close(gradients[number], expected)
+
+
+@pytest.mark.parametrize("mask", [PLAIN, SHIFTED], ids=["plain", "shifted"])
+def test_operators_are_well_formed(mask):
+    """What torch.compile is told of shapes and strides is true; and nothing is changed or aliased."""
+    *states, bias = (x.detach() for x in make_inputs())
+    bias = bias if mask is None else bias.masked_fill(~mask[:, None], -1e9)
+    operators = torch.ops.hf_tfamily_block_sparse
+    inputs = (*states, bias, SCALING)
+    torch.library.opcheck(operators.window_attention, inputs)
+    output, weights = operators.window_attention(*inputs)
+    torch.library.opcheck(operators.window_attention_backward, (output, *states, bias, weights, SCALING))
+
+
+@pytest.mark.parametrize("mask", [PLAIN, SHIFTED], ids=["plain", "shifted"])
+def test_counters_see_every_product(mask):
+    """Two forward and four backward, as in the equation."""
+    inputs, totals = make_inputs(), []
+    for attend in (window_attention, by_equation):
+        with FlopCounterMode(display=False) as counter:
+            outputs_and_gradients(attend, inputs, mask)
+        totals.append(counter.get_total_flops())
+    assert totals[0] == totals[1] == 6 * 2 * 18 * 2 * 9 * 9 * 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mask", [PLAIN, SHIFTED], ids=["plain", "shifted"])
+def test_compiles_as_one_graph(mask):
+    def attend(query, key, value, bias, mask, scaling):
+        return window_attention(2 * query, key, value, bias, mask, scaling)
+
+    inputs = make_inputs()
+    expected = outputs_and_gradients(attend, inputs, mask)
+    found = outputs_and_gradients(torch.compile(attend, fullgraph=True), inputs, mask)
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("mask", [PLAIN, SHIFTED], ids=["plain", "shifted"])
