@@ -26,31 +26,33 @@ def window_attention(
         dropout: of the attention weights.
     """
     bias = bias.to(torch.promote_types(query.dtype, torch.float32))
-    if mask is not None:
-        bias = bias.masked_fill(~mask[:, None], torch.finfo(query.dtype).min)  # [L, H, N, N]
     learns = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value, bias))
     if not learns and not dropout:
-        return _attend_fused(query, key, value, bias, scaling)
+        return _attend_fused(query, key, value, _masked(bias, mask, query.dtype).to(query.dtype), scaling)
     # Exported graphs hold PyTorch's own operators alone, so that others can run them.
     if query.device.type == "cpu" and not dropout and not torch.compiler.is_exporting():
-        return _WindowAttention.apply(query, key, value, bias, scaling)[0]
-    return _attend(query, key, value, bias, scaling, dropout)
+        return _WindowAttention.apply(query, key, value, bias, mask, scaling)[0]
+    return _attend(query, key, value, bias, mask, scaling, dropout)
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scaling: float, dropout: float = 0.0) -> Tensor:
-    weights = _scores(query, key, bias, scaling).softmax(dim=-1).to(value.dtype)
+def _attend(query, key, value, bias, mask, scaling: float, dropout: float = 0.0) -> Tensor:
+    weights = _scores(query, key, _masked(bias, mask, query.dtype), scaling).softmax(dim=-1).to(value.dtype)
     return (F.dropout(weights, dropout) @ value).transpose(1, 2)
 
 
 def _attend_fused(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scaling: float) -> Tensor:
     """PyTorch's fused attention. Biases of windows are repeated for a few pictures at a time."""
-    bias = bias.to(query.dtype)
     if bias.ndim == 3:
         return F.scaled_dot_product_attention(query, key, value, bias[None], scale=scaling).transpose(1, 2)
     chunks = list(_chunks(64, bias, query, key, value))
     bias = bias.repeat(len(chunks[0][0]) // len(bias), 1, 1, 1)
     outputs = (F.scaled_dot_product_attention(*chunk, bias[: len(chunk[0])], scale=scaling) for chunk in chunks)
     return torch.cat([output.transpose(1, 2) for output in outputs])
+
+
+def _masked(bias: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """[H, N, N], or [L, H, N, N] with a mask."""
+    return bias if mask is None else bias.masked_fill(~mask[:, None], torch.finfo(dtype).min)
 
 
 def _scores(query: Tensor, key: Tensor, bias: Tensor, scaling: float) -> Tensor:
@@ -70,8 +72,8 @@ class _WindowAttention(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(query, key, value, bias, scaling):
-        return torch.ops.hf_tfamily_block_sparse.window_attention(query, key, value, bias, scaling)
+    def forward(query, key, value, bias, mask, scaling):
+        return torch.ops.hf_tfamily_block_sparse.window_attention(query, key, value, bias, mask, scaling)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -82,23 +84,24 @@ class _WindowAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient, _):
         if gradient is None:
-            return (None,) * 5
-        *tensors, weights = ctx.saved_tensors
+            return (None,) * 6
+        *tensors, mask, weights = ctx.saved_tensors
         if torch.is_grad_enabled():  # gradients may want gradients
-            return *torch.func.vjp(lambda *x: _attend(*x, ctx.scaling), *tensors)[1](gradient), None
+            return *torch.func.vjp(lambda *x: _attend(*x, mask, ctx.scaling), *tensors)[1](gradient), None, None
         backward = torch.ops.hf_tfamily_block_sparse.window_attention_backward
-        return *backward(gradient, *tensors, weights, ctx.scaling), None
+        return *backward(gradient, *tensors, weights, ctx.scaling), None, None
 
 
 @torch.autocast("cpu", enabled=False)
-def _forward(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+def _forward(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor, mask: Tensor | None, scaling: float
+) -> tuple[Tensor, Tensor]:
     """Outputs [B * L, N, H, D], and weights [B * L, H, N, N] for the backward pass."""
-    output, weights = _results(query)
-    tensors = (query, key, value, output, weights)
-    for q, k, v, into_output, into_weights in _chunks(SCORES // bias.shape[-3:].numel(), bias, *tensors):
-        into_weights.copy_(_scores(q, k, bias, scaling).softmax(dim=-1))
-        into_output.copy_((into_weights @ v).transpose(1, 2))
-    return output, weights
+    bias, tensors = _masked(bias, mask, query.dtype), (query, key, value, *_results(query))
+    for q, k, v, output, weights in _chunks(SCORES // bias.shape[-3:].numel(), bias, *tensors):
+        weights.copy_(_scores(q, k, bias, scaling).softmax(dim=-1))
+        output.copy_((weights @ v).transpose(1, 2))
+    return tensors[3:]
 
 
 @torch.autocast("cpu", enabled=False)
@@ -108,10 +111,10 @@ def _backward(
     """Gradients of queries, keys, values and the bias, which is summed over windows while they are at hand."""
     to_query, to_key, to_value, to_bias = *map(torch.empty_like, (query, key, value)), torch.zeros_like(bias)
     tensors = (gradient.transpose(1, 2), query, key, value, weights, to_query, to_key, to_value)
-    for *chunk, into_query, into_key, into_value in _chunks(SCORES // bias.shape[-3:].numel(), bias, *tensors):
+    for *chunk, into_query, into_key, into_value in _chunks(SCORES // bias.numel(), bias, *tensors):
         to_output, q, k, v, weight = (x.contiguous() for x in chunk)
         to_scores = torch._softmax_backward_data(to_output @ v.transpose(-1, -2), weight, -1, weight.dtype)
-        to_bias += to_scores.view(-1, *bias.shape).sum(dim=0, dtype=bias.dtype)
+        to_bias += to_scores.sum(dim=0, dtype=bias.dtype)
         to_scores *= scaling
         into_query.copy_(to_scores @ k)
         into_key.copy_(to_scores.transpose(-1, -2) @ q)
