@@ -41,7 +41,7 @@ def _attend(query, key, value, bias, mask, scaling: float, dropout: float = 0.0)
 
 
 def _attend_fused(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scaling: float) -> Tensor:
-    """PyTorch's fused attention. Biases of windows are repeated for a few pictures at a time."""
+    """PyTorch's fused attention; in chunks, so that biases of windows are repeated for a few pictures only."""
     if bias.ndim == 3:
         return F.scaled_dot_product_attention(query, key, value, bias[None], scale=scaling).transpose(1, 2)
     chunks = list(_chunks(64, bias, query, key, value))
@@ -62,7 +62,7 @@ def _scores(query: Tensor, key: Tensor, bias: Tensor, scaling: float) -> Tensor:
 
 
 def _chunks(windows: int, bias: Tensor, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """About so many windows of each [B * L, ...] at a time: whole pictures where windows have biases of their own."""
+    """Chunks of about so many of the B * L windows: of whole pictures where each window has a bias of its own."""
     of_picture = len(bias) if bias.ndim == 4 else 1
     step = max(1, windows // of_picture) * of_picture
     return zip(*(x.split(step) for x in tensors))
