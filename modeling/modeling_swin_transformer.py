@@ -10,8 +10,10 @@ Shapes: B batch, T tokens of a grid gh x gw, C width, L windows of N tokens each
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
+from transformers.activations import ACT2FN
 from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
@@ -26,23 +28,270 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from hf_tfamily.block_sparse.windows import attends_in_pieces, packed_window_attention, window_attention
-
-from .attention import BLOCK_SPARSE, PatternBackend, eager_attention_forward
+from .attention import BLOCK_SPARSE, PatternBackend, VisibleKeys, eager_attention_forward
 from .attention_patterns import Window2D, patterns_for_layers
-from .checks import check_labels
+from .checks import check_labels, check_patch_mask, check_pixels
 from .configuration_swin_transformer import SwinTransformerConfig, pair
-from .linear_onednn import OneDNNLinear
-from .positions_window import WindowPositionBias
-from .swin_layers import (
-    SwinTransformerDropPath,
-    SwinTransformerEmbeddings,
-    SwinTransformerMLP,
-    SwinTransformerPatchMerging,
-    are_bare,
-    project_together,
-)
-from .window_layout import WindowLayout, window_layout
+
+
+class SwinTransformerPatchEmbeddings(nn.Module):
+    """Patches of pixels -> tokens (section 3.1); a picture is padded with zeros to whole patches."""
+
+    def __init__(self, config: SwinTransformerConfig):
+        super().__init__()
+        self.patch_size = pair(config.patch_size)
+        self.num_channels = config.num_channels
+        self.projection = nn.Conv2d(config.num_channels, config.embed_dim, self.patch_size, stride=self.patch_size)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """[B, channels, height, width] -> [B, C, gh, gw]."""
+        height, width = pixel_values.shape[2:]
+        below, beside = -height % self.patch_size[0], -width % self.patch_size[1]
+        if below or beside:
+            pixel_values = F.pad(pixel_values, (0, beside, 0, below))
+        return self.projection(pixel_values.to(self.projection.weight.dtype))
+
+
+class SwinTransformerEmbeddings(nn.Module):
+    """Patch embeddings with a norm; mask tokens and absolute positions where the model has them."""
+
+    def __init__(self, config: SwinTransformerConfig, use_mask_token: bool):
+        super().__init__()
+        self.config = config
+        self.patch_embeddings = SwinTransformerPatchEmbeddings(config)
+        self.position_grid = tuple(
+            side // patch for side, patch in zip(pair(config.image_size), pair(config.patch_size))
+        )
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, config.embed_dim)) if use_mask_token else None
+        self.position_embeddings = None
+        if config.use_absolute_embeddings:
+            num_positions = self.position_grid[0] * self.position_grid[1]
+            self.position_embeddings = nn.Parameter(torch.zeros(1, num_positions, config.embed_dim))
+        self.norm = nn.LayerNorm(config.embed_dim)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        bool_masked_pos: torch.Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+    ) -> tuple[torch.Tensor, tuple[int, int]]:
+        """[B, channels, height, width] -> [B, T, C], and the grid (gh, gw)."""
+        check_pixels(pixel_values, self.config.num_channels, self.patch_embeddings.patch_size)
+        patches = self.patch_embeddings(pixel_values)
+        grid = tuple(patches.shape[2:])
+        embeddings = self.norm(patches.flatten(2).transpose(1, 2))
+        if bool_masked_pos is not None:
+            embeddings = self._masked(embeddings, bool_masked_pos)
+        if self.position_embeddings is not None:
+            embeddings = embeddings + self._positions(grid, interpolate_pos_encoding)
+        return self.dropout(embeddings), grid
+
+    def _masked(self, embeddings: torch.Tensor, bool_masked_pos: torch.Tensor) -> torch.Tensor:
+        """The mask token in place of masked patches."""
+        if self.mask_token is None:
+            raise ValueError(
+                "bool_masked_pos needs a mask token, which this model lacks; use "
+                "SwinTransformerForMaskedImageModeling, or SwinTransformerModel(config, use_mask_token=True)."
+            )
+        check_patch_mask(bool_masked_pos, embeddings)
+        return torch.where(bool_masked_pos[..., None].bool(), self.mask_token.to(embeddings.dtype), embeddings)
+
+    def _positions(self, grid: tuple[int, int], interpolate: bool) -> torch.Tensor:
+        """[1, T, C]."""
+        if grid == self.position_grid:
+            return self.position_embeddings
+        if not interpolate:
+            raise ValueError(
+                f"The model has absolute embeddings for a grid of {self.position_grid} patches "
+                f"(image_size={self.config.image_size}), got {grid}; use interpolate_pos_encoding=True."
+            )
+        positions = self.position_embeddings.unflatten(1, self.position_grid).permute(0, 3, 1, 2)
+        positions = F.interpolate(positions, size=grid, mode="bicubic", align_corners=False)
+        return positions.flatten(2).transpose(1, 2)
+
+
+class SwinTransformerMLP(nn.Module):
+    """Feed-forward layer (section 3.1)."""
+
+    def __init__(self, config: SwinTransformerConfig, width: int):
+        super().__init__()
+        self.fc1 = nn.Linear(width, int(config.mlp_ratio * width))
+        self.activation_fn = ACT2FN[config.hidden_act]
+        self.fc2 = nn.Linear(int(config.mlp_ratio * width), width)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """[B, T, C] -> [B, T, C]."""
+        return self.fc2(self.activation_fn(self.fc1(hidden_states)))
+
+
+class SwinTransformerDropPath(nn.Module):
+    """Stochastic depth (Huang et al. 2016, arXiv:1603.09382): a branch is left out for some pictures of a batch."""
+
+    def __init__(self, rate: float):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, branch: torch.Tensor) -> torch.Tensor:
+        if self.rate == 0.0 or not self.training:
+            return branch
+        kept = branch.new_empty(len(branch), *[1] * (branch.ndim - 1)).bernoulli_(1 - self.rate)
+        return branch * (kept / (1 - self.rate))
+
+    def extra_repr(self) -> str:
+        return f"rate={self.rate}"
+
+
+class SwinTransformerPatchMerging(nn.Module):
+    """Four neighbouring tokens become one, twice as wide (section 3.1); an odd side is padded with zeros."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(4 * width)
+        self.reduction = nn.Linear(4 * width, 2 * width, bias=False)
+
+    def forward(self, hidden_states: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """[B, gh * gw, C] -> [B, ceil(gh / 2) * ceil(gw / 2), 2 C]."""
+        states = hidden_states.unflatten(1, grid)
+        if grid[0] % 2 or grid[1] % 2:
+            states = F.pad(states, (0, 0, 0, grid[1] % 2, 0, grid[0] % 2))
+        states = states.unflatten(2, (-1, 2)).unflatten(1, (-1, 2))  # [B, gh / 2, 2, gw / 2, 2, C]
+        states = states.permute(0, 1, 3, 4, 2, 5).flatten(3).flatten(1, 2)  # four neighbours, column after column
+        return self.reduction(self.norm(states))
+
+
+@dataclass(frozen=True, eq=False)
+class WindowLayout:
+    """Which window and slot each token of a grid lies in, and which slots see each other (section 3.2).
+
+    A grid is padded to whole windows, moved by the shift, and cut; both ways are one gather each.
+
+    Attributes:
+        pattern: the windows.
+        window: rows and columns of a window.
+        tokens: [L * N] the token in each slot; an arbitrary one where there is none.
+        slots: [T] the slot of each token.
+        empty: slots without a token; None if there are none.
+        mask: [L, N, N] bool, True where slots of a window see each other; None if all do.
+    """
+
+    pattern: Window2D
+    window: tuple[int, int]
+    tokens: torch.Tensor
+    slots: torch.Tensor
+    empty: torch.Tensor | None
+    mask: torch.Tensor | None
+
+    def partition(self, states: torch.Tensor) -> torch.Tensor:
+        """[B, T, C] -> [B * L, N, C]; slots without a token hold zeros."""
+        windows = _gather(states, self.tokens)
+        if self.empty is not None:
+            windows = windows.index_fill(1, self.empty, 0)
+        return windows.view(-1, self.window[0] * self.window[1], states.shape[-1])
+
+    def reverse(self, windows: torch.Tensor) -> torch.Tensor:
+        """[B * L, N, C] -> [B, T, C]; what lies in slots without a token is dropped."""
+        return _gather(windows.reshape(-1, len(self.tokens), windows.shape[-1]), self.slots)
+
+    def attention_mask(self, implementation: str, query: torch.Tensor) -> VisibleKeys | torch.Tensor | None:
+        """What `implementation` takes to show queries [B * L, H, N, D] the keys of their windows."""
+        windows, heads, length, _ = query.shape
+        mask = None if self.mask is None else self.mask[:, None]  # [L, 1, N, N]
+        if implementation == BLOCK_SPARSE:
+            return VisibleKeys(self.pattern, heads, False, windows, length, length, extra=mask)
+        return None if mask is None else mask.repeat(windows // len(mask), 1, 1, 1)
+
+
+def window_layout(pattern: Window2D, grid: tuple[int, int], device: torch.device | str, fit: bool) -> WindowLayout:
+    """The layout of `grid` under the windows of `pattern`.
+
+    Args:
+        fit: windows that would cover the shorter side of the grid are not shifted, nor larger than the grid: what the
+            paper's classifiers do. Otherwise the grid is padded to whole windows: what its detectors do.
+    """
+    shift, window = pattern.shift, (pattern.size, pattern.size)
+    if fit and min(grid) <= pattern.size:
+        shift, window = 0, (min(pattern.size, grid[0]), min(pattern.size, grid[1]))
+    padded = tuple(-(-side // length) * length for side, length in zip(grid, window))
+    rows, columns = (torch.arange(side, device=device) for side in padded)
+
+    def slot(row: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
+        """Where the token of a row and column of the padded grid goes."""
+        # The cyclic shift; nothing is below 0, which torch.compile's index arithmetic could not take.
+        row, column = (row[:, None] + padded[0] - shift) % padded[0], (column + padded[1] - shift) % padded[1]
+        number = row // window[0] * (padded[1] // window[1]) + column // window[1]
+        return (number * window[0] + row % window[0]) * window[1] + column % window[1]
+
+    row, column = (_into_windows(axis, padded, window) for axis in ((rows[:, None] + shift), (columns + shift)))
+    row, column = row % padded[0], column % padded[1]
+    below, beside = slot(rows[grid[0] :], columns), slot(rows[: grid[0]], columns[grid[1] :])
+    mask = None
+    if shift:
+        windows = pattern.bind(padded).window(row * padded[1] + column).view(-1, window[0] * window[1])
+        mask = windows[:, :, None] == windows[:, None, :]
+    return WindowLayout(
+        pattern=pattern,
+        window=window,
+        tokens=row.clamp(max=grid[0] - 1) * grid[1] + column.clamp(max=grid[1] - 1),
+        slots=slot(rows[: grid[0]], columns[: grid[1]]).flatten(),
+        empty=torch.cat([below.flatten(), beside.flatten()]) if padded != grid else None,
+        mask=mask,
+    )
+
+
+def _into_windows(values: torch.Tensor, padded: tuple[int, ...], window: tuple[int, int]) -> torch.Tensor:
+    """Values over the padded grid (broadcast to it), window after window, [L * N]."""
+    values = values.expand(padded).reshape(padded[0] // window[0], window[0], padded[1] // window[1], window[1])
+    return values.transpose(1, 2).flatten()
+
+
+def _gather(states: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """[B, S, C] -> [B, T, C], the same `rows` [T] of every picture; PyTorch gathers one long list twice as fast."""
+    batch, length = states.shape[:2]
+    pictures = torch.arange(batch, device=rows.device)[:, None] * length
+    return states.flatten(0, 1).index_select(0, (pictures + rows).flatten()).unflatten(0, (batch, -1))
+
+
+class WindowPositionBias(nn.Module):
+    """The bias B of equation 4: a learned number for each head and each of (2M - 1) x (2M - 1) offsets.
+
+    Args:
+        window_size: M.
+        num_heads: H.
+
+    Attributes:
+        relative_position_bias_table: B-hat [(2M - 1)^2, H], by rows then columns of offsets, most negative first.
+    """
+
+    def __init__(self, window_size: int, num_heads: int):
+        super().__init__()
+        self.window_size = window_size
+        self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * window_size - 1) ** 2, num_heads))
+
+    def forward(self, window: tuple[int, int]) -> torch.Tensor:
+        """[H, N, N] for windows of these rows and columns, each at most M."""
+        offsets = self.offsets(window, self.relative_position_bias_table.device)
+        bias = self.relative_position_bias_table.t().index_select(1, offsets.flatten())
+        return bias.view(-1, *offsets.shape)
+
+    def offsets(self, window: tuple[int, int], device: torch.device | str) -> torch.Tensor:
+        """[N, N] the row of the table for query and key."""
+        rows, columns = (torch.arange(length, device=device) for length in window)
+        rows, columns = (axis[:, None] - axis + self.window_size - 1 for axis in (rows, columns))
+        offsets = rows[:, None, :, None] * (2 * self.window_size - 1) + columns[None, :, None, :]
+        return offsets.reshape(len(rows) * len(columns), -1)
+
+    @torch.no_grad()
+    def resize(self, window_size: int) -> None:
+        """Go over to windows of another size: the table is interpolated (bicubic), as its authors do to fine-tune."""
+        old, new = 2 * self.window_size - 1, 2 * window_size - 1
+        table = self.relative_position_bias_table
+        grid = table.t().reshape(1, -1, old, old).float()
+        grid = F.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False)
+        self.relative_position_bias_table = nn.Parameter(
+            grid.view(-1, new * new).t().contiguous().to(table.dtype), requires_grad=table.requires_grad
+        )
+        self.window_size = window_size
 
 
 class SwinTransformerAttention(nn.Module):
@@ -55,47 +304,32 @@ class SwinTransformerAttention(nn.Module):
         self.head_dim = width // num_heads
         self.scaling = self.head_dim**-0.5
         self.dropout = config.attention_probs_dropout_prob
-        self.q_proj = OneDNNLinear(width, width, bias=config.qkv_bias)
-        self.k_proj = OneDNNLinear(width, width, bias=config.qkv_bias)
-        self.v_proj = OneDNNLinear(width, width, bias=config.qkv_bias)
-        self.o_proj = OneDNNLinear(width, width)
+        self.q_proj = nn.Linear(width, width, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(width, width, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(width, width, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(width, width)
         self.relative_position_bias = WindowPositionBias(config.window_size, num_heads)
 
     def forward(
         self, windows: torch.Tensor, layout: WindowLayout, **kwargs: Unpack[TransformersKwargs]
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """[B * L, N, C] -> [B * L, N, C], and the weights [B * L, H, N, N] where the backend has them."""
-        block_sparse = self.config._attn_implementation == BLOCK_SPARSE
-        if block_sparse and kwargs.get("output_attentions"):
-            raise ValueError(f"attn_implementation='{BLOCK_SPARSE}' does not support output_attentions; use 'eager'.")
-        bias = self.relative_position_bias(layout.window)  # B, [H, N, N]
-        dropout = self.dropout if self.training else 0.0
-        projections = (self.q_proj, self.k_proj, self.v_proj)
-        if block_sparse and not dropout and are_bare(projections) and attends_in_pieces(windows, self.q_proj.weight):
-            packed = project_together(windows, projections).unflatten(-1, (3, -1, self.head_dim))
-            return self.o_proj(packed_window_attention(packed, bias, layout.mask, self.scaling).flatten(2)), None
         query, key, value = (
             project(windows).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B * L, H, N, D]
-            for project in projections
+            for project in (self.q_proj, self.k_proj, self.v_proj)
         )
-        if block_sparse:
-            output, weights = window_attention(query, key, value, bias, layout.mask, self.scaling, dropout), None
-        else:
-            attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-            mask = (
-                None if layout.mask is None else layout.mask[:, None].repeat(len(windows) // len(layout.mask), 1, 1, 1)
-            )
-            output, weights = attention(
-                self,
-                query,
-                key,
-                value,
-                mask,
-                scaling=self.scaling,
-                dropout=dropout,
-                position_bias=bias[None],
-                **kwargs,
-            )  # SoftMax(Q K^T / sqrt(d) + B) V, equation 4
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        output, weights = attention(
+            self,
+            query,
+            key,
+            value,
+            layout.attention_mask(self.config._attn_implementation, query),
+            scaling=self.scaling,
+            dropout=self.dropout if self.training else 0.0,
+            position_bias=self.relative_position_bias(layout.window)[None],  # B, [1, H, N, N]
+            **kwargs,
+        )  # SoftMax(Q K^T / sqrt(d) + B) V, equation 4
         return self.o_proj(output.flatten(2)), weights
 
 

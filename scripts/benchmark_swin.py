@@ -6,10 +6,14 @@
 Swin-T with the same random weights everywhere. Each model is first held to stock Swin in float64, logits and gradients.
 timm is a peer where FOLDER has it: `pip install --no-deps --target FOLDER timm torchvision`. `--only` runs some
 sections and keeps the rows of the others in FILE; `--quick` takes small models and pictures.
+
+All contenders run under one allocator: the script starts itself again with MALLOC_TRIM_THRESHOLD_ and
+MALLOC_MMAP_THRESHOLD_ of 268435456 where the environment does not set them, so that none pays for mapping memory anew.
 """
 
 import copy
 import math
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,6 +29,8 @@ from hf_tfamily import plots
 from hf_tfamily.modeling.configuration_swin_transformer import SwinTransformerConfig
 from hf_tfamily.modeling.modeling_swin_transformer import SwinTransformerForImageClassification
 
+# glibc then keeps freed memory for whoever asks next (mallopt(3)); it reads this as a process starts.
+ALLOCATOR = {"MALLOC_TRIM_THRESHOLD_": "268435456", "MALLOC_MMAP_THRESHOLD_": "268435456"}
 OURS, FORWARD, BOTH = "ours", "forward", "forward + backward"
 # How many times faster than the fastest peer: (must, stretch).
 GOALS = {FORWARD: (1.0, 1.1), BOTH: (1.2, 1.4)}
@@ -52,10 +58,11 @@ class Setting:
     @property
     def note(self) -> str:
         text = f"Swin-T, {self.batch_size} pictures of {self.side} x {self.side}, weights and activations in "
-        text += f"{str(self.dtype).removeprefix('torch.')}; the goals are set for the fastest peer."
+        text += f"{str(self.dtype).removeprefix('torch.')}; the goals are set for the fastest peer. {ALLOCATOR_NOTE}"
         return text + (" Every model goes through torch.compile." if self.compiled else "")
 
 
+ALLOCATOR_NOTE = f"All run under {', '.join(f'{name}={os.environ.get(name)}' for name in ALLOCATOR)}."
 SETTINGS = [
     Setting(224, 8, torch.float32),
     Setting(512, 2, torch.float32),
@@ -68,11 +75,11 @@ KEPT_NOTE = """\
 Tensors that autograd keeps between forward and backward, without parameters: counted, not timed.
 """
 SIDES = "side of the picture"
-SIDES_NOTE = """\
+SIDES_NOTE = f"""\
 Forward, float32, one picture: Swin-T (28 million parameters) and stock ViT-S under sdpa (22 million): 12 layers as wide
 as the stage of Swin-T that has half of its blocks, 384. With patches of 16 x 16 it does about as much work at 224;
 patches of 8 x 8 are those of Swin-T's second stage. The last rows are exponents: cost grows like the number of pixels
-to this power over the larger half of the sides.
+to this power over the larger half of the sides. {ALLOCATOR_NOTE}
 """
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -317,6 +324,12 @@ def draw(sides: list[int], times: dict[str, list[Measure]], powers: dict[str, fl
     plots.save(figure, path)
 
 
+def under_allocator() -> None:
+    """Start the script again under ALLOCATOR, once, unless its environment has it."""
+    if any(name not in os.environ for name in ALLOCATOR):
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**ALLOCATOR, **os.environ})
+
+
 def main() -> int:
     sections = {setting.name: setting for setting in SETTINGS}
     options = {
@@ -350,4 +363,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    under_allocator()
     sys.exit(main())

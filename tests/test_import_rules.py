@@ -157,28 +157,19 @@ MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
 
 
 def imports_of(name, at_load=False):
-    """Modules of ours that one imports, anywhere in it or only where it is loaded."""
+    """Modules that one of ours imports, anywhere in it or only where it is loaded."""
     path = MODULES[name]
-    package = name if path.stem == "__init__" else name.rpartition(".")[0]
+    home = name.split(".") if path.stem == "__init__" else name.split(".")[:-1]
     tree = ast.parse(path.read_text())
-    nodes = ast.walk(tree) if not at_load else tree.body
-    for node in nodes:
-        if isinstance(node, ast.ImportFrom):
-            module = node.module or ""
-            if node.level:
-                module = ".".join(
-                    [*package.split(".")[: len(package.split(".")) - node.level + 1], *filter(None, [module])]
-                )
+    for node in tree.body if at_load else ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            package = home[: len(home) - node.level + 1] if node.level else []
+            module = ".".join([*package, *([node.module] if node.module else [])])
             for alias in node.names:
                 whole = f"{module}.{alias.name}"
-                yield (
-                    whole
-                    if whole in MODULES
-                    or (whole.startswith("hf_tfamily.modeling.") and module == "hf_tfamily.modeling")
-                    else module
-                )
-        elif isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+                yield whole if whole in MODULES or module == "hf_tfamily.modeling" else module
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if name.startswith(ENGINE)])

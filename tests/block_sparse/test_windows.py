@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from hf_tfamily.block_sparse import windows
+from hf_tfamily.block_sparse import windows as module
 from hf_tfamily.block_sparse.windows import window_attention
 from hf_tfamily.modeling.attention_patterns import Window2D
-from hf_tfamily.modeling.window_layout import window_layout
+from hf_tfamily.modeling.modeling_swin_transformer import window_layout
 
 SCALING = 0.5
 SHIFTED, PLAIN = window_layout(Window2D(3, 1), (6, 9), "cpu", fit=True).mask, None  # 6 windows a picture
@@ -38,7 +39,7 @@ def outputs_and_gradients(attention, inputs, mask):
 @pytest.mark.parametrize("windows", [1, 7, 12, 256])
 def test_parts_are_the_equation(monkeypatch, mask, windows):
     """At most so many windows at a time, but whole pictures where windows have masks of their own."""
-    monkeypatch.setattr(windows, "SCORES", windows * 2 * 81)
+    monkeypatch.setattr(module, "SCORES", windows * 2 * 81)
     inputs = make_inputs(torch.float64)
     expected = outputs_and_gradients(by_equation, inputs, mask)
     for found, exact in zip(outputs_and_gradients(window_attention, inputs, mask), expected, strict=True):
@@ -48,24 +49,81 @@ def test_parts_are_the_equation(monkeypatch, mask, windows):
 
 
 @pytest.mark.parametrize("mask", [PLAIN, SHIFTED], ids=["plain", "shifted"])
-@pytest.mark.parametrize("fused_is_slow", [True, False])
-def test_either_way_without_gradients(monkeypatch, mask, fused_is_slow):
-    """By PyTorch's fused kernel or by products, as the processor has it: the errors are the equation's own."""
-    monkeypatch.setattr(windows, "_fused_is_slow", lambda query: fused_is_slow)
-    monkeypatch.setattr(windows, "SCORES", 7 * 2 * 81)
-    for dtype in (torch.float32, torch.bfloat16):
-        inputs = [x.detach() for x in make_inputs(dtype)]
-        found, equation = (attend(*inputs, mask, SCALING) for attend in (window_attention, by_equation))
-        exact = by_equation(*(x.double() for x in inputs), mask, SCALING)
-        rounding = torch.finfo(dtype).eps * exact.abs().max()
-        assert (found - exact).abs().max() <= 2 * (equation - exact).abs().max() + rounding
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("pictures", [1, 3, 11], ids="{} pictures".format)
+def test_errors_without_gradients_are_the_equations_own(mask, dtype, pictures):
+    """By PyTorch's fused kernel, which takes windows with masks of their own in several calls."""
+    inputs = [x.detach() for x in make_inputs(dtype, pictures)]
+    found, equation = (attend(*inputs, mask, SCALING) for attend in (window_attention, by_equation))
+    exact = by_equation(*(x.double() for x in inputs), mask, SCALING)
+    rounding = torch.finfo(dtype).eps * exact.abs().max()
+    assert (found - exact).abs().max() <= 2 * (equation - exact).abs().max() + rounding
 
 
 @pytest.mark.parametrize("mask", [PLAIN, SHIFTED], ids=["plain", "shifted"])
 def test_gradients_are_those_of_differences(monkeypatch, mask):
-    monkeypatch.setattr(windows, "SCORES", 6 * 81)
+    monkeypatch.setattr(module, "SCORES", 6 * 81)
     inputs = make_inputs(torch.float64, pictures=2, heads=1, dim=2)
     assert torch.autograd.gradcheck(lambda *x: window_attention(*x, mask, SCALING), inputs, fast_mode=True)
+    assert torch.autograd.gradgradcheck(lambda *x: window_attention(*x, mask, SCALING), inputs, fast_mode=True)
+
+
+@pytest.mark.parametrize("mask", [PLAIN, SHIFTED], ids=["plain", "shifted"])
+def test_torch_func_goes_through(mask):
+    """A gradient for each sample, and many gradients of one output at once, each as if alone."""
+    inputs = make_inputs(torch.float64)
+    samples = [torch.stack([x, 2 * x]) for x in inputs]
+
+    def loss(*inputs):
+        return window_attention(*inputs, mask, SCALING).square().sum()
+
+    found = torch.func.vmap(torch.func.grad(loss, argnums=(0, 1, 2, 3)))(*samples)
+    for number in range(2):
+        alone = torch.autograd.grad(loss(*(x[number] for x in samples)), samples, retain_graph=True)
+        for gradients, expected in zip(found, alone, strict=True):
+            torch.testing.assert_close(gradients[number], expected[number])
+
+    output = window_attention(*inputs, mask, SCALING)
+    wanted = torch.randn(2, *output.shape, dtype=torch.float64)
+    found = torch.autograd.grad(output, inputs, wanted, is_grads_batched=True, retain_graph=True)
+    for number in range(2):
+        alone = torch.autograd.grad(output, inputs, wanted[number], retain_graph=True)
+        for gradients, expected in zip(found, alone, strict=True):
+            torch.testing.assert_close(gradients[number], expected)
+
+
+@pytest.mark.parametrize("mask", [PLAIN, SHIFTED], ids=["plain", "shifted"])
+def test_operators_are_well_formed(mask):
+    """What torch.compile is told of shapes and strides is true; and nothing is changed or aliased."""
+    *states, bias = (x.detach() for x in make_inputs())
+    operators = torch.ops.hf_tfamily_block_sparse
+    inputs = (*states, bias, mask, SCALING)
+    torch.library.opcheck(operators.window_attention, inputs)
+    output, weights = operators.window_attention(*inputs)
+    torch.library.opcheck(operators.window_attention_backward, (output, *states, bias, weights, SCALING))
+
+
+@pytest.mark.parametrize("mask", [PLAIN, SHIFTED], ids=["plain", "shifted"])
+def test_counters_see_every_product(mask):
+    """Two forward and four backward, as in the equation."""
+    inputs, totals = make_inputs(), []
+    for attend in (window_attention, by_equation):
+        with FlopCounterMode(display=False) as counter:
+            outputs_and_gradients(attend, inputs, mask)
+        totals.append(counter.get_total_flops())
+    assert totals[0] == totals[1] == 6 * 2 * 18 * 2 * 9 * 9 * 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mask", [PLAIN, SHIFTED], ids=["plain", "shifted"])
+def test_compiles_as_one_graph(mask):
+    def attend(query, key, value, bias, mask, scaling):
+        return window_attention(2 * query, key, value, bias, mask, scaling)
+
+    inputs = make_inputs()
+    expected = outputs_and_gradients(attend, inputs, mask)
+    found = outputs_and_gradients(torch.compile(attend, fullgraph=True), inputs, mask)
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("mask", [PLAIN, SHIFTED], ids=["plain", "shifted"])

@@ -7,7 +7,9 @@ import torch
 from huggingface_hub.errors import StrictDataclassClassValidationError
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import SwinBackbone, SwinConfig, SwinForImageClassification, SwinForMaskedImageModeling
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from hf_tfamily.modeling.attention import eager_attention_forward
 from hf_tfamily.modeling.attention_patterns import Window2D
 from hf_tfamily.modeling.configuration_swin_transformer import SwinTransformerConfig
 from hf_tfamily.modeling.modeling_swin_transformer import (
@@ -15,8 +17,8 @@ from hf_tfamily.modeling.modeling_swin_transformer import (
     SwinTransformerForImageClassification,
     SwinTransformerForMaskedImageModeling,
     SwinTransformerModel,
+    window_layout,
 )
-from hf_tfamily.modeling.window_layout import window_layout
 from tests.reference import swin_transformer as reference
 from tests.tiny_models import SMALL_SWIN
 
@@ -153,6 +155,33 @@ def test_counters_see_every_product(backend):
 
 
 @pytest.mark.parametrize("backend", ["eager", "block_sparse"])
+@pytest.mark.parametrize("functional", [True, False], ids=["torch.func", "autograd"])
+def test_second_derivatives(backend, functional):
+    """Gradients of gradients, either way, are those of differences of gradients."""
+    model = build(SwinTransformerForImageClassification, backend=backend).double()
+    pixels = pictures(10, 12).double()
+
+    def loss(pixels):
+        return model(pixels).logits.square().sum()
+
+    def gradient(pixels):
+        pixels = pixels.detach().requires_grad_()
+        return torch.autograd.grad(loss(pixels), pixels)[0]
+
+    torch.manual_seed(2)
+    along = torch.randn_like(pixels)
+    if functional:
+        found = torch.func.vjp(torch.func.grad(loss), pixels)[1](along)[0].detach()
+    else:
+        leaf = pixels.clone().requires_grad_()
+        (first,) = torch.autograd.grad(loss(leaf), leaf, create_graph=True)
+        (found,) = torch.autograd.grad(first, leaf, along)
+    step = 1e-5 * along  # second derivatives are symmetric
+    expected = (gradient(pixels + step) - gradient(pixels - step)) / 2e-5
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("backend", ["eager", "block_sparse"])
 def test_gradients_of_each_picture_at_once(backend):
     """torch.func goes through the model: as many gradients as pictures, each as if alone."""
     model = build(SwinTransformerForImageClassification, backend=backend).double()
@@ -269,25 +298,105 @@ def test_weights_are_eagers_alone():
         build(SwinTransformerModel, backend="block_sparse")(pictures(), output_attentions=True)
 
 
+def linear_layers(model):
+    return {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("qkv_bias", [True, False])
-def test_projections_that_somebody_changed_are_called(qkv_bias):
-    """Queries, keys and values are projected together in training, but not where one is hooked, as tools do."""
-    model = build(SwinTransformerForImageClassification, backend="block_sparse", qkv_bias=qkv_bias).double()
-    together = gradients(model, pictures(dtype=torch.float64), labels=torch.tensor([0, 1]))
+def test_every_layer_is_called_once_through_its_hooks(backend, qkv_bias):
+    """As tools that prune, adapt or measure layers want it; nothing is computed beside them."""
+    model = build(SwinTransformerForImageClassification, backend=backend, qkv_bias=qkv_bias).double()
+    pixels, labels = pictures(dtype=torch.float64), torch.tensor([0, 1])
+    expected = gradients(model, pixels, labels=labels)
     calls = []
-    for module in model.modules():
-        if hasattr(module, "k_proj"):
-            module.k_proj.register_forward_hook(lambda module, inputs, output: calls.append(module))
-    apart = gradients(model, pictures(dtype=torch.float64), labels=torch.tensor([0, 1]))
-    assert len(calls) == sum(model.config.depths)
-    assert_same(together, apart, rtol=1e-9, atol=1e-12)
+    for name, layer in linear_layers(model).items():
+        layer.register_forward_pre_hook(lambda layer, inputs, name=name: calls.append(name))
+        layer.register_forward_hook(lambda layer, inputs, output, name=name: calls.append(name))
+        layer.register_full_backward_hook(lambda layer, inputs, outputs, name=name: calls.append(name))
+    hooked = gradients(model, pixels, labels=labels)
+    assert sorted(calls) == sorted(3 * list(linear_layers(model)))
+    assert len(linear_layers(model)) == 6 * sum(model.config.depths) + 2  # and merging, and the classifier
+    assert_same(hooked, expected, rtol=1e-9, atol=1e-12)
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    recomputed = gradients(model, pictures(dtype=torch.float64), labels=torch.tensor([0, 1]))
-    assert_same(together, recomputed, rtol=1e-9, atol=1e-12)
+    assert_same(gradients(model, pixels, labels=labels), expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_a_layer_returns_is_what_is_used(backend):
+    """Each layer's own output, changed by a hook, changes the logits."""
+    model = build(SwinTransformerForImageClassification, backend=backend)
+    with torch.no_grad():
+        before = model(pictures()).logits
+        for name, layer in linear_layers(model).items():
+            shift = torch.linspace(-1, 1, layer.out_features)
+            handle = layer.register_forward_hook(lambda layer, inputs, output, shift=shift: output * (1 + shift))
+            assert not torch.allclose(model(pictures()).logits, before), name
+            handle.remove()
+
+
+class Int8Linear(torch.nn.Module):
+    """Stands for what quantises weights: another class in the place of a layer, whose weight is no float."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.scale = layer.weight.detach().abs().amax(dim=1, keepdim=True) / 127
+        self.weight = torch.nn.Parameter((layer.weight.detach() / self.scale).round().char(), requires_grad=False)
+        self.bias = layer.bias
+
+    def forward(self, states):
+        return torch.nn.functional.linear(states, self.weight * self.scale, self.bias)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_layers_can_be_quantised(backend):
+    model = build(SwinTransformerForImageClassification, backend=backend)
+    rounded = build(SwinTransformerForImageClassification, backend="eager")
+    for name, layer in list(linear_layers(model).items()):
+        model.set_submodule(name, Int8Linear(layer))
+        rounded.get_submodule(name).weight.data = model.get_submodule(name).weight * model.get_submodule(name).scale
+    with torch.no_grad():
+        torch.testing.assert_close(model(pictures()).logits, rounded(pictures()).logits, rtol=1e-5, atol=1e-5)
+    model(pictures()).logits.sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("trained", ["_proj", "fc1", "_bias_table", "layernorm"])
+def test_frozen_weights_get_no_gradient(backend, trained):
+    """And those that are trained get the same as if all were."""
+    model = build(SwinTransformerForImageClassification, backend=backend)
+    labels = torch.tensor([0, 3])
+    expected = gradients(model, pictures(22, 30), labels=labels)
+    model.zero_grad(set_to_none=True)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(trained in name)
+    found = gradients(model, pictures(22, 30), labels=labels)
+    expected = {name: gradient for name, gradient in expected.items() if trained in name}
+    assert_same(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_casts(backend):
+    """Logits in bfloat16 as near as a model of bfloat16 is, gradients in float32."""
+    model = build(SwinTransformerForImageClassification, backend=backend)
+    with torch.no_grad():
+        exact = model(pictures()).logits
+        model.to(torch.bfloat16)
+        low = model(pictures(dtype=torch.bfloat16)).logits
+    model = build(SwinTransformerForImageClassification, backend=backend)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = model(pictures()).logits
+        with torch.no_grad():
+            torch.testing.assert_close(model(pictures()).logits, logits, rtol=0.1, atol=0.1)
+    assert logits.dtype == torch.bfloat16
+    assert (logits - exact).abs().max() <= 2 * (low - exact).abs().max() + 0.01 * exact.abs().max()
+    logits.float().square().sum().backward()
+    assert all(parameter.grad.dtype == torch.float32 for parameter in model.parameters())
 
 
 def test_projections_may_differ():
-    """One without a bias, say, is none of three that can be taken together."""
+    """One without a bias, say."""
     model = build(SwinTransformerForImageClassification, backend="block_sparse").double()
     for module in model.modules():
         if hasattr(module, "k_proj"):
@@ -297,6 +406,33 @@ def test_projections_may_differ():
     assert_same(
         found, gradients(model, pictures(dtype=torch.float64), labels=torch.tensor([0, 1])), rtol=1e-9, atol=1e-12
     )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_registered_function_attends(backend, monkeypatch):
+    """Whatever stands under the name serves the model: nothing is called past the registry."""
+    model = build(SwinTransformerForImageClassification)
+    calls, original = [], ALL_ATTENTION_FUNCTIONS.get_interface(backend, eager_attention_forward)
+
+    def attend(module, query, key, value, attention_mask, **kwargs):
+        calls.append((attention_mask, kwargs["position_bias"].shape))
+        return original(module, query, key, value, attention_mask, **kwargs)
+
+    monkeypatch.setattr(type(ALL_ATTENTION_FUNCTIONS), "get_interface", lambda self, name, default: attend)
+    model.set_attn_implementation(backend)
+    with torch.no_grad():
+        model(pictures(24, 24))
+    assert [shape for _, shape in calls] == [(1, heads, 9, 9) for heads in (1, 1, 2, 2)]
+    masks = [mask for mask, _ in calls]
+    if backend == "block_sparse":
+        assert [mask.pattern for mask in masks] == 2 * [Window2D(3), Window2D(3, 1)]
+        assert [(mask.batch_size, mask.num_heads, mask.key_length) for mask in masks[1:3]] == [(32, 1, 9), (8, 2, 9)]
+        masks = [mask.extra for mask in masks]
+        assert [mask is None for mask in masks] == [True, False, True, False]
+        assert masks[1].shape == (16, 1, 9, 9)
+    else:
+        assert [mask is None for mask in masks] == [True, False, True, False]
+        assert masks[1].shape == (32, 1, 9, 9)
 
 
 def test_block_sparse_is_the_default():
@@ -326,7 +462,10 @@ def test_stochastic_depth_leaves_out_whole_branches():
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_exports(backend):
     model = build(SwinTransformerForImageClassification, backend=backend)
-    exported = torch.export.export(model, (pictures(20, 24),)).module()
+    program = torch.export.export(model, (pictures(20, 24),))
+    operators = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    assert not [name for name in operators if "hf_tfamily" in name]  # others can run it
+    exported = program.module()
     torch.testing.assert_close(exported(pictures(20, 24)).logits, model(pictures(20, 24)).logits)
 
 

@@ -20,6 +20,7 @@ from .decode import attend_masked, attend_one
 from .patterns import own_mask
 from .relative import relative_attention
 from .stock_masks import bind
+from .windows import window_attention
 
 
 def block_sparse_attention_forward(
@@ -38,21 +39,38 @@ def block_sparse_attention_forward(
 
     Args:
         attention_mask: VisibleKeys of any copy of modeling/attention.py; None where the layer's pattern says all.
-        position_bias (in kwargs): scores for distances as what they are computed from, positions.DistanceScores.
+        position_bias (in kwargs): scores for distances as what they are computed from, positions.DistanceScores. Under
+            a Window2D without a grid the batch is one of windows that are already cut: then the mask's `extra`
+            [L, 1, T, T] holds for each picture's L, and the bias is a tensor [1, H, T, T].
         return_lse: also return the log-sum-exp [B, H, T] of each query's scores, -inf where it sees nothing.
 
     Raises:
         ValueError: for what the backend cannot do, naming what can.
     """
+    seen = own_mask(attention_mask) if hasattr(attention_mask, "awaits_pattern") else None
+    if seen is not None and _is_window(seen.pattern):
+        return _attend_window(query, key, value, seen.extra, scaling, dropout, **kwargs), None
     _refuse_unsupported(attention_mask, dropout if module.training else 0.0, {**kwargs, "return_lse": return_lse})
     is_causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
-    seen = bind(None if attention_mask is None else own_mask(attention_mask), module, query, key, is_causal)
+    seen = bind(seen, module, query, key, is_causal)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     bias = kwargs.get("position_bias")
     if bias is not None:
         return attend_relative(seen, query, key, value, scaling, bias), None
     tensors = (tensor.transpose(1, 2) for tensor in _in_one_dtype(query, key, value))
     return attend(seen, *tensors, scaling, return_lse)
+
+
+def _is_window(pattern: Pattern) -> bool:
+    """Are the windows of a picture already cut? A pattern without a grid could show nothing else."""
+    return pattern.type == "window_2d" and pattern.grid is None
+
+
+def _attend_window(query, key, value, mask, scaling, dropout, *, position_bias, output_attentions=False, **kwargs):
+    if output_attentions:
+        raise ValueError(f"attn_implementation='{NAME}' does not support output_attentions; use 'eager'.")
+    tensors = _in_one_dtype(query, key, value)
+    return window_attention(*tensors, position_bias[0], None if mask is None else mask[:, 0], scaling, dropout)
 
 
 def attend(

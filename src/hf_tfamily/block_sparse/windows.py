@@ -1,209 +1,148 @@
-"""Attention inside windows of a picture with a learned bias (Liu et al. 2021, arXiv:2103.14030, section 3.2).
+"""Attention inside windows of a picture with a learned bias (Liu et al. 2021, arXiv:2103.14030, equation 4).
 
-On a CPU scores of some windows at a time stay in the processor's cache, forward and backward.
+Training on a CPU goes through windows in chunks, whose scores stay in the processor's cache, forward and backward.
 
 Shapes: B batch, L windows of N tokens each, H heads, D head dim.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
-from ..modeling.call_modes import is_observed
-from ..modeling.freed_memory import keep_freed_memory
-
-SCORES = 2**20  # at a time on a CPU
+SCORES = 2**20  # of a chunk
 
 
 def window_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    position_bias: Tensor,
-    mask: Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor, mask: Tensor | None, scaling: float, dropout: float = 0.0
 ) -> Tensor:
     """Attention inside windows, [B * L, N, H, D], of queries, keys and values [B * L, H, N, D].
 
     Args:
-        position_bias: [H, N, N], added to the scaled scores.
-        mask: [L, N, N] bool, True where a key is seen; None if all are.
+        bias: [H, N, N], added to the scaled scores.
+        mask: [L, N, N] bool, True where a key is seen, as a window's own token always is; None if all are.
         dropout: of the attention weights.
     """
-    if query.device.type == "cpu" and not torch.compiler.is_compiling():
-        keep_freed_memory()
-    if not dropout and attends_in_pieces(query, key, value, position_bias):
-        packed = torch.stack([x.transpose(1, 2) for x in (query, key, value)], dim=2)
-        return packed_window_attention(packed, position_bias, mask, scaling)
-    bias = _bias(position_bias, mask, query.dtype)
-    if not dropout and not _learns(query, key, value, bias):
-        return _attend_fused(query, key, value, bias, scaling)
-    scores = _scores(query, key, bias, scaling)
-    weights = F.dropout(scores.softmax(dim=-1).to(value.dtype), dropout)
-    return (weights @ value).transpose(1, 2)
+    bias = bias.to(torch.promote_types(query.dtype, torch.float32))
+    learns = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value, bias))
+    if not learns and not dropout:
+        return _attend_fused(query, key, value, _masked(bias, mask, query.dtype).to(query.dtype), scaling)
+    # Exported graphs hold PyTorch's own operators alone, so that others can run them.
+    if query.device.type == "cpu" and not dropout and not torch.compiler.is_exporting():
+        return _WindowAttention.apply(query, key, value, bias, mask, scaling)[0]
+    return _attend(query, key, value, bias, mask, scaling, dropout)
 
 
-def packed_window_attention(packed: Tensor, position_bias: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
-    """`window_attention` of queries, keys and values that lie together, [B * L, N, 3, H, D].
-
-    For what `attends_in_pieces`.
-    """
-    bias = _bias(position_bias, mask, packed.dtype)
-    if not _learns(packed, bias):
-        return _attend(packed, bias, scaling)
-    output, _ = torch.ops.hf_tfamily_block_sparse.window_attention(packed, bias, scaling)
-    return output
+def _attend(query, key, value, bias, mask, scaling: float, dropout: float = 0.0) -> Tensor:
+    weights = _scores(query, key, _masked(bias, mask, query.dtype), scaling).softmax(dim=-1).to(value.dtype)
+    return (F.dropout(weights, dropout) @ value).transpose(1, 2)
 
 
-def attends_in_pieces(*tensors: Tensor) -> bool:
-    """On a CPU: where gradients are wanted, and where PyTorch's fused attention without them is slow."""
-    if tensors[0].device.type != "cpu" or is_observed():
-        return False
-    return _learns(*tensors) or _fused_is_slow(tensors[0])
+def _attend_fused(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scaling: float) -> Tensor:
+    """PyTorch's fused attention; in chunks, so that biases of windows are repeated for a few pictures only."""
+    if bias.ndim == 3:
+        return F.scaled_dot_product_attention(query, key, value, bias[None], scale=scaling).transpose(1, 2)
+    chunks = list(_chunks(64, bias, query, key, value))
+    bias = bias.repeat(len(chunks[0][0]) // len(bias), 1, 1, 1)
+    outputs = (F.scaled_dot_product_attention(*chunk, bias[: len(chunk[0])], scale=scaling) for chunk in chunks)
+    return torch.cat([output.transpose(1, 2) for output in outputs])
 
 
-def _fused_is_slow(tensor: Tensor) -> bool:
-    """In half precision PyTorch's kernel for CPUs wants their matrix instructions."""
-    if torch.compiler.is_compiling():
-        return False
-    return tensor.dtype == torch.bfloat16 and not torch.cpu._is_amx_tile_supported()
-
-
-def _learns(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-
-
-def _bias(position_bias: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """[H, N, N], or with a mask [L, H, N, N], in at least single precision; a window's own token is always seen."""
-    bias = position_bias.to(torch.promote_types(dtype, torch.float32))
+def _masked(bias: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """[H, N, N], or [L, H, N, N] with a mask."""
     return bias if mask is None else bias.masked_fill(~mask[:, None], torch.finfo(dtype).min)
 
 
 def _scores(query: Tensor, key: Tensor, bias: Tensor, scaling: float) -> Tensor:
-    """Q K^T / sqrt(d) + B of equation 4, [B * L, H, N, N] in the type of the bias, [H, N, N] or [L, H, N, N]."""
+    """Q K^T / sqrt(d) + B, [B * L, H, N, N] in the type of the bias, [H, N, N] or [L, H, N, N]."""
     products = query @ key.transpose(-1, -2)
     return torch.add(bias, products.view(-1, *bias.shape), alpha=scaling).view(products.shape)
 
 
-def _whole_pictures(windows: int, bias: Tensor) -> int:
-    """The least multiple of a picture's windows that is about as many as `windows`."""
+def _chunks(windows: int, bias: Tensor, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Chunks of about so many of the B * L windows: of whole pictures where each window has a bias of its own."""
     of_picture = len(bias) if bias.ndim == 4 else 1
-    return max(1, windows // of_picture) * of_picture
-
-
-def _attend_fused(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scaling: float) -> Tensor:
-    """PyTorch's fused attention. Biases of windows are repeated for a few pictures at a time."""
-    bias = bias.to(query.dtype)
-    if bias.ndim == 3:
-        return F.scaled_dot_product_attention(query, key, value, bias[None], scale=scaling).transpose(1, 2)
-    step = _whole_pictures(64, bias)
-    bias = bias.repeat(step // len(bias), 1, 1, 1)
-    outputs = [
-        F.scaled_dot_product_attention(*part, bias[: len(part[0])], scale=scaling).transpose(1, 2)
-        for part in zip(query.split(step), key.split(step), value.split(step))
-    ]
-    return torch.cat(outputs)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# In pieces; with gradients as an operator, which torch.compile leaves alone
-
-
-@torch.autocast("cpu", enabled=False)
-def _attend(packed: Tensor, bias: Tensor, scaling: float) -> Tensor:
-    """Outputs [B * L, N, H, D] without gradients."""
-    keep_freed_memory()
-    output = torch.empty_like(packed[:, :, 0])
-    for into, part in _pieces(bias, output, packed):
-        _attend_piece(part, bias, scaling, into, part.new_empty(len(part), *bias.shape[-3:]))
-    return output
-
-
-@torch.autocast("cpu", enabled=False)
-def _attend_for_backward(packed: Tensor, bias: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-    """Outputs [B * L, N, H, D], and weights [B * L, H, N, N] for the backward pass."""
-    keep_freed_memory()
-    output, weights = _results(packed)
-    for into, part, into_weights in _pieces(bias, output, packed, weights):
-        _attend_piece(part, bias, scaling, into, into_weights)
-    return output, weights
-
-
-def _attend_piece(packed: Tensor, bias: Tensor, scaling: float, output: Tensor, weights: Tensor) -> None:
-    """Fills the outputs and the weights."""
-    query, key, value = _apart(packed)
-    scores = _scores(query, key, bias, scaling)
-    if scores.dtype == weights.dtype:
-        torch.softmax(scores, dim=-1, out=weights)
-    else:
-        weights.copy_(scores.softmax(dim=-1))
-    output.copy_((weights @ value).transpose(1, 2))
-
-
-@torch.autocast("cpu", enabled=False)
-def _attend_backward(
-    gradient: Tensor, packed: Tensor, weights: Tensor, bias: Tensor, scaling: float
-) -> tuple[Tensor, Tensor]:
-    """Gradients of the packed tensor and of the bias, summed over windows while they are at hand."""
-    to_packed, to_bias = torch.empty_like(packed), torch.zeros_like(bias)
-    for into, to_output, part, weight in _pieces(bias, to_packed, gradient, packed, weights):
-        states = _apart(part)
-        to_states = torch.empty_like(states)
-        query, key, value = states.flatten(1, 2)
-        to_query, to_key, to_value = to_states.flatten(1, 2)
-        to_output, weight = to_output.transpose(1, 2).reshape(value.shape), weight.flatten(0, 1)
-        to_scores = torch._softmax_backward_data(to_output @ value.transpose(1, 2), weight, -1, weight.dtype)
-        to_bias += to_scores.view(-1, *bias.shape).sum(dim=0, dtype=bias.dtype)
-        to_scores *= scaling
-        torch.bmm(to_scores, key, out=to_query)
-        torch.bmm(to_scores.transpose(1, 2), query, out=to_key)
-        torch.bmm(weight.transpose(1, 2), to_output, out=to_value)
-        into.copy_(to_states.permute(1, 3, 0, 2, 4))
-    return to_packed, to_bias
-
-
-def _pieces(bias: Tensor, *tensors: Tensor) -> Iterator[Sequence[Tensor]]:
-    """Some windows of each [B * L, ...] at a time."""
-    heads, places, _ = bias.shape[-3:]
-    step = _whole_pictures(SCORES // (heads * places * places), bias)
+    step = max(1, windows // of_picture) * of_picture
     return zip(*(x.split(step) for x in tensors))
 
 
-def _apart(packed: Tensor) -> Tensor:
-    """[3, B * L, H, N, D] of [B * L, N, 3, H, D], in memory of its own."""
-    return packed.permute(2, 0, 3, 1, 4).contiguous()
+class _WindowAttention(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(query, key, value, bias, mask, scaling):
+        return torch.ops.hf_tfamily_block_sparse.window_attention(query, key, value, bias, mask, scaling)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.set_materialize_grads(False)  # of the weights
+        *tensors, ctx.scaling = inputs
+        ctx.save_for_backward(*tensors, output[1])
+
+    @staticmethod
+    def backward(ctx, gradient, _):
+        if gradient is None:
+            return (None,) * 6
+        *tensors, mask, weights = ctx.saved_tensors
+        if torch.is_grad_enabled():  # gradients may want gradients
+            return *torch.func.vjp(lambda *x: _attend(*x, mask, ctx.scaling), *tensors)[1](gradient), None, None
+        backward = torch.ops.hf_tfamily_block_sparse.window_attention_backward
+        return *backward(gradient, *tensors, weights, ctx.scaling), None, None
 
 
-def _results(packed: Tensor, *_) -> tuple[Tensor, Tensor]:
-    windows, places, _, heads, width = packed.shape
-    return packed.new_empty(windows, places, heads, width), packed.new_empty(windows, heads, places, places)
+@torch.autocast("cpu", enabled=False)
+def _forward(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor, mask: Tensor | None, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """Outputs [B * L, N, H, D], and weights [B * L, H, N, N] for the backward pass."""
+    bias, tensors = _masked(bias, mask, query.dtype), (query, key, value, *_results(query))
+    for q, k, v, output, weights in _chunks(SCORES // bias.shape[-3:].numel(), bias, *tensors):
+        weights.copy_(_scores(q, k, bias, scaling).softmax(dim=-1))
+        output.copy_((weights @ v).transpose(1, 2))
+    return tensors[3:]
 
 
-def _save(ctx, inputs: tuple, output: tuple) -> None:
-    ctx.set_materialize_grads(False)  # of the weights
-    packed, bias, ctx.scaling = inputs
-    ctx.save_for_backward(packed, output[1], bias)
+@torch.autocast("cpu", enabled=False)
+def _backward(
+    gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, bias: Tensor, weights: Tensor, scaling: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of queries, keys, values and the bias, which is summed over windows while they are at hand."""
+    to_query, to_key, to_value, to_bias = *map(torch.empty_like, (query, key, value)), torch.zeros_like(bias)
+    tensors = (gradient.transpose(1, 2), query, key, value, weights, to_query, to_key, to_value)
+    for *chunk, into_query, into_key, into_value in _chunks(SCORES // bias.numel(), bias, *tensors):
+        to_output, q, k, v, weight = (x.contiguous() for x in chunk)
+        to_scores = torch._softmax_backward_data(to_output @ v.transpose(-1, -2), weight, -1, weight.dtype)
+        to_bias += to_scores.sum(dim=0, dtype=bias.dtype)
+        to_scores *= scaling
+        into_query.copy_(to_scores @ k)
+        into_key.copy_(to_scores.transpose(-1, -2) @ q)
+        into_value.copy_(weight.transpose(-1, -2) @ to_output)
+    return to_query, to_key, to_value, to_bias
 
 
-def _differentiate(ctx, gradient: Tensor | None, _) -> tuple[Tensor | None, Tensor | None, None]:
-    if gradient is None:
-        return None, None, None
-    backward = torch.ops.hf_tfamily_block_sparse.window_attention_backward
-    return *backward(gradient, *ctx.saved_tensors, ctx.scaling), None
+def _results(query: Tensor, *_) -> tuple[Tensor, Tensor]:
+    windows, heads, length, width = query.shape
+    return query.new_empty(windows, length, heads, width), query.new_empty(windows, heads, length, length)
+
+
+def _register(name: str, run: Callable, fake: Callable, products: int) -> None:
+    """An operator, and what torch.compile, torch.func and FLOP counters need to know of it."""
+    operator = torch.library.custom_op(f"hf_tfamily_block_sparse::{name}", run, mutates_args=())
+    operator.register_fake(fake)
+
+    @operator.register_vmap
+    def one_by_one(info, in_dims, *inputs):
+        samples = zip(*([x] * info.batch_size if d is None else x.unbind(d) for x, d in zip(inputs, in_dims)))
+        results = [torch.stack(result) for result in zip(*(operator(*sample) for sample in samples))]
+        return tuple(results), (0,) * len(results)
+
+    @register_flop_formula(getattr(torch.ops.hf_tfamily_block_sparse, name), get_raw=True)
+    def flops(*inputs, **_):
+        return products * 2 * inputs[1].numel() * inputs[1].shape[2]  # each of N x D and N for a head of a window
 
 
 def register_operators() -> None:
-    operator = torch.library.custom_op(
-        "hf_tfamily_block_sparse::window_attention", _attend_for_backward, mutates_args=()
-    )
-    operator.register_fake(_results)
-    operator.register_autograd(_differentiate, setup_context=_save)
-    backward = torch.library.custom_op(
-        "hf_tfamily_block_sparse::window_attention_backward", _attend_backward, mutates_args=()
-    )
-    backward.register_fake(
-        lambda gradient, packed, weights, bias, scaling: (torch.empty_like(packed), torch.empty_like(bias))
-    )
+    _register("window_attention", _forward, _results, products=2)
+    _register("window_attention_backward", _backward, lambda _, *x: tuple(map(torch.empty_like, x[:4])), products=4)
