@@ -10,10 +10,10 @@ _PRIME = 1009
 
 
 @dataclass(frozen=True)
-class RandomBlocks(Pattern):
+class ScatteredBlocks(Pattern):
     """Blocks of `block` x `block` that are seen or not by a hash of their numbers; the diagonal always is."""
 
-    type: ClassVar[str] = "random_blocks"
+    type: ClassVar[str] = "scattered_blocks"
     block: int
     density: float
 
@@ -74,7 +74,7 @@ SHAPES = [
     Shape("H CIFAR local, Dqk 64, Dv 128", Local(96), **_H),
     Shape(
         "I random 64-blocks, 10 %",
-        RandomBlocks(64, 0.1),
+        ScatteredBlocks(64, 0.1),
         2,
         16,
         16384,
@@ -102,7 +102,7 @@ def sweeps() -> dict[str, list[Shape]]:
         "length": [shape(f"{name}, N {n}", pattern, n) for n in lengths for name, pattern in patterns.items()],
         "head dimension": [shape(f"{name}, D {d}", pattern, dims=d) for d in all_dims for name, pattern in few.items()],
         "density": [
-            shape(f"random blocks of {block}, {density:.0%}", RandomBlocks(block, density))
+            shape(f"random blocks of {block}, {density:.0%}", ScatteredBlocks(block, density))
             for block in (16, 32, 64, 128)
             for density in densities
         ],
@@ -120,5 +120,5 @@ PATTERNS = {
     "strided merged": Union([Local(33), Strided(16)]),
     "fixed merged": Fixed(32, 8, sub_blocks=2),
     "summary": FixedSummary(32, 8),  # the first block sees nothing
-    "by table": RandomBlocks(16, 0.3),
+    "by table": ScatteredBlocks(16, 0.3),
 }

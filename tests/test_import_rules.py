@@ -156,12 +156,12 @@ def module_name(path):
 MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
 
 
-def imports_of(name, at_load=False):
-    """Modules that one of ours imports, anywhere in it or only where it is loaded."""
+def imports_of(name):
+    """Modules that one of ours imports, anywhere in it."""
     path = MODULES[name]
     home = name.split(".") if path.stem == "__init__" else name.split(".")[:-1]
     tree = ast.parse(path.read_text())
-    for node in tree.body if at_load else ast.walk(tree):
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -186,7 +186,7 @@ def test_only_the_engines_triton_wing_imports_triton():
 
 
 def test_the_package_has_no_circle():
-    needs = {name: set(imports_of(name, at_load=True)) for name in MODULES}
+    needs = {name: set(imports_of(name)) for name in MODULES}
     _, circle = floors(needs)
     assert not circle, f"each of {circle} needs one of the others"
 

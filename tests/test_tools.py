@@ -26,6 +26,7 @@ from transformers import (
 import hf_tfamily  # noqa: F401
 from hf_tfamily.auto import SYSTEMS
 from hf_tfamily.data import byte_tokenizer
+from hf_tfamily.peft_defaults import register_peft_defaults
 from tests.hub.examples import NAMES, example, main_head
 from tests.tiny_models import TINY, batch_for, tiny_model
 
@@ -119,6 +120,7 @@ def test_lora_by_default_and_merged(name, tmp_path):
     needs("peft")
     from peft import LoraConfig, PeftModel, get_peft_model
 
+    register_peft_defaults()
     model, inputs = example(name)[0], batch(name)
     adapted = get_peft_model(model, LoraConfig(init_lora_weights=False))
     adapted(**inputs).loss.backward()
@@ -138,6 +140,7 @@ def test_other_tuners_by_default(name, tuner):
     needs("peft")
     import peft
 
+    register_peft_defaults()
     adapted = peft.get_peft_model(example(name)[0], getattr(peft, tuner)())
     adapted(**batch(name)).loss.backward()
     assert any(parameter.grad is not None for parameter in adapted.parameters())
@@ -165,12 +168,14 @@ def test_prompt_tuning(name):
 
 @pytest.mark.parametrize("order", ["hf_tfamily, peft", "peft, hf_tfamily"])
 @pytest.mark.slow
-def test_defaults_are_there_in_whichever_order(order):
+def test_defaults_are_there_once_asked_for_in_whichever_order(order):
     needs("peft")
     code = f"import {order}; from peft.utils import constants as c; "
-    code += "print(c.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING['swin_transformer'])"
+    code += "table = c.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING; before = 'swin_transformer' in table; "
+    code += "from hf_tfamily.peft_defaults import register_peft_defaults; register_peft_defaults(); "
+    code += "print(before, table['swin_transformer'])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == "['q_proj', 'v_proj']"
+    assert result.stdout.strip() == "False ['q_proj', 'v_proj']"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

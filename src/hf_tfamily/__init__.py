@@ -8,13 +8,13 @@ implementation. Nothing heavy is imported until it is used: no triton, datasets,
 
 __version__ = "0.1.0"
 
-from . import block_sparse, peft_defaults  # noqa: F401  block_sparse registers itself
-from .auto import SYSTEMS, public_classes, register_all
+from . import block_sparse  # registers itself
+from .auto import public_classes, register_all
 from .modeling.attention_patterns import Fixed, Full, Local, PerHead, Strided, Union
+from .peft_defaults import register_peft_defaults
 from .stock_models import set_attention_patterns
 
 register_all()
-peft_defaults.register([system.name for system in SYSTEMS])
 globals().update(public_classes())
 
 __all__ = [
@@ -24,6 +24,8 @@ __all__ = [
     "PerHead",
     "Strided",
     "Union",
+    "block_sparse",
+    "register_peft_defaults",
     "set_attention_patterns",
     *public_classes(),
 ]

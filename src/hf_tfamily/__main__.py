@@ -1,6 +1,6 @@
 """`python -m hf_tfamily` is the command `hf-tfamily`."""
 
-from .cli import main
+from hf_tfamily_cli import main
 
 if __name__ == "__main__":
     main()

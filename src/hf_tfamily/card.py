@@ -12,10 +12,12 @@ from safetensors import safe_open
 
 from .auto import SYSTEMS
 from .data import LoadedData
-from .hub import THIS_FOLDER
 from .recipes import Recipe
 from .sampling import makes_pictures
 from .tasks import Task
+
+# Where to load a model from, as the cards of finished runs write it; `push` puts the repository's name there.
+THIS_FOLDER = "path/to/this/folder"
 
 # The Hub's name of what a model is for, by the Auto class that loads it.
 PIPELINES = {

@@ -16,13 +16,12 @@ from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from .auto import SYSTEMS
+from .card import THIS_FOLDER, folder_card
 
 MODELING = f"{__package__}.modeling."
 # What a Trainer leaves in a model's folder, none of which a reader of the model needs.
 NOT_PUSHED = ("checkpoint-*", "runs/*", "__pycache__/*", ".*", "*/.*", "trainer_state.json")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt", "*.joblib")
-# Where to load a model from, as the cards of finished runs write it; `push` puts the repository's name there.
-THIS_FOLDER = "path/to/this/folder"
 
 
 class PushError(ValueError):
@@ -195,8 +194,6 @@ def _without_auto_map(content: dict[str, Path]) -> dict[str, bytes]:
 
 def _card(folder: Path, repo_id: str, with_code: bool) -> dict[str, bytes]:
     """The folder's card, or one of the few facts in its config; it says how to load the repository by name."""
-    from .card import folder_card
-
     path = folder / "README.md"
     card = path.read_text(encoding="utf-8") if path.exists() else str(folder_card(folder, with_code))
     return {path.name: card.replace(THIS_FOLDER, repo_id).encode()}

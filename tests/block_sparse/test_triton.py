@@ -8,7 +8,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from hf_tfamily.block_sparse.triton import attention, call, launch
+from hf_tfamily.block_sparse.triton import attention, launch
+from hf_tfamily.block_sparse.triton import call as call_module
 from hf_tfamily.block_sparse.triton.tiles import Tile
 from hf_tfamily.modeling.attention_patterns import (
     Block1D,
@@ -79,8 +80,8 @@ def small_tiles(monkeypatch):
     def tile_for(kernel, walk, *_):
         return Tile(16, 16 if "table" in walk else 32, 4, 1)
 
-    monkeypatch.setattr(call, "tile_for", tile_for)
-    monkeypatch.setattr(call, "view_of", lambda *_: None)
+    monkeypatch.setattr(call_module, "tile_for", tile_for)
+    monkeypatch.setattr(call_module, "view_of", lambda *_: None)
 
 
 @pytest.mark.usefixtures("small_tiles")
@@ -271,7 +272,7 @@ def test_wrong_inputs():
     with pytest.raises(ValueError, match="PerHead deals out 3 patterns"):
         call(make_inputs(5, 5), PerHead([Local(3), Local(4), Local(5)]))
     with pytest.raises(ValueError, match="counts the elements of one sequence in 32 bits"):
-        call._check(*(torch.empty(1, 1 << 16, 1, 1 << 15, device="meta")[..., :8],) * 3)
+        call_module._check(*(torch.empty(1, 1 << 16, 1, 1 << 15, device="meta")[..., :8],) * 3)
 
 
 def run(code, **environment):

@@ -10,9 +10,9 @@ from huggingface_hub import HfApi, ModelCard, constants
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
-from hf_tfamily.cli import app
 from hf_tfamily.hub import PushError, export, push
 from hf_tfamily.modeling.image_processing_tokens import ImageTokenProcessor
+from hf_tfamily_cli import app
 from tests.tiny_models import tiny_model
 
 from .fixture_hub import Answer, Blob, Dropped

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hf_tfamily.modeling.memory_segments import SegmentMemory, check_memory, check_same_kind
-from tests.modeling.test_memory import Copied
+from tests.modeling.test_cache_patterns import Copied
 
 MEM_LEN, HEADS, DIM = 4, 2, 3
 CONFIG = SimpleNamespace(mem_len=MEM_LEN, num_hidden_layers=2, zero_initial_memory=False)

@@ -1,13 +1,15 @@
 """The command line: what it prints, what it writes, and how it says no."""
 
 import re
+import subprocess
+import sys
 from importlib import metadata
 
 import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from hf_tfamily.cli import app
+from hf_tfamily_cli import app
 
 
 @pytest.fixture
@@ -29,7 +31,15 @@ def is_picture(path):
 
 def test_installed_as_a_command():
     (command,) = metadata.entry_points(group="console_scripts", name="hf-tfamily")
-    assert command.value == "hf_tfamily.cli:main"
+    assert command.value == "hf_tfamily_cli:main"
+
+
+def test_help_imports_neither_torch_nor_transformers():
+    code = "import sys; from typer.testing import CliRunner; from hf_tfamily_cli import app; "
+    code += "result = CliRunner().invoke(app, ['train', '--help']); assert result.exit_code == 0, result.output; "
+    code += "print([name for name in ('torch', 'transformers', 'hf_tfamily') if name in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
 
 
 def test_recipes_lists_names_and_sizes(run):

@@ -23,10 +23,10 @@ from typer.testing import CliRunner
 
 from hf_tfamily import conversion
 from hf_tfamily.auto import register_all
-from hf_tfamily.cli import app
 from hf_tfamily.conversion import convert, dry_run
 from hf_tfamily.modeling.configuration_rope_decoder import RoPEDecoderConfig
 from hf_tfamily.modeling.modeling_rope_decoder import RoPEDecoderForCausalLM
+from hf_tfamily_cli import app
 
 register_all()
 

@@ -16,7 +16,6 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils import is_torchvision_available
 from typer.testing import CliRunner
 
-from hf_tfamily.cli import app
 from hf_tfamily.data import LabelledImages, load_data
 from hf_tfamily.finished import evaluate, load_finished
 from hf_tfamily.modeling.modeling_swin_transformer import SwinTransformerForImageClassification
@@ -31,6 +30,7 @@ from hf_tfamily.tasks.image_classification import (
     held_out_logits,
 )
 from hf_tfamily.training import train
+from hf_tfamily_cli import app
 
 MICRO = """
 title: Digits by a small Swin

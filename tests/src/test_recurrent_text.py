@@ -6,12 +6,12 @@ import math
 import pytest
 from typer.testing import CliRunner
 
-from hf_tfamily.cli import app
 from hf_tfamily.data import load_data
 from hf_tfamily.finished import evaluate, load_finished
 from hf_tfamily.recipes import RecipeError, load_recipe
 from hf_tfamily.stream_evaluation import stream_losses
 from hf_tfamily.training import train
+from hf_tfamily_cli import app
 
 RECIPE = """
 title: The Bible by a model of a few thousand parameters

@@ -12,13 +12,13 @@ from typer.testing import CliRunner
 
 from hf_tfamily import training
 from hf_tfamily.card import folder_card
-from hf_tfamily.cli import app
 from hf_tfamily.data import EnlargementPairs, enlargement, load_data
 from hf_tfamily.data.enlargement import shrink
 from hf_tfamily.finished import evaluate, load_finished
 from hf_tfamily.recipes import load_recipe
 from hf_tfamily.tasks import task_of
 from hf_tfamily.tasks.super_resolution import SuperResolutionTask, bicubic_bits_per_dim, pair_collator, psnr, ssim
+from hf_tfamily_cli import app
 
 TINY = [
     "model.hidden_size=16",

@@ -19,7 +19,6 @@ from transformers import (
 from typer.testing import CliRunner
 
 from hf_tfamily.auto import register_all
-from hf_tfamily.cli import app
 from hf_tfamily.data import load_data
 from hf_tfamily.modeling.configuration_vanilla_transformer import VanillaTransformerConfig
 from hf_tfamily.modeling.modeling_vanilla_transformer import VanillaTransformerForConditionalGeneration
@@ -27,6 +26,7 @@ from hf_tfamily.recipes import RecipeError, load_recipe
 from hf_tfamily.tasks import task_of
 from hf_tfamily.tasks.translation import TranslationTask, bits_per_token, translate
 from hf_tfamily.training import train
+from hf_tfamily_cli import app
 from tests.reference.vanilla_transformer import noam_rate
 from tests.src.help_pages import write_help
 

@@ -1,7 +1,7 @@
 """The command `hf-tfamily`: train, evaluate, sample, push, convert, show, info, recipes.
 
-What is wrong with a request is said in one line, with exit code 2. Heavy modules are imported by the commands that need
-them.
+What is wrong with a request is said in one line, with exit code 2. A module of its own, outside the package: that
+imports torch, which the commands need and `--help` does not.
 """
 
 import json
@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from huggingface_hub.errors import StrictDataclassError
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -54,11 +53,11 @@ def train(
     ] = None,
 ) -> None:
     """Train a recipe; also under `torchrun` and `accelerate launch`."""
-    from accelerate import PartialState
-
     with _one_line_errors():
-        from . import training
-        from .recipes import load_recipe
+        from accelerate import PartialState
+
+        from hf_tfamily import training
+        from hf_tfamily.recipes import load_recipe
 
         _quiet()
         loaded = load_recipe(recipe, overrides)
@@ -78,7 +77,7 @@ def train(
 
 def _report(folder: Path) -> None:
     """What a finished run has to say."""
-    from .finished import task_in
+    from hf_tfamily.finished import task_in
 
     metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     task = task_in(folder)
@@ -118,7 +117,7 @@ def evaluate(
 ) -> None:
     """Figures of a finished model on held-out data, its own or what --set data.… says."""
     with _one_line_errors():
-        from . import finished
+        from hf_tfamily import finished
 
         _quiet()
         contexts = _integers(context, "--context") if context is not None else None
@@ -146,7 +145,7 @@ def sample(
     with _one_line_errors():
         from transformers import set_seed
 
-        from .finished import check_options, load_finished, task_in
+        from hf_tfamily.finished import check_options, load_finished, task_in
 
         _quiet()
         chosen = _integers(classes, "--classes") if classes is not None else None
@@ -184,7 +183,7 @@ def push(
 ) -> None:
     """Upload a finished model to the Hub as one commit: weights, configuration, card, and the code that runs them."""
     with _one_line_errors():
-        from . import hub
+        from hf_tfamily import hub
 
         _quiet()
         pushed = hub.push(folder, repository, private=private, with_code=not without_code, revision=revision)
@@ -206,7 +205,7 @@ def convert(
 ) -> None:
     """Turn a checkpoint of a stock class into one of this family, or back."""
     with _one_line_errors():
-        from . import conversion
+        from hf_tfamily import conversion
 
         _quiet()
         if dry_run:
@@ -239,7 +238,7 @@ def show(
     A pattern is JSON, or fixed:block=8,summary=2. Join patterns by + for their union, by / for taking turns over heads.
     """
     with _one_line_errors():
-        from . import pattern_views, plots
+        from hf_tfamily import pattern_views, plots
 
         if gallery is not None:
             plots.pattern_pictures(pattern_views.gallery(), gallery, "Which keys does a query see?")
@@ -268,9 +267,9 @@ def _show_recipe(name: str, length: int | None) -> list:
     import torch
     from transformers import AutoConfig
 
-    from .pattern_views import config_panels
-    from .recipes import load_recipe
-    from .tasks import task_of
+    from hf_tfamily.pattern_views import config_panels
+    from hf_tfamily.recipes import load_recipe
+    from hf_tfamily.tasks import task_of
 
     recipe = load_recipe(name)
     config = AutoConfig.for_model(**recipe.model)
@@ -295,7 +294,7 @@ def _show_recipe(name: str, length: int | None) -> list:
 def info() -> None:
     """Versions, devices, and which attention implementation runs where."""
     with _one_line_errors():
-        from . import system_info
+        from hf_tfamily import system_info
 
         _quiet()
         console.print(_table(["package", "version"], system_info.versions()))
@@ -310,7 +309,7 @@ def info() -> None:
 def recipes() -> None:
     """The recipes that come with the package."""
     with _one_line_errors():
-        from .recipes import list_recipes, load_recipe
+        from hf_tfamily.recipes import list_recipes, load_recipe
 
         loaded = [load_recipe(name) for name in list_recipes()]
         rows = [(recipe.name, f"{recipe.parameters or 0:,}", recipe.title) for recipe in loaded]
@@ -329,8 +328,10 @@ def _one_line_errors() -> Iterator[None]:
     """A refused value, a missing package or file: one line and exit code 2."""
     try:
         yield
-    except (ValueError, ImportError, OSError, StrictDataclassError) as error:
-        if show_traceback:
+    except Exception as error:
+        from huggingface_hub.errors import StrictDataclassError
+
+        if show_traceback or not isinstance(error, (ValueError, ImportError, OSError, StrictDataclassError)):
             raise
         errors.print(f"[bold red]Error:[/] {escape(str(error))}", soft_wrap=True)
         raise typer.Exit(2) from None
