@@ -222,7 +222,7 @@ def check_determinism(run: Run) -> None:
 
 def check_dense_kernels(run: Run) -> None:
     """Each dense kernel that views may be handed to, by name, through the view of a strided column."""
-    names = ("flash", "cudnn") if run.is_gpu else ("flash_cpu",)
+    names = ("flash", "cudnn") if run.is_gpu else ()
     chosen = views.dense_kernel
     for name in names:
         views.dense_kernel = lambda *_, name=name: name

@@ -33,13 +33,21 @@ def test_files_and_systems_it_names_exist():
     assert all(AutoConfig.for_model(name) for name in named)
 
 
-def test_folders_in_its_tree_exist():
-    tree = re.search(r"## Where things are\n\n```\n(.*?)```", README, flags=re.DOTALL)[1]
-    for folder in re.findall(r"^(\S+)/ ", tree, flags=re.MULTILINE):
-        assert (ROOT / folder).is_dir(), folder
-    for names in re.findall(r"^  (\S.*?)  ", tree, flags=re.MULTILINE):
-        for name in names.split(", "):
-            assert list((ROOT / "modeling").glob(name.strip())), name
+def test_what_its_tree_names_exists_and_nothing_of_modeling_is_missing():
+    tree = re.search(r"## Where things are\n.*?```\n(.*?)```", README, flags=re.DOTALL)[1]
+    home, named = None, set()
+    for line in tree.splitlines():
+        if not line.startswith(" "):
+            home = ROOT / re.match(r"\S+", line)[0]
+            assert home.exists(), home
+        elif not line.startswith("    "):
+            for name in re.split(r", *", re.split(r" {3,}", line.strip())[0].strip(", ")):
+                found = list(home.glob(name.rstrip("/")))
+                assert found, name
+                named.update(found)
+    wings = [*(ROOT / "modeling").glob("*.py"), *(ROOT / "src/hf_tfamily/block_sparse").glob("*.py")]
+    missing = {path.name for path in wings if path not in named} - {"__init__.py"}
+    assert not missing, f"README's tree lacks {sorted(missing)}"
 
 
 def test_it_says_the_commands_that_continuous_integration_runs():

@@ -38,11 +38,13 @@ MAX_LENGTH = 2048
 GALLERY = (
     "full",
     "local:window=6",
+    "local:window=4,dilation=3",
     "strided:stride=6",
     "local:window=6+strided:stride=6",
     "fixed_block:block=6",
     "fixed_summary:block=6,summary=2",
     "fixed:block=6,summary=1,sub_blocks=2",
+    "random_blocks:block=6,count=1",
     "block_1d:block=6,flange=6",
     "block_2d:height=3,width=3,flange_height=1,flange_width=2",
 )

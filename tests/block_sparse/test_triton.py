@@ -8,7 +8,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from hf_tfamily.block_sparse.triton import attention, launch
+from hf_tfamily.block_sparse.triton import attention, launch, views
 from hf_tfamily.block_sparse.triton import call as call_module
 from hf_tfamily.block_sparse.triton.tiles import Tile
 from hf_tfamily.modeling.attention_patterns import (
@@ -125,8 +125,29 @@ def test_head_dimensions(dims):
     assert_as_exact_as_dense(Fixed(16, 4), inputs, causal=True, scale=dims[0] ** -0.5, q_offset=0)
 
 
-def test_views_equal_dense():
+def dense_on_a_cpu(query, key, value, causal, scale):
+    """As the dense kernels of GPUs: attention of [B, H, N, D] over [B, Hk, N, D], with LSE [B, H, N]."""
+    key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], 1) for x in (key, value))
+    scores = query @ key.mT * scale
+    if causal:
+        scores = scores.masked_fill(torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1), float("-inf"))
+    return scores.softmax(-1) @ value, scores.logsumexp(-1)
+
+
+def dense_gradients_on_a_cpu(grad_output, query, key, value, output, lse, causal, scale):
+    inputs = [x.detach().requires_grad_() for x in (query, key, value)]
+    with torch.enable_grad():
+        found, _ = dense_on_a_cpu(*inputs, causal, scale)
+    torch.testing.assert_close(found.detach(), output)
+    return torch.autograd.grad(found, inputs, grad_output)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="scripts/gpu_check.py checks the real ones")
+def test_views_equal_dense(monkeypatch):
     """Full, Strided and FixedBlock go to a dense kernel, whatever the strides, with grouped heads."""
+    stand_in = views._DenseKernel(dense_on_a_cpu, dense_gradients_on_a_cpu)
+    monkeypatch.setitem(views.DENSE_KERNELS, "stand-in", stand_in)
+    monkeypatch.setattr(views, "dense_kernel", lambda *_: "stand-in")
     for pattern, causal in ((Full(), True), (Strided(4), True), (Strided(4), False), (FixedBlock(8), True)):
         inputs = make_inputs(64, 64, dim=16, value_dim=16, key_heads=2)
         call = attention.Call.of(*inputs, None, text(pattern), causal, 0.5, 0, 0)

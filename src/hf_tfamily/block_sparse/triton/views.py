@@ -56,10 +56,10 @@ def view_of(pattern: Pattern, extent: Extent, query: Tensor, value: Tensor) -> V
 
 
 def dense_kernel(query: Tensor, value: Tensor) -> str | None:
-    """The dense kernel for these tensors: "cudnn", "flash", on a CPU "flash_cpu"; None if none takes them."""
+    """The dense kernel for these tensors: "cudnn" or "flash"; None if none takes them."""
     dim = query.shape[3]
-    if query.device.type == "cpu":
-        return "flash_cpu" if dim == value.shape[3] else None
+    if query.device.type != "cuda":
+        return None
     if query.dtype == torch.float32 or dim != value.shape[3] or dim % 8 or dim > 128:
         return None
     hopper = torch.version.cuda is not None and torch.cuda.get_device_capability(query.device)[0] in (9, 10)
@@ -147,18 +147,7 @@ def _repeated(query: Tensor, *tensors: Tensor) -> list[Tensor]:
     ]
 
 
-def _cpu_forward(query, key, value, causal, scale):
-    return aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, causal, scale=scale)
-
-
-def _cpu_backward(grad_output, query, key, value, output, lse, causal, scale):
-    return aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        grad_output, query, key, value, output, lse, 0.0, causal, scale=scale
-    )
-
-
 DENSE_KERNELS = {
     "flash": _DenseKernel(_flash_forward, _flash_backward),
     "cudnn": _DenseKernel(_cudnn_forward, _cudnn_backward),
-    "flash_cpu": _DenseKernel(_cpu_forward, _cpu_backward),
 }
