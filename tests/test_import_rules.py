@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from hf_tfamily.modeling.attention_patterns import PATTERN_TYPES
+
 ROOT = Path(__file__).parents[1]
 MODELING = ROOT / "modeling"
 FILES = sorted(path.stem for path in MODELING.glob("*.py") if path.stem != "__init__")
@@ -189,6 +191,25 @@ def test_the_package_has_no_circle():
     needs = {name: set(imports_of(name)) for name in MODULES}
     _, circle = floors(needs)
     assert not circle, f"each of {circle} needs one of the others"
+
+
+def test_few_places_ask_for_a_patterns_class():
+    """They ask for facts; what is left are converters, pictures and one config."""
+    classes = {cls.__name__ for cls in PATTERN_TYPES.values()}
+    found = []
+    for path in [*MODELING.glob("*.py"), *PACKAGE.rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", None) == "isinstance":
+                asked = {name.id for name in ast.walk(node.args[1]) if isinstance(name, ast.Name)}
+            elif isinstance(node, ast.MatchClass):
+                asked = {getattr(node.cls, "id", None)}
+            else:
+                continue
+            found += [f"{path.relative_to(ROOT)}:{node.lineno if hasattr(node, 'lineno') else ''}"] * bool(
+                asked & classes
+            )
+    assert len(found) <= 12, found
+    assert not [place for place in found if "block_sparse" in place]
 
 
 @pytest.mark.parametrize("name", FILES)

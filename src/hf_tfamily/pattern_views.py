@@ -193,9 +193,10 @@ def looks_like_pattern(text: str) -> bool:
 
 def short_form(pattern: Pattern) -> str:
     """The short form; nested patterns that it cannot say come out as JSON."""
-    if isinstance(pattern, PerHead) and not any(isinstance(inner, PerHead) for inner in pattern.patterns):
+    kinds = {inner.type for inner in getattr(pattern, "patterns", ())}
+    if pattern.type == PerHead.type and PerHead.type not in kinds:
         return " / ".join(map(short_form, pattern.patterns))
-    if isinstance(pattern, Union) and not any(hasattr(inner, "patterns") for inner in pattern.patterns):
+    if pattern.type == Union.type and not any(hasattr(inner, "patterns") for inner in pattern.patterns):
         return " + ".join(map(short_form, pattern.patterns))
     values = pattern.to_dict()
     if "patterns" in values:

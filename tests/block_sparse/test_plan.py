@@ -75,7 +75,9 @@ def times_seen(plan, num_queries, num_keys):
             rule = torch.ones(1, 1, part.queries.count, part.keys.count, dtype=torch.bool)
             rule = rule.tril() if part.causal else rule if part.mask is None else part.mask
             rule = rule.expand(part.tiles, len(group.heads), -1, -1)
-            for tile, (queries, keys) in enumerate(zip(part.queries.places(part.tiles), part.keys.places(part.tiles))):
+            for tile, (queries, keys) in enumerate(
+                zip(part.queries.indices(part.tiles), part.keys.indices(part.tiles))
+            ):
                 for place, head in enumerate(group.heads):
                     shown, key = rule[tile, place], keys
                     if group.index is not None:
@@ -116,7 +118,7 @@ def test_writes(pattern):
         touched = torch.zeros_like(written)
         for group in plan.groups:
             for part in group.parts:
-                places = part.queries.places(part.tiles).flatten()
+                places = part.queries.indices(part.tiles).flatten()
                 for head in group.heads:
                     if part.writes:
                         assert not touched[head, places].any()
@@ -134,7 +136,7 @@ def test_writes_keys(pattern):
         touched = torch.zeros_like(written)
         for group in plan.groups:
             for part in group.parts:
-                places = part.keys.places(part.tiles).flatten()
+                places = part.keys.indices(part.tiles).flatten()
                 places = places if group.index is None else group.index.view(len(group.index), -1)[places].flatten()
                 for head in group.heads:
                     if part.writes_keys:
@@ -261,4 +263,4 @@ def test_first_parts_that_divide_the_sequence(pattern, length, divides):
     assert part.divides(length, length) == divides
     assert not part.divides(length + 1, length + 1)
     if divides:
-        assert part.queries.places(part.tiles).flatten().tolist() == list(range(length))
+        assert part.queries.indices(part.tiles).flatten().tolist() == list(range(length))

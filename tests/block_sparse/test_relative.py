@@ -157,7 +157,7 @@ def test_a_query_scores_few_more_distances_than_it_sees_keys(pattern, most):
     scored = torch.zeros(512, dtype=torch.long)
     for group in plan.groups:
         for scored_part in group.parts:
-            queries = scored_part.part.queries.places(scored_part.part.tiles)
+            queries = scored_part.part.queries.indices(scored_part.part.tiles)
             scored.index_add_(0, queries.flatten(), torch.full((queries.numel(),), scored_part.distances.shape[-1]))
             if isinstance(relative, EvenPart):
                 assert relative.distances.numel() <= relative.columns

@@ -1,6 +1,6 @@
 """Runs a plan (plan.py) with PyTorch, tiles by its own kernels or products.py.
 
-Each part is one strided view of the queries and one of the keys, computed some tiles at a time; outputs are merged by
+Each part is one strided view of the queries and one of the keys, computed in chunks of tiles; outputs are merged by
 their log-sum-exp (LSE). The backward drives each part with the *global* output and LSE, which makes it exact: with
 P = exp(S - LSE) a part needs nothing from the others.
 
@@ -466,7 +466,7 @@ class _Keys:
 def _tiles(
     part: Part, keys: _Keys, of_queries: list[Tensor], of_keys: tuple[Tensor, ...]
 ) -> Iterator[tuple[Tensor | None, ...]]:
-    """(bias, tiles of each tensor) of a part, some tiles at a time: at most _PIECE elements of their queries.
+    """(bias, tiles of each tensor) of a part, in chunks: at most _PIECE elements of their queries.
 
     Tiles are [A, heads, I or J, D].
     """

@@ -1,12 +1,12 @@
 """Attention of one new token: only keys that it can see are read, and nothing is asked of the device.
 
-Each pattern has a list of places where a query at position p may see a key, by arithmetic on p and just as long for
+Each pattern has a list of positions where a query at position p may see a key, by arithmetic on p and just as long for
 every p: a window's last w keys, an own block, a column, the summary positions of all blocks. Keys are gathered from
 there, and a mask says which of them are seen indeed. So where the position is a tensor (a static cache counts in one),
 a step is the same kernels on the same shapes for every position: one CUDA graph, one compilation.
 
 Legend: B batch, H heads, Hk key heads, S keys, D head dimension (Dv of values); R rows: 1 where all rows of the batch
-stand at the same position, else B; P heads that differ (after which they repeat), J places to read.
+stand at the same position, else B; P heads that differ (after which they repeat), J positions to read.
 """
 
 import torch
@@ -57,7 +57,7 @@ def reachable(
 ) -> tuple[Tensor, Tensor] | None:
     """Positions [R, P, J] that hold all keys a query at `position` [R, 1] sees in its past, and which it sees.
 
-    There are keys from position `first` [R, 1] on, `num_keys` of them. None if there are no fewer places to read.
+    There are keys from position `first` [R, 1] on, `num_keys` of them. None if there are no fewer positions to read.
     """
     variants = (pattern.for_head(head) for head in range(min(pattern.head_period, num_heads)))
     found = [_of_head(variant, position, num_keys, first) for variant in variants]
@@ -93,7 +93,7 @@ def _places(part: Pattern, position: Tensor, num_keys: int, first: Tensor | int)
 
 
 class _Slots:
-    """Where in the buffer the key of a position lies: so many places on, or looked up where rows are padded."""
+    """Where in the buffer the key of a position lies: so many slots on, or looked up where rows are padded."""
 
     def __init__(self, seen: VisibleKeys):
         self.first: Tensor | int = seen.key_offset

@@ -33,7 +33,7 @@ class Tokens:
         """Are `tiles` tiles all the tokens from the first on, in order?"""
         return self.start == 0 and self.stride == 1 and (tiles == 1 or self.step == self.count)
 
-    def places(self, tiles: int) -> torch.Tensor:
+    def indices(self, tiles: int) -> torch.Tensor:
         """The tokens of `tiles` tiles, [tiles, count]."""
         return self.start + torch.arange(tiles)[:, None] * self.step + torch.arange(self.count) * self.stride
 
@@ -205,9 +205,9 @@ def mark_writes(
     for group in groups:
         parts = []
         for part in group.parts:
-            writes, _ = queries.take(group.heads, part.queries.places(part.tiles))
+            writes, _ = queries.take(group.heads, part.queries.indices(part.tiles))
             if group.index is None:
-                writes_keys, fresh = keys.take(group.heads, part.keys.places(part.tiles), may_share=True)
+                writes_keys, fresh = keys.take(group.heads, part.keys.indices(part.tiles), may_share=True)
             else:  # a key may be picked twice
                 writes_keys, fresh = keys.take(group.heads, group.index, may_write=False)
             parts.append(replace(part, writes=writes, writes_keys=writes_keys, fresh_keys=fresh))
@@ -225,20 +225,20 @@ class _FirstToHave:
         self.added_unwritten = False
 
     def take(
-        self, heads: range, places: torch.Tensor, *, may_write: bool = True, may_share: bool = False
+        self, heads: range, indices: torch.Tensor, *, may_write: bool = True, may_share: bool = False
     ) -> tuple[bool, range]:
-        """Whether the next part, with the tokens at `places`, can write them: it alone has had them, each in one tile.
+        """Whether the next part, with the tokens at `indices`, can write them: it alone has had them, each in one tile.
 
         Else, if tiles may share them, the run at their end that it is the first to have; empty if they are no run.
         """
         had = self.had.setdefault(heads, torch.zeros(self.num_tokens, dtype=torch.bool))
-        new = places[~had[places]].unique()
-        writes = may_write and len(new) == places.numel()
+        new = indices[~had[indices]].unique()
+        writes = may_write and len(new) == indices.numel()
         run = range(int(new[0]), int(new[-1]) + 1) if may_share and len(new) and not writes else range(0)
-        if len(run) > len(new) or (run and run.stop <= int(places.max())):
+        if len(run) > len(new) or (run and run.stop <= int(indices.max())):
             run = range(0)
         self.added_unwritten |= len(new) > 0 and not writes and not run
-        had[places] = True
+        had[indices] = True
         return writes, run
 
     def all_written(self, num_heads: int) -> bool:

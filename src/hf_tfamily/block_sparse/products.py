@@ -1,4 +1,4 @@
-"""A part of a plan (parts.py) and its gradients by batched matrix products, some tiles at a time.
+"""A part of a plan (parts.py) and its gradients by batched matrix products, in chunks of tiles.
 
 Flash kernels are slow where tiles are small, and give no gradient to what is added to the scores. Here scores and their
 gradients lie in memory (`ScoreMemory`) such that sums along distances, and along the queries that share a key, are
@@ -198,7 +198,7 @@ class Scores(Protocol):
     pitch: int  # that its ScoreMemory needs
 
     def by_key(self, piece: Piece) -> Tensor:
-        """[G, I, J] in units of 2"""
+        """[G, I, J] in base 2"""
 
     def backward(self, gradient: ScoreMemory, piece: Piece) -> None:
         """Take in the gradient of unscaled scores."""
@@ -212,7 +212,7 @@ class Scores(Protocol):
 class Work:
     """What parts read, [B, T, H, D] of queries and [B, S, Hk, D] of keys, and what they are added to.
 
-    Forward: `output` and `lse` [B, T, H, 1] so far, the latter in units of 2. Backward: `lse` over all parts, and
+    Forward: `output` and `lse` [B, T, H, 1] so far, the latter in base 2. Backward: `lse` over all parts, and
     `delta` = scale * sum(grad_out * output) [B, T, H, 1].
     """
 
@@ -245,7 +245,7 @@ class Extra:
     scores: Scores | None = None
 
     def scores_of(self, q: Tensor, k: Tensor, work: Work, part: Part, piece: Piece) -> Tensor:
-        """All scores of a piece in units of 2, [G, I, J], for queries [G, I, D] and keys [G, J, D]."""
+        """All scores of a piece in base 2, [G, I, J], for queries [G, I, D] and keys [G, J, D]."""
         total = work.space.take("scores", piece.count, q.shape[1], k.shape[1])
         total.baddbmm_(q, k.mT, beta=0, alpha=work.scale * LOG2_E)
         if self.scores:
@@ -281,7 +281,7 @@ def forward_part(part: Part, work: Work, extra: Extra) -> None:
 
 
 def scaled_delta(grad_out: Tensor, output: Tensor, scale: float) -> Tensor:
-    """scale * sum(grad_out * output) [B, T, H, 1], some tokens at a time."""
+    """scale * sum(grad_out * output) [B, T, H, 1], in chunks of tokens."""
     delta = grad_out.new_empty((*grad_out.shape[:3], 1), dtype=wide(grad_out.dtype))
     at_once = max(1, _DELTA_PIECE // max(1, grad_out[:, :1].numel()))
     for some, *pair in zip(*(x.split(at_once, 1) for x in (delta, grad_out, output)), strict=True):

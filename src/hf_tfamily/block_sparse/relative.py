@@ -121,7 +121,7 @@ def _forward(
     q_offset: int,
     kv_offset: int,
 ) -> tuple[Tensor, Tensor]:
-    """Output [B, T, H, D] and LSE [B, T, H, 1] in units of 2, which is +inf where a query sees nothing."""
+    """Output [B, T, H, D] and LSE [B, T, H, 1] in base 2, which is +inf where a query sees nothing."""
     plan = _plan(query, key, pattern, q_offset, kv_offset)
     q, pq, k, v = (_widen(x) for x in (query, position_query, key, value))
     table = _Table(_widen(relative_key), distances)
@@ -309,7 +309,7 @@ class _EvenScores(_PartScores):
         self.memory = ScoreMemory(self.space, "scores by distance", self.part, self.largest, self.pitch, fill=MASKED)
 
     def by_key(self, piece: Piece) -> Tensor:
-        """[G, I, J] in units of 2"""
+        """[G, I, J] in base 2"""
         relative_key = self.relative_key[piece.heads.start : piece.heads.stop]
         scores = self.memory.by_distance(piece.count, relative_key.shape[0], self.met)
         rows = self._rows(piece, relative_key.shape[0])
@@ -340,7 +340,7 @@ class _ListedScores(_PartScores):
         )
 
     def by_key(self, piece: Piece) -> Tensor:
-        """[G, I, J] in units of 2"""
+        """[G, I, J] in base 2"""
         relative_key = self.table.relative_key[self._index(piece)] * self.factor
         scores = torch.bmm(self._rows(piece, len(relative_key)), relative_key.mT)
         scores = scores.view(piece.count, self.part.queries.count, -1)

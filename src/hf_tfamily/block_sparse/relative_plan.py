@@ -1,6 +1,6 @@
 """Which distances the parts of a plan (plan.py) meet, and how scores by distance become scores by key.
 
-Where queries and keys lie evenly, row i of the scores by distance holds those for its keys one place later than row
+Where queries and keys lie evenly, row i of the scores by distance holds those for its keys one column later than row
 i - 1 does, so that a view with another stride has them by key (`EvenPart`): a window of w keys meets w distances, a
 column of every l-th token one in l. Elsewhere each tile has a list of the distances it meets, and each score is looked
 up there (`ListedPart`).
@@ -113,14 +113,14 @@ def _relative(part: Part, group: Group, num_heads: int, first_query: int, first_
         return _even(part, first_query + queries.start - first_key - keys.start)
     first_alone = keys.step == 0 and len(_seen(part)) == 1  # the other tiles' distances are so many steps larger
     tiles = 1 if first_alone else part.tiles
-    key_places = keys.places(tiles)[:, None]  # [A, 1, J]
+    key_indices = keys.indices(tiles)[:, None]  # [A, 1, J]
     absent = torch.zeros(1, 1, 1, dtype=torch.bool)
     if group.absent is not None:
-        absent = _lookup(group.absent, key_places, group, num_heads)
+        absent = _lookup(group.absent, key_indices, group, num_heads)
     if group.index is not None:
-        key_places = _lookup(group.index, key_places, group, num_heads)
-    query_places = queries.places(tiles)[:, None, :, None]
-    listed = _listed(part, first_query + query_places - first_key - key_places[:, :, None], absent[:, :, None])
+        key_indices = _lookup(group.index, key_indices, group, num_heads)
+    query_indices = queries.indices(tiles)[:, None, :, None]
+    listed = _listed(part, first_query + query_indices - first_key - key_indices[:, :, None], absent[:, :, None])
     steps = queries.step * torch.arange(part.tiles // tiles)
     return replace(listed, shift=listed.shift + steps[:, None, None])
 
@@ -183,11 +183,11 @@ def _seen(part: Part) -> Tensor:
     return seen.tril() if part.causal else seen
 
 
-def _lookup(values: Tensor, places: Tensor, group: Group, num_heads: int) -> Tensor:
-    """values [keys] or [keys, heads of the group] at places [A, 1, J]: [A, 1 or H, J]."""
+def _lookup(values: Tensor, indices: Tensor, group: Group, num_heads: int) -> Tensor:
+    """values [keys] or [keys, heads of the group] at indices [A, 1, J]: [A, 1 or H, J]."""
     if values.dim() == 1:
-        return values[places]
-    return _spread(values[places[:, 0]].movedim(2, 1), group, num_heads)
+        return values[indices]
+    return _spread(values[indices[:, 0]].movedim(2, 1), group, num_heads)
 
 
 def _spread(by_head: Tensor, group: Group, num_heads: int) -> Tensor:
@@ -223,10 +223,10 @@ def _some(tokens: Tokens, first: int, count: int) -> Tokens:
 
 
 def _by_phase(group: Group, pattern: Pattern, first_query: int) -> Iterator[Part]:
-    """Parts with summary keys, whose queries are cut into one tile for each place in a block.
+    """Parts with summary keys, whose queries are cut into one tile for each position in a block.
 
-    Queries at one place of their blocks are whole blocks away from each other, as summaries are: together they meet few
-    distances.
+    Queries at one position of their blocks are whole blocks away from each other, as summaries are: together they meet
+    few distances.
     """
     block = _summary_block(pattern.for_head(group.heads[0]))
     for part in group.parts:

@@ -4,11 +4,11 @@ One program works on a tile of rows (queries; for the gradients of keys and valu
 columns (keys; there queries). An *item*, a row of integers that layout.py makes, says which: `left`
 tiles that need a mask, then `full` ones that need none, then `right` ones that need one. Columns come from a source:
 
-    RANGE    neighbouring places of the sequence, or of a column of it (every `step`-th token)
-    PICKED   neighbouring places of a list of tokens, such as the summary positions of fixed attention
-    TABLE    granules of 16 to 64 places from a list, each with a bit mask where it is not seen whole
+    RANGE    neighbouring indices of the sequence, or of a column of it (every `step`-th token)
+    PICKED   neighbouring indices of a list of tokens, such as the summary positions of fixed attention
+    TABLE    granules of 16 to 64 indices from a list, each with a bit mask where it is not seen whole
 
-In RANGE and PICKED query i sees the places [low[i], high[i]). A program may walk over two sources under one softmax.
+In RANGE and PICKED query i sees the indices [low[i], high[i]). A program may walk over two sources under one softmax.
 
 Scores are in base 2, with log2(e) folded into the scale. There are no atomics, so results are deterministic.
 Legend: M rows and N columns of a tile, D head dimension (Dv of values), B batch, H heads, T queries, S keys.
@@ -83,7 +83,7 @@ def item_of(items, copies, repeats, period):
 
 @triton.jit
 def walk_of(source, MASKED: tl.constexpr):
-    """A source of an item: its number of places, where its walk starts, tiles left and full, and how many to take."""
+    """A source of an item: its number of indices, where its walk starts, tiles left and full, and how many to take."""
     left = tl.load(source + 2)
     full = tl.load(source + 3)
     count = full
@@ -103,26 +103,26 @@ def position_of(tile, left, full, MASKED: tl.constexpr):
 
 
 @triton.jit
-def places_of(position, start, listed, BLOCK: tl.constexpr, KIND: tl.constexpr, GRANULE: tl.constexpr):
-    """The places [BLOCK] of a tile of columns; negative where the list of a table has run out."""
+def indices_of(position, start, listed, BLOCK: tl.constexpr, KIND: tl.constexpr, GRANULE: tl.constexpr):
+    """The indices [BLOCK] of a tile of columns; negative where the list of a table has run out."""
     offsets = tl.arange(0, BLOCK)
     if KIND == TABLE:
         granules = tl.load(listed + start + position * (BLOCK // GRANULE) + offsets // GRANULE)
-        places = granules * GRANULE + offsets % GRANULE
+        indices = granules * GRANULE + offsets % GRANULE
     else:
-        places = start + position * BLOCK + offsets
-    return places
+        indices = start + position * BLOCK + offsets
+    return indices
 
 
 @triton.jit
-def tokens_of(places, inside, first, step, listed, KIND: tl.constexpr):
-    """Which tokens stand at these places."""
+def tokens_of(indices, inside, first, step, listed, KIND: tl.constexpr):
+    """Which tokens stand at these indices."""
     if KIND == PICKED:
-        tokens = tl.load(listed + places, mask=inside, other=0)
+        tokens = tl.load(listed + indices, mask=inside, other=0)
     elif KIND == RANGE:
-        tokens = first + places * step
+        tokens = first + indices * step
     else:
-        tokens = places
+        tokens = indices
     return tokens
 
 
@@ -139,10 +139,10 @@ def bits_of(position, start, slots, bits, ROWS: tl.constexpr, BLOCK: tl.constexp
 
 
 @triton.jit
-def distances_of(rows, row_tokens, places, tokens, first_distance, row_distance, KIND: tl.constexpr):
+def distances_of(rows, row_tokens, indices, tokens, first_distance, row_distance, KIND: tl.constexpr):
     """How far [M, N] keys lie behind queries: in steps of a column, or in tokens."""
     if KIND == RANGE:
-        distances = (rows + row_distance)[:, None] - places[None, :]
+        distances = (rows + row_distance)[:, None] - indices[None, :]
     else:
         distances = (row_tokens + first_distance)[:, None] - tokens[None, :]
     return distances
@@ -151,9 +151,9 @@ def distances_of(rows, row_tokens, places, tokens, first_distance, row_distance,
 @triton.jit
 def bias_of(bias, distances, query_tokens, inside, stride_bt, stride_br, num_biases):
     """Where the bias of [rows, columns] lies, which of them have one, and what it is, in base 2."""
-    places = query_tokens * stride_bt + distances * stride_br
+    indices = query_tokens * stride_bt + distances * stride_br
     mask = inside & (distances >= 0) & (distances < num_biases)
-    return places, mask, tl.load(bias + places, mask=mask, other=0.0).to(tl.float32) * LOG2E
+    return indices, mask, tl.load(bias + indices, mask=mask, other=0.0).to(tl.float32) * LOG2E
 
 
 @triton.jit
@@ -198,15 +198,15 @@ def scores_of(
 
     At the end, where their biases lie and which have one that is seen (without a bias, anything).
     """
-    places = places_of(position, start, listed, BLOCK_N, KIND, GRANULE)
-    inside = (places >= 0) & (places < number)
-    tokens = tokens_of(places, inside, first, step, listed, KIND)
+    indices = indices_of(position, start, listed, BLOCK_N, KIND, GRANULE)
+    inside = (indices >= 0) & (indices < number)
+    tokens = tokens_of(indices, inside, first, step, listed, KIND)
     key = load_rows(keys, tokens, stride_kt, inside, D, BLOCK_D, MASKED)
     scores = dot(query, tl.trans(key), PRECISION, UPCAST) * scale
     bias_places = tokens
     has_bias = inside
     if HAS_BIAS:
-        distances = distances_of(rows, row_tokens, places, tokens, first_distance, row_distance, KIND)
+        distances = distances_of(rows, row_tokens, indices, tokens, first_distance, row_distance, KIND)
         both = in_rows[:, None] & inside[None, :]
         bias_places, has_bias, added = bias_of(
             bias, distances, row_tokens[:, None], both, stride_bt, stride_br, num_biases
@@ -216,7 +216,7 @@ def scores_of(
         if KIND == TABLE:
             seen = bits_of(position, start, slots, bits, BLOCK_M, BLOCK_N, GRANULE) & inside[None, :]
         else:
-            seen = (places[None, :] >= low[:, None]) & (places[None, :] < high[:, None])
+            seen = (indices[None, :] >= low[:, None]) & (indices[None, :] < high[:, None])
         scores = tl.where(seen, scores, float("-inf"))
         if HAS_BIAS:
             has_bias = has_bias & seen

@@ -12,9 +12,9 @@ from .kernels import (
     bias_of,
     bits_of,
     dot,
+    indices_of,
     item_of,
     load_rows,
-    places_of,
     position_of,
     store_rows,
     tl,
@@ -72,7 +72,7 @@ def key_grad_walk(
     number, start, left, full, count = walk_of(source, MASKED)
     for tile in range(0, count):
         position = position_of(tile, left, full, MASKED)
-        rows = places_of(position, start, listed, BLOCK_M, KIND, GRANULE)
+        rows = indices_of(position, start, listed, BLOCK_M, KIND, GRANULE)
         inside = (rows >= 0) & (rows < number)
         tokens = rows
         if KIND != TABLE:
@@ -186,10 +186,10 @@ def key_grad_kernel(
     variant = tl.load(item + 1)
     first_query = tl.load(item + 2)
     first_key = tl.load(item + 3)
-    places = tl.load(item + 4) + tl.arange(0, BLOCK_N)
-    in_keys = places < tl.load(item + 5)
+    indices = tl.load(item + 4) + tl.arange(0, BLOCK_N)
+    in_keys = indices < tl.load(item + 5)
     listed = listed_ptr + variant * stride_listed
-    tokens = tokens_of(places, in_keys, first_key, step, listed, KIND)
+    tokens = tokens_of(indices, in_keys, first_key, step, listed, KIND)
     row_distance = (first_distance + first_query - first_key) // step
 
     key_head = (head // ratio).to(tl.int64)
@@ -207,7 +207,7 @@ def key_grad_kernel(
     for phase in tl.static_range(2):
         grad_key, grad_value = key_grad_walk(
             grad_key, grad_value, key, value, queries, grad_outputs, lse_ptr + flat, delta_ptr + flat, bias,
-            low_ptr + variant * num_queries, high_ptr + variant * num_queries, places, tokens, in_keys, item + 6,
+            low_ptr + variant * num_queries, high_ptr + variant * num_queries, indices, tokens, in_keys, item + 6,
             first_query, step, listed_ptr, slots_ptr, bits_ptr, stride_qt, stride_ot, stride_bt, stride_br,
             num_biases, score_scale, first_distance, row_distance, num_heads, D, DV, BLOCK_M, BLOCK_N, BLOCK_D,
             BLOCK_DV, KIND, GRANULE, HAS_BIAS, PRECISION, UPCAST, phase == 1,
@@ -260,10 +260,10 @@ def key_grad_sum_kernel(
     item, batch, head = item_of(items_ptr, copies, repeats, period)
     if head >= num_out_heads:
         return
-    places = tl.load(item + 4) + tl.arange(0, BLOCK_N)
-    in_keys = places < tl.load(item + 5)
+    indices = tl.load(item + 4) + tl.arange(0, BLOCK_N)
+    in_keys = indices < tl.load(item + 5)
     listed = listed_ptr + tl.load(item + 1) * stride_listed
-    tokens = tokens_of(places, in_keys, tl.load(item + 3), step, listed, KIND)
+    tokens = tokens_of(indices, in_keys, tl.load(item + 3), step, listed, KIND)
     first = tl.load(item + 6)
     count = tl.load(item + 7)
 

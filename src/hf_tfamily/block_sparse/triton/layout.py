@@ -31,9 +31,9 @@ _UNEVEN = 4  # longest over mean
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """Query i of variant v sees the places [low[v, i], high[v, i]) of the keys: int32 [V, T], neither ever decreasing.
+    """Query i of variant v sees the indices [low[v, i], high[v, i]) of the keys: int32 [V, T], neither ever decreasing.
 
-    `picked` [V, J] lists the tokens of the places; None: the places are those of the sequence or of the column.
+    `picked` [V, J] lists the tokens of the indices; None: the indices are those of the sequence or of the column.
     """
 
     low: Tensor
@@ -126,7 +126,7 @@ def _single_passes(pattern: Pattern, extent: Extent) -> list[_Single] | None:
 
 def _near(leaves: list[Pattern], extent: Extent) -> tuple[Tensor, Tensor]:
     """The keys [low, high) [T] that the near leaves show; without any, what causality shows."""
-    query = torch.arange(extent.num_queries) + extent.distance  # in places of keys
+    query = torch.arange(extent.num_queries) + extent.distance  # in indices of keys
     low = torch.full_like(query, extent.num_keys) if leaves else torch.zeros_like(query)
     high = torch.zeros_like(query) if leaves else torch.full_like(query, extent.num_keys)
     for leaf in leaves:
@@ -236,7 +236,7 @@ def _walk(start: Tensor, full_start: Tensor, full_end: Tensor, end: Tensor, tile
 def row_items(launch: Pass, block_m: int, block_n: int, keep_idle: bool) -> Tensor:
     """Items [n, FIELDS] of a kernel whose rows are queries.
 
-    Fields: head, variant, first query, first key, first row, rows; then for each source its number of places, start,
+    Fields: head, variant, first query, first key, first row, rows; then for each source its number of indices, start,
     left, full, right. Items without work are left out unless `keep_idle`.
     """
     columns = _columns(launch)
@@ -246,7 +246,7 @@ def row_items(launch: Pass, block_m: int, block_n: int, keep_idle: bool) -> Tens
     first_rows = torch.arange(tiles) * block_m
     for field, value in enumerate(_identity(launch, columns, first_rows, columns.queries[None, :, None])):
         items[..., field] = value
-    for place, source in enumerate(launch.sources):
+    for which, source in enumerate(launch.sources):
         beyond = 1 << 30
         low = _by_column(source.low, launch, columns, tiles * block_m, beyond).unflatten(2, (tiles, block_m))
         high = _by_column(source.high, launch, columns, tiles * block_m, -1).unflatten(2, (tiles, block_m))
@@ -258,7 +258,7 @@ def row_items(launch: Pass, block_m: int, block_n: int, keep_idle: bool) -> Tens
         number = torch.tensor(source.counts)[:, None, None] if source.counts else columns.keys[None, :, None]
         walk = _walk(start.clamp(max=end), full_start, full_end, end, block_n)
         for field, value in enumerate((number, *walk)):
-            items[..., 6 + 5 * place + field] = value
+            items[..., 6 + 5 * which + field] = value
     items = items.view(-1, FIELDS)
     items = items[items[:, 4] < items[:, 5]]  # shorter columns have fewer tiles
     return _longest_first(items, items[:, [8, 9, 10, 13, 14, 15]].sum(1), keep_idle)
@@ -279,7 +279,7 @@ def _longest_first(items: Tensor, cost: Tensor, keep_idle: bool) -> Tensor:
 class KeyItems(NamedTuple):
     """Items [n, FIELDS] of the kernel whose rows are keys; and if tiles of keys were split, which items make up each.
 
-    Fields: head, variant, first query, first key, first place, places; then number of queries, start, left, full,
+    Fields: head, variant, first query, first key, first place, indices; then number of queries, start, left, full,
     right. Fields of `sums` [tiles, FIELDS]: the same six; then first item and number of items.
     """
 

@@ -2,7 +2,7 @@
 
 Each pass gets its scores by distance, [B, H, T, distances that the pass reaches], as a bias, from one matrix product:
 a window of w keys takes w numbers a query, the column of every l-th token one for l tokens of the past, and a pass
-with summary positions or a table one for each token. Queries are taken some at a time, so that these numbers are never
+with summary positions or a table one for each token. Queries are taken in chunks, so that these numbers are never
 more than `_SCORES`, however long the sequence.
 
 float64 and head dimensions above 128 are beyond the kernels and stay with PyTorch.

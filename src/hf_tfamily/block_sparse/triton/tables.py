@@ -2,7 +2,7 @@
 
 A granule is 16, 32 or 64 neighbouring columns; the kernels pack granules from anywhere into one tile of columns. A
 granule that all rows of a tile see whole needs no mask; every other has a bit mask, and equal masks are kept once.
-Built from `visible` some rows at a time, on any device, so never rows x columns at once.
+Built from `visible` in chunks of rows, on any device, so never rows x columns at once.
 
 Legend: R rows of a tile, G columns of a granule.
 """
@@ -117,7 +117,7 @@ class _Canvas:
     device: torch.device
 
     def evaluate(self, seen: Callable[[Tensor, Tensor], Tensor]) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Some tiles of rows at a time: (tiles, rows [tiles, R, 1], what is seen [tiles, R, columns]).
+        """In chunks of rows: (tiles, rows [tiles, R, 1], what is seen [tiles, R, columns]).
 
         Columns are rounded up to whole tiles; nothing is seen beyond the last row and column.
         """
