@@ -2,8 +2,7 @@
 
     python scripts/traced_files.py [--names]
 
-Each case is a tiny model without padding (and without a head, but for `generate`), called a second time, when plans
-and whatever else is kept are there.
+Each case is the second call of a tiny model without padding and, but for `generate`, without a head.
 """
 
 import argparse
@@ -12,23 +11,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 
-from hf_tfamily import (
-    SparseTransformerConfig,
-    SparseTransformerForCausalLM,
-    SparseTransformerModel,
-    SwinTransformerConfig,
-    SwinTransformerModel,
-    TransformerXLConfig,
-    TransformerXLModel,
-)
+import hf_tfamily  # noqa: F401
 
 ROOT = Path(__file__).resolve().parents[1]
 OURS = (ROOT / "modeling", ROOT / "src" / "hf_tfamily")
-VOCABULARY = 96
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-SMALL = {**SIZES, "vocab_size": VOCABULARY}
-SMALL_SWIN = {**SIZES, "image_size": 16, "patch_size": 2, "window_size": 3, "encoder_stride": 4}
+PICTURES = {"image_size": 16, "patch_size": 2, "window_size": 3, "encoder_stride": 4}
 
 
 def traced_files(call: Callable[[], object]) -> list[str]:
@@ -36,41 +26,40 @@ def traced_files(call: Callable[[], object]) -> list[str]:
     seen = set()
 
     def profile(frame, event, argument):
-        if event == "call":
-            seen.add(frame.f_code.co_filename)
+        seen.add(frame.f_code.co_filename)
 
     sys.setprofile(profile)
     try:
         call()
     finally:
         sys.setprofile(None)
-    paths = (Path(name).resolve() for name in seen if not name.startswith("<"))
+    paths = (Path(name).resolve() for name in seen)
     return sorted(str(path.relative_to(ROOT)) for path in paths if any(path.is_relative_to(home) for home in OURS))
 
 
-def ids() -> torch.Tensor:
-    return torch.randint(VOCABULARY, (2, 16))
+def tiny(model_type: str, auto_class: type = AutoModel, **fields) -> PreTrainedModel:
+    config = AutoConfig.for_model(model_type, **SIZES, **fields)
+    return auto_class.from_config(config, attn_implementation="block_sparse").eval()
 
 
 def forward() -> Callable[[], object]:
-    model, tokens = SparseTransformerModel(SparseTransformerConfig(**SMALL)).eval(), ids()
-    return lambda: model(tokens, use_cache=False)
+    model, ids = tiny("sparse_transformer"), torch.randint(96, (2, 16))
+    return lambda: model(ids, use_cache=False)
 
 
 def generate() -> Callable[[], object]:
-    model, tokens = SparseTransformerForCausalLM(SparseTransformerConfig(**SMALL)).eval(), ids()
-    return lambda: model.generate(tokens, max_new_tokens=2, do_sample=False)
+    model, ids = tiny("sparse_transformer", AutoModelForCausalLM), torch.randint(96, (2, 16))
+    return lambda: model.generate(ids, max_new_tokens=2, do_sample=False)
 
 
 def recurrent() -> Callable[[], object]:
-    config = TransformerXLConfig(**SMALL, mem_len=16)
-    model, tokens = TransformerXLModel._from_config(config, attn_implementation="block_sparse").eval(), ids()
-    memory = model(ids(), use_cache=True).past_key_values
-    return lambda: model(tokens, past_key_values=memory, use_cache=True)
+    model, ids = tiny("transformer_xl", mem_len=16), torch.randint(96, (2, 16))
+    memory = model(ids, use_cache=True).past_key_values
+    return lambda: model(ids, past_key_values=memory, use_cache=True)
 
 
 def pictures() -> Callable[[], object]:
-    model, values = SwinTransformerModel(SwinTransformerConfig(**SMALL_SWIN)).eval(), torch.randn(2, 3, 16, 16)
+    model, values = tiny("swin_transformer", **PICTURES), torch.randn(2, 3, 16, 16)
     return lambda: model(values)
 
 

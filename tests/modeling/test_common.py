@@ -20,7 +20,7 @@ from transformers import (
 from transformers.modeling_utils import PreTrainedModel
 
 from hf_tfamily.auto import SYSTEMS
-from hf_tfamily.block_sparse.relative_plan import distances_met
+from hf_tfamily.modeling.attention_patterns import distances_met
 from tests.tiny_models import TINY, all_heads, batch_for, tiny_config, tiny_model
 
 HEADS = list(all_heads())
