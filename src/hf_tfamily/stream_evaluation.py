@@ -93,7 +93,7 @@ def stream_losses(
 
 
 def losses_by_position(losses: np.ndarray, length: int, num_streams: int = 1) -> np.ndarray:
-    """The mean loss at each position in a segment, [length], of what `stream_losses` returned for the same arguments."""
+    """The mean loss at each position of a segment, [length], of what `stream_losses` returned for these arguments."""
     stream_length = -(-len(losses) // num_streams)
     positions = np.arange(len(losses)) % stream_length % length
     counts = np.bincount(positions, minlength=length)
