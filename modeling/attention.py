@@ -256,6 +256,26 @@ def token_positions(attention_mask: torch.Tensor) -> torch.Tensor:
     return (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)
 
 
+def new_positions(
+    hidden_states: torch.Tensor,
+    attention_mask=None,
+    position_ids: torch.Tensor | None = None,
+    past_key_values: Cache | None = None,
+) -> tuple[torch.Tensor, int | None]:
+    """Positions [B or 1, T] of the new tokens in hidden_states [B, T, ...], and over how many slots they were counted.
+
+    They are the caller's (None: not counted), or are counted from a padding mask [B, past + T], or from the past alone
+    under any other mask.
+    """
+    if position_ids is not None:
+        return position_ids, None
+    past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
+    end = past_length + hidden_states.shape[1]
+    if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
+        return token_positions(attention_mask)[:, past_length:end], end
+    return torch.arange(past_length, end, device=hidden_states.device)[None], end
+
+
 def with_padding(seen: VisibleKeys, valid: torch.Tensor) -> VisibleKeys:
     """`valid` is [B, past + T]; keys beyond it (the free end of a static cache) are no tokens yet."""
     positions = token_positions(valid)

@@ -100,8 +100,8 @@ def check_positions(position_ids: torch.Tensor, num_positions: int, counted_to: 
     Args:
         position_ids: [B or 1, T].
         num_positions: how many positions the model has.
-        counted_to: number of places the positions were counted over, None if they are the caller's own. Up to
-            `num_positions` places no look at the values is needed; beyond, a look is worth its cost on any device.
+        counted_to: number of slots the positions were counted over, None if they are the caller's own. Up to
+            `num_positions` slots no look at the values is needed; beyond, a look is worth its cost on any device.
     """
     _check_integers("position_ids", position_ids)
     if counted_to is None:

@@ -16,9 +16,9 @@ class CompressiveTransformerConfig(TransformerXLConfig):
 
     Args:
         compression: "max_pool", "mean_pool", "conv" (strided), "dilated_conv" or "most_used" (section 3.1).
-        compression_rate: number of places that become one (c in the paper).
-        compressed_mem_len: number of compressed places that every layer remembers.
-        compression_dilation: distance between the places that a dilated convolution sees.
+        compression_rate: number of slots that become one (c in the paper).
+        compressed_mem_len: number of compressed slots in every layer's memory.
+        compression_dilation: distance between the slots that a dilated convolution sees.
         compression_loss: "attention_reconstruction" or "auto_encoding" (section 3.2), for convolutions; None for the
             others, which learn nothing. The first where there is something to learn, if "auto".
         compression_loss_weight: what it is multiplied by before it is added to the main loss. It trains nothing but
@@ -53,8 +53,8 @@ class CompressiveTransformerConfig(TransformerXLConfig):
         if self.compression_loss_weight <= 0:
             raise ValueError(f"compression_loss_weight must be above 0, got {self.compression_loss_weight}.")
 
-    def validate_places(self):
-        """Compressed places are not one token each."""
+    def validate_slots(self):
+        """Compressed slots are not one token each."""
         for name in ("same_length", "zero_initial_memory"):
             if getattr(self, name):
                 raise ValueError(f"{name}=True has no meaning with a compressed memory; leave it False.")

@@ -23,7 +23,7 @@ class TransformerXLConfig(PreTrainedConfig):
         div_val: each cluster's embeddings are so many times narrower than those of the one before.
         tie_projections: for each cluster, does the softmax share the projection of the input embeddings? All but the
             first if None.
-        mem_len: number of places that every layer remembers, at least 1.
+        mem_len: number of slots in every layer's memory, at least 1.
         same_length: every query sees exactly its last mem_len tokens, itself included, so that nothing depends on
             where segments end; otherwise it sees the whole memory and its own segment up to itself.
         segment_length: longer inputs are read in segments of so many tokens, with the memory between them (and no

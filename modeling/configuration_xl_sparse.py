@@ -19,7 +19,7 @@ class XLSparseConfig(TransformerXLConfig):
         attention_patterns: the pattern dict of every layer, or a list of them cycled over the layers. A layer scores
             only the distances that its pattern can meet, and remembers only as far back as it reaches, so that
             "local" layers are cheapest and patterns with "fixed" summaries, which meet every distance, dearest.
-        mem_len: number of places that every layer remembers, at least 1; fewer where its pattern reaches less far.
+        mem_len: number of slots in every layer's memory, at least 1; fewer where its pattern reaches less far.
         same_length: no query sees further back than its last mem_len tokens, itself included, so that nothing depends
             on where segments end. Without it the same holds wherever mem_len is at least as far as patterns reach.
     """
@@ -41,8 +41,8 @@ class XLSparseConfig(TransformerXLConfig):
             if any(hasattr(inner, "grid") for inner in walk(pattern)):
                 raise ValueError(f"attention_patterns: {pattern.to_dict()} is for pictures, not for text.")
 
-    def validate_places(self):
-        """Places before the text have no position."""
+    def validate_slots(self):
+        """Slots before the text have no position."""
         if self.zero_initial_memory:
             raise ValueError("zero_initial_memory=True has no meaning where patterns count positions; leave it False.")
 

@@ -1,10 +1,10 @@
-"""What Transformer-XL keeps of the segments it has read: a Cache of the last `mem_len` places of every layer.
+"""The recurrent memory of a Transformer-XL: a Cache of the last `mem_len` slots of every layer.
 
 While gradients flow it keeps each layer's input, detached, so that the key and value projections learn through memory
 positions too (Dai et al. 2019, arXiv:1901.02860, section 3.2). Otherwise it keeps projected keys and values, and the
-projected distances: the same result for far less work.
+relative keys (projected distances): the same result for far less work.
 
-Shapes: B batch, H heads, T new tokens, M places in memory, D head dim, L distances.
+Shapes: B batch, H heads, T new tokens, M slots of the memory, D head dim, L distances.
 """
 
 import weakref
@@ -16,11 +16,11 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 
 class MemoryLayer(CacheLayerMixin):
-    """The last `capacity` entries of one layer, in tensors whose places run along dimension -2.
+    """The last `capacity` entries of one layer, in tensors whose slots run along dimension -2.
 
     Attributes:
         names: what the tensors are called.
-        zero_start: begin with zero hidden states in every place, instead of with nothing.
+        zero_start: begin with zero hidden states in every slot, instead of with nothing.
         seen: number of tokens the model has read, kept or not.
         segments: number of segments this layer has taken in.
     """
@@ -42,7 +42,7 @@ class MemoryLayer(CacheLayerMixin):
 
     @property
     def held(self) -> int:
-        """Number of places that the next segment sees."""
+        """Number of slots that the next segment sees."""
         if self.is_initialized:
             return self.first.shape[-2]
         return self.capacity if self.zero_start else 0
@@ -91,6 +91,7 @@ class HiddenStateLayer(MemoryLayer):
     """Keeps the layer's inputs [B, M, hidden]; every segment projects them anew, so that the projections learn."""
 
     names = ("states",)
+    reach = 0  # no relative keys are at hand
 
     def lazy_initialization(self, hidden_states: torch.Tensor) -> None:
         batch_size, _, hidden_size = hidden_states.shape
@@ -109,15 +110,15 @@ class HiddenStateLayer(MemoryLayer):
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         return key_states, value_states
 
-    def relative_keys(self, position_states: torch.Tensor, project: Callable) -> torch.Tensor:
-        return project(position_states)
-
-    def distances_wanted(self, key_length: int) -> int:
+    def reach_for(self, key_length: int) -> int:
         return key_length
+
+    def relative_keys(self, reach: int, project: Callable[[], torch.Tensor]) -> torch.Tensor:
+        return project()
 
 
 class KeyValueLayer(MemoryLayer):
-    """Keeps keys and values [B, H, M, D], and the projected distances [H, L, D].
+    """Keeps keys and values [B, H, M, D], and relative keys [H, L, D] for the distances below `reach`.
 
     Without gradients new entries are written behind the held ones, which move only when the room behind them is full.
     """
@@ -127,6 +128,7 @@ class KeyValueLayer(MemoryLayer):
     def __init__(self, config):
         super().__init__(config)
         self.projected_distances: torch.Tensor | None = None
+        self.reach = 0
         self._rooms: dict[str, torch.Tensor] = {}
         self._start = 0
 
@@ -149,9 +151,9 @@ class KeyValueLayer(MemoryLayer):
             self.lazy_initialization(*entries)
         for name, new in zip(self.names, entries):
             check_same_kind(getattr(self, name), new)
-        length, places = entries[0].shape[-2], self.held + entries[0].shape[-2]
-        self._make_room(places)
-        first, end = self._start, self._start + places
+        length, slots = entries[0].shape[-2], self.held + entries[0].shape[-2]
+        self._make_room(slots)
+        first, end = self._start, self._start + slots
         self._start = max(first, end - self.capacity)
         for name, new in zip(self.names, entries):
             self._rooms[name][..., end - length : end, :] = new
@@ -159,34 +161,34 @@ class KeyValueLayer(MemoryLayer):
         self.segments += 1
         return tuple(self._rooms[name][..., first:end, :] for name in self.names)
 
-    def _make_room(self, places: int) -> None:
-        """For so many places from `_start` on; else what is held moves to the front of larger tensors."""
+    def _make_room(self, slots: int) -> None:
+        """For so many slots from `_start` on; else what is held moves to the front of larger tensors."""
         room = self._rooms.get(self.names[0])
         frozen = room is not None and room.is_inference() and not torch.is_inference_mode_enabled()
-        if room is None or frozen or self._start + places > room.shape[-2]:
-            self._rooms = {name: _moved(getattr(self, name), places) for name in self.names}
+        if room is None or frozen or self._start + slots > room.shape[-2]:
+            self._rooms = {name: _moved(getattr(self, name), slots) for name in self.names}
             self._start = 0
 
     def change_batch(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         super().change_batch(change)
         self._rooms = {}
 
-    def relative_keys(self, position_states: torch.Tensor, project: Callable) -> torch.Tensor:
-        if not len(position_states):
-            return self.projected_distances
-        projected = project(position_states)
-        self.projected_distances = projected.detach()
-        return projected
+    def reach_for(self, key_length: int) -> int:
+        """That of the relative keys at hand, or one so large that growing memories seldom ask again."""
+        if self.reach >= key_length:
+            return self.reach
+        return 2 * key_length if self.reach else key_length
 
-    def distances_wanted(self, key_length: int) -> int:
-        """0 if those at hand reach; else so many that growing memories seldom ask again."""
-        if self.projected_distances is None:
-            return key_length
-        return 0 if self.projected_distances.shape[1] >= key_length else 2 * key_length
+    def relative_keys(self, reach: int, project: Callable[[], torch.Tensor]) -> torch.Tensor:
+        if reach <= self.reach:
+            return self.projected_distances
+        projected = project()
+        self.projected_distances, self.reach = projected.detach(), reach
+        return projected
 
     def reset(self) -> None:
         super().reset()
-        self.projected_distances, self._rooms = None, {}
+        self.projected_distances, self.reach, self._rooms = None, 0, {}
 
 
 class SegmentMemory(Cache):
@@ -197,7 +199,7 @@ class SegmentMemory(Cache):
         projected: keep keys and values instead of hidden states; not for training.
 
     Attributes:
-        valid: [B, M] bool, False where a place holds padding; None if no place does.
+        valid: [B, M] bool, False where a slot holds padding; None if no slot does.
     """
 
     kind = "segment"
@@ -213,7 +215,7 @@ class SegmentMemory(Cache):
 
     @property
     def held(self) -> int:
-        """Number of places that the next segment sees."""
+        """Number of slots that the next segment sees."""
         return self.layers[0].held
 
     @property
@@ -229,13 +231,15 @@ class SegmentMemory(Cache):
         """Take in a layer's new input [B, T, hidden]."""
         self.layers[layer_idx].remember(hidden_states)
 
-    def distances_wanted(self, key_length: int) -> int:
-        """For how many distances the layers want R, given the number of keys; 0 if they have them projected."""
-        return max(layer.distances_wanted(key_length) for layer in self.layers)
+    def reach(self, key_length: int, layer_idx: int = 0) -> tuple[int, bool]:
+        """Below which distance a layer's relative keys are, at least key_length; and whether it has them at hand."""
+        layer = self.layers[layer_idx]
+        reach = layer.reach_for(key_length)
+        return reach, layer.reach == reach
 
-    def relative_keys(self, layer_idx: int, position_states: torch.Tensor, project: Callable) -> torch.Tensor:
-        """[H, L, D]: the distances [L, hidden] projected by a layer, or its earlier projection of more of them."""
-        return self.layers[layer_idx].relative_keys(position_states, project)
+    def relative_keys(self, layer_idx: int, reach: int, project: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """[H, L, D]: those a layer has for `reach`, or what `project` gives for it."""
+        return self.layers[layer_idx].relative_keys(reach, project)
 
     def valid_keys(self, new: torch.Tensor | None, batch_size: int, length: int) -> torch.Tensor | None:
         """[B, M + T] bool for the memory followed by T new tokens, of which `new` [B, T] says which are no padding."""
@@ -277,7 +281,7 @@ class SegmentMemory(Cache):
 
     @property
     def recent(self) -> int:
-        """Number of places that hold one token each, the last ones."""
+        """Number of slots that hold one token each, the last ones."""
         return min(self.held, self.seen)
 
     def check_padding(self, past: torch.Tensor) -> None:
@@ -327,7 +331,7 @@ def check_memory(memory, kind: str) -> None:
 
 
 def check_same_kind(held: torch.Tensor, new: torch.Tensor) -> None:
-    """Raise ValueError unless the entries differ in nothing but the number of places."""
+    """Raise ValueError unless the entries differ in nothing but the number of slots."""
     for name, mine, other in (
         ("batch size", held.shape[0], new.shape[0]),
         ("sizes", (*held.shape[1:-2], held.shape[-1]), (*new.shape[1:-2], new.shape[-1])),
@@ -341,8 +345,8 @@ def check_same_kind(held: torch.Tensor, new: torch.Tensor) -> None:
             )
 
 
-def _moved(held: torch.Tensor, places: int) -> torch.Tensor:
-    """The held entries at the front of a tensor with a quarter more places than are needed now."""
-    room = held.new_empty(*held.shape[:-2], places + max(places // 4, 16), held.shape[-1])
+def _moved(held: torch.Tensor, slots: int) -> torch.Tensor:
+    """The held entries at the front of a tensor with a quarter more slots than are needed now."""
+    room = held.new_empty(*held.shape[:-2], slots + max(slots // 4, 16), held.shape[-1])
     room[..., : held.shape[-2], :] = held
     return room

@@ -4,10 +4,11 @@ Sequence Modelling".
 A Transformer-XL whose oldest memories are not dropped but compressed, into a second memory that reaches further back.
 Section and algorithm numbers are those of arXiv:1911.05507.
 
-Shapes: B batch, T new tokens, C compressed places, M places in the short memory, S = C + M + T keys, H heads, D head
-dim, E tokens that leave the short memory, E / c the places they become.
+Shapes: B batch, T new tokens, M slots of the short memory, C compressed slots before them, S = C + M + T keys, H
+heads, D head dim, E tokens that leave the short memory (a multiple of the rate c), E / c the slots they become.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +21,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .attention import eager_attention_forward
 from .causal_lm import num_targets
 from .configuration_compressive_transformer import CompressiveTransformerConfig
-from .memory_compressive import CompressiveMemory, Evicted
+from .memory_segments import HiddenStateLayer, KeyValueLayer, MemoryLayer, SegmentMemory, check_same_kind
 from .modeling_transformer_xl import (
     TransformerXLBlock,
     TransformerXLForCausalLM,
@@ -31,8 +32,193 @@ from .modeling_transformer_xl import (
 from .positions import RelativeBiases, RelativePositions
 
 
+@dataclass(frozen=True)
+class Evicted:
+    """What leaves the short memory of a layer with the coming segment, to be compressed.
+
+    Attributes:
+        states: [B, E, hidden], without gradient.
+        valid: [B, E] bool, False for padding; None if all are tokens.
+        usage: [B, E] attention received before the coming segment, summed over queries; None if nobody asks.
+        start: C, where the evicted begin among the keys.
+        age: [E] number of queries that could see each, those of the coming segment included.
+    """
+
+    states: torch.Tensor
+    valid: torch.Tensor | None
+    usage: torch.Tensor | None
+    start: int
+    age: torch.Tensor
+
+
+class CompressiveLayer(MemoryLayer):
+    """A short memory of hidden states, and before it a compressed one (section 3).
+
+    The short memory keeps `capacity` slots, and up to `rate` - 1 more that wait until so many are compressed together.
+    """
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.compressed_capacity = config.compressed_mem_len
+        self.rate = config.compression_rate
+        self.usage: torch.Tensor | None = None
+        if config.compression == "most_used":
+            self.names = (*self.names, "usage")
+
+    @property
+    def recent(self) -> int:
+        """M, the number of slots that hold one token each."""
+        return self.states.shape[1] if self.is_initialized else 0
+
+    @property
+    def first(self) -> torch.Tensor | None:
+        return self.states if self.is_initialized else None
+
+    def lazy_initialization(self, hidden_states: torch.Tensor) -> None:
+        self.states = hidden_states[:, :0].detach()
+        if "usage" in self.names:
+            self.usage = self.states.new_zeros(self.states.shape[:2])
+        self.is_initialized = True
+
+    def num_evicted(self, length: int) -> int:
+        """E for a coming segment of `length` tokens."""
+        return max(0, self.recent + length - self.capacity) // self.rate * self.rate
+
+    def evict(self, hidden_states: torch.Tensor, valid: torch.Tensor | None) -> Evicted:
+        """What of the memory and the coming segment [B, T, hidden] is compressed."""
+        if not self.is_initialized:
+            self.lazy_initialization(hidden_states)
+        check_same_kind(self.states, hidden_states)
+        length, start = hidden_states.shape[1], self.held - self.recent
+        end, together = self.num_evicted(length), self.recent + length
+        return Evicted(
+            states=torch.cat([self.states, hidden_states], dim=1)[:, :end].detach(),
+            valid=None if valid is None else valid[:, start : start + end],
+            usage=None if self.usage is None else nn.functional.pad(self.usage, (0, length))[:, :end],
+            start=start,
+            age=torch.arange(together, together - end, -1, device=hidden_states.device),
+        )
+
+    def remember(self, hidden_states: torch.Tensor, compressed: torch.Tensor, usage: torch.Tensor | None) -> None:
+        length = hidden_states.shape[1]
+        end, together = self.num_evicted(length), self.recent + length
+        if self.usage is not None:
+            self.usage = (nn.functional.pad(self.usage, (0, length)) + usage[:, -together:])[:, end:].detach()
+        self.states = torch.cat([self.states, hidden_states], dim=1)[:, end:].detach()
+
+
+class CompressiveStateLayer(CompressiveLayer, HiddenStateLayer):
+    """Keeps hidden states [B, M, hidden] and [B, C, hidden]; every segment projects them anew."""
+
+    names = ("states", "compressed")
+
+    @property
+    def held(self) -> int:
+        return self.recent + self.compressed.shape[1] if self.is_initialized else 0
+
+    def lazy_initialization(self, hidden_states: torch.Tensor) -> None:
+        super().lazy_initialization(hidden_states)
+        self.compressed = self.states
+
+    def past_states(self, like: torch.Tensor) -> torch.Tensor:
+        return torch.cat([self.compressed, self.states], dim=1)
+
+    def remember(self, hidden_states: torch.Tensor, compressed: torch.Tensor, usage: torch.Tensor | None) -> None:
+        super().remember(hidden_states, compressed, usage)
+        self.compressed = torch.cat([self.compressed, compressed], dim=1)[:, -self.compressed_capacity :].detach()
+        self.segments += 1
+
+    def compress(self, compressed: torch.Tensor, project: Callable) -> None:
+        """`remember` will."""
+
+
+class CompressiveKeyValueLayer(CompressiveLayer, KeyValueLayer):
+    """Keeps keys and values [B, H, C + M, D], and the hidden states [B, M, hidden] that are yet to be compressed."""
+
+    names = ("states", "keys", "values")
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.num_compressed = 0
+
+    @property
+    def held(self) -> int:
+        return self.recent + self.num_compressed
+
+    def reset(self) -> None:
+        super().reset()
+        self.num_compressed = 0
+
+    def past_states(self, like: torch.Tensor) -> torch.Tensor:
+        return like[:, :0]
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        """What is held, then the new entries; `compress` will shorten it."""
+        if self.keys is not None:
+            check_same_kind(self.keys, key_states)
+            key_states = torch.cat([self.keys, key_states], dim=-2)
+            value_states = torch.cat([self.values, value_states], dim=-2)
+        self.keys, self.values = key_states.detach(), value_states.detach()
+        self.segments += 1
+        return key_states, value_states
+
+    def compress(self, compressed: torch.Tensor, project: Callable) -> None:
+        """Put the compressed entries [B, E / rate, hidden] where the E tokens stood that they are made of."""
+        if not compressed.shape[1]:
+            return
+        start = self.num_compressed
+        end = start + compressed.shape[1] * self.rate
+        for name, new in zip(("keys", "values"), project(compressed)):
+            held = getattr(self, name)
+            before = torch.cat([held[..., :start, :], new], dim=-2)[..., -self.compressed_capacity :, :]
+            setattr(self, name, torch.cat([before, held[..., end:, :]], dim=-2).detach())
+        self.num_compressed = before.shape[-2]
+
+
+class CompressiveMemory(SegmentMemory):
+    """The two memories of a Compressive Transformer; see SegmentMemory.
+
+    Args:
+        config: a CompressiveTransformerConfig, for num_hidden_layers, mem_len, compressed_mem_len and compression_rate.
+        projected: keep keys and values besides the hidden states that are yet to be compressed; not for training.
+
+    Attributes:
+        valid: [B, C + M] bool, False where a slot holds padding, or was compressed from some.
+    """
+
+    kind = "compressive"
+    layer_classes = (CompressiveStateLayer, CompressiveKeyValueLayer)
+
+    @property
+    def recent(self) -> int:
+        return self.layers[0].recent
+
+    def evict(self, hidden_states: torch.Tensor, layer_idx: int, valid: torch.Tensor | None) -> Evicted:
+        """What a layer compresses, given its new input [B, T, hidden] and which keys are `valid` [B, C + M + T]."""
+        return self.layers[layer_idx].evict(hidden_states, valid)
+
+    def compress(self, layer_idx: int, compressed: torch.Tensor, project: Callable) -> None:
+        """Put `compressed` [B, E / rate, hidden] where what a layer evicted stood, if it keeps keys and values."""
+        self.layers[layer_idx].compress(compressed, project)
+
+    def remember(
+        self, hidden_states: torch.Tensor, layer_idx: int, compressed: torch.Tensor, usage: torch.Tensor | None
+    ) -> None:
+        """Take in a layer's new input, what it evicted in compressed form, and the attention [B, S] that keys got."""
+        self.layers[layer_idx].remember(hidden_states, compressed, usage)
+
+    def valid_after(self, valid: torch.Tensor | None, length: int, compress: Callable) -> torch.Tensor | None:
+        """What `valid` [B, C + M + T] is once T tokens have come in and `compress` has dealt with those evicted."""
+        if valid is None:
+            return None
+        start = self.held - self.recent
+        end = start + self.layers[0].num_evicted(length)
+        before = torch.cat([valid[:, :start], compress(valid[:, start:end])], dim=1)
+        return torch.cat([before[:, -self.layers[0].compressed_capacity :], valid[:, end:]], dim=1)
+
+
 class Compression(nn.Module):
-    """f_c of section 3.1: E tokens become E / c places. Each group of c tokens is one place unless said otherwise."""
+    """f_c of section 3.1: E tokens become E / c slots. Each group of c tokens is one slot unless said otherwise."""
 
     def __init__(self, config: CompressiveTransformerConfig):
         super().__init__()
@@ -48,7 +234,7 @@ class Compression(nn.Module):
         raise NotImplementedError
 
     def valid(self, tokens: torch.Tensor) -> torch.Tensor:
-        """[B, E] -> [B, E / c] bool: a place that would mix in padding is not seen."""
+        """[B, E] -> [B, E / c] bool: a slot that would mix in padding is not seen."""
         return self.groups(tokens).all(dim=-1)
 
     def groups(self, entries: torch.Tensor) -> torch.Tensor:
@@ -78,7 +264,7 @@ class StridedConv(Compression):
 
     @property
     def reach(self) -> int:
-        """How far before its group a place sees; the last token it sees is the group's last."""
+        """How far before its group a slot sees; the last token it sees is the group's last."""
         return (self.rate - 1) * (self.dilation - 1)
 
     def compress(self, evicted, weights):
@@ -111,13 +297,13 @@ class MostUsed(Compression):
         average = (evicted.usage + paid[:, mine]) / evicted.age
         valid = torch.ones_like(average, dtype=torch.bool) if evicted.valid is None else evicted.valid
         kept = average.masked_fill(~valid, -1.0).topk(average.shape[1] // self.rate, dim=1).indices
-        # In order, but padding first: then every layer has it in the same places.
+        # In order, but padding first: then every layer has it in the same slots.
         kept = kept.gather(1, (kept - average.shape[1] * (~valid).gather(1, kept)).argsort(dim=1))
         return evicted.states.gather(1, kept[..., None].expand(-1, -1, evicted.states.shape[-1]))
 
     def valid(self, tokens):
-        places = tokens.shape[1] // self.rate
-        return torch.arange(places, device=tokens.device) >= places - tokens.sum(dim=1, keepdim=True)
+        slots = tokens.shape[1] // self.rate
+        return torch.arange(slots, device=tokens.device) >= slots - tokens.sum(dim=1, keepdim=True)
 
 
 class NoLoss(nn.Module):
@@ -200,7 +386,7 @@ class CompressiveTransformerBlock(TransformerXLBlock):
         evicted: Evicted,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """Output [B, T, hidden]; compressed places [B, E / c, hidden]; attention that keys got [B, S], where there are
+        """Output [B, T, hidden]; compressed slots [B, E / c, hidden]; attention that keys got [B, S], where there are
         weights; the compression loss, in training."""
         output, weights = self.transform(
             hidden_states, past_states, attention_mask, positions, biases, memory, **kwargs
@@ -212,7 +398,7 @@ class CompressiveTransformerBlock(TransformerXLBlock):
         return output, compressed, usage, loss
 
     def project(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values [B, H, places, D] of remembered states."""
+        """Keys and values [B, H, M, D] of remembered states."""
         normed = self.attention_pre_norm(states)
         attention = self.self_attn
         return attention.split_heads(attention.k_proj(normed)), attention.split_heads(attention.v_proj(normed))
@@ -261,16 +447,16 @@ class CompressiveTransformerModel(CompressiveTransformerPreTrainedModel, Transfo
         **kwargs: Unpack[TransformersKwargs],
     ) -> CompressiveTransformerOutput:
         """One segment [B, T, hidden], of which new_tokens [B, T] says what is no padding; the memory takes it in."""
-        valid, mask, positions = self.survey(inputs_embeds, new_tokens, memory)
+        valid, views = self.prepare(inputs_embeds, new_tokens, memory)
         length = inputs_embeds.shape[1]
         valid_after = memory.valid_after(valid, length, self.layers[0].compression.valid)
         hidden_states = self.dropout(inputs_embeds)
         losses = []
-        for i, layer in enumerate(self.layers):
+        for i, (layer, view) in enumerate(zip(self.layers, views)):
             entering, evicted = hidden_states, memory.evict(hidden_states, i, valid)
             past_states = memory.past_states(hidden_states, i)
             hidden_states, compressed, usage, loss = layer(
-                hidden_states, past_states, mask, positions, self.biases_of(i), memory, evicted, **kwargs
+                hidden_states, past_states, *view, self.biases_of(i), memory, evicted, **kwargs
             )
             memory.remember(entering, i, compressed, usage)
             losses.append(loss)
@@ -335,12 +521,12 @@ def frozen(module: nn.Module, states: torch.Tensor) -> torch.Tensor:
 
 
 def _mean_square(error: torch.Tensor, valid: torch.Tensor | None = None) -> torch.Tensor:
-    """Of the places [B, E] that are valid, of an error [B, E, ...]."""
+    """Of the slots [B, E] that are valid, of an error [B, E, ...]."""
     error = error.square()
     if valid is None:
         return error.mean()
-    per_place = error.flatten(2).mean(dim=-1)
-    return (per_place * valid).sum() / valid.sum().clamp(min=1)
+    per_slot = error.flatten(2).mean(dim=-1)
+    return (per_slot * valid).sum() / valid.sum().clamp(min=1)
 
 
 __all__ = [

@@ -31,7 +31,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .attention import PatternBackend, cross_attention_mask, eager_attention_forward, layer_masks, token_positions
+from .attention import PatternBackend, cross_attention_mask, eager_attention_forward, layer_masks, new_positions
 from .attention_patterns import Block2D, patterns_for_layers
 from .cache_patterns import PatternCache, PatternCacheGenerationMixin
 from .causal_lm import IGNORED, kept_positions, next_tokens, num_targets
@@ -680,17 +680,15 @@ class ImageTransformerModel(ImageTransformerStack):
 
     def _positions(self, values: torch.Tensor, attention_mask, position_ids, past: Cache | None) -> torch.Tensor:
         """[B or 1, P] positions in the trunk of the new values: the caller's, or counted from the mask or the past."""
-        width, length = self.values_per_position, values.shape[1]
-        seen = 0 if past is None else past.get_seq_length()
-        if position_ids is not None:
-            check_positions(position_ids, self.config.max_position_embeddings)
-            return position_ids if position_ids.ndim == 2 else position_ids[None]
-        if attention_mask is not None and attention_mask.ndim == 2:
-            counted = token_positions(attention_mask)[:, seen : seen + length]
-        else:
-            counted = torch.arange(seen, seen + length, device=values.device)[None]
-        check_positions(counted, self.config.max_position_embeddings, counted_to=seen + length)
-        return counted if width == 1 else counted[:, -seen % width :: width] // width
+        positions, counted_to = new_positions(values, attention_mask, position_ids, past)
+        check_positions(positions, self.config.max_position_embeddings, counted_to)
+        if positions.ndim == 1:
+            positions = positions[None]
+        width = self.values_per_position
+        if width == 1 or counted_to is None:
+            return positions
+        seen = counted_to - values.shape[1]
+        return positions[:, -seen % width :: width] // width
 
     def _embed(self, input_ids, inputs_embeds, positions: torch.Tensor, past: Cache | None, enlarged) -> torch.Tensor:
         """[B, P, hidden] of the values before those at `positions`, without coordinates."""
@@ -750,10 +748,8 @@ class ImageTransformerEncoder(ImageTransformerStack):
             raise ValueError(f"input_ids must hold whole pixels of {width} values, got shape {list(input_ids.shape)}.")
         pixels = input_ids.unflatten(1, (-1, width))  # [B, P, W]
         attention_mask = self.unpadded(attention_mask)
-        positions = torch.arange(pixels.shape[1], device=input_ids.device)[None]
-        if attention_mask is not None:
-            positions = token_positions(attention_mask)
-        check_positions(positions, self.coordinates.num_positions, counted_to=pixels.shape[1])
+        positions, counted_to = new_positions(pixels, attention_mask)
+        check_positions(positions, self.coordinates.num_positions, counted_to)
         embeddings = self.embedding(pixels, positions + 1)
         hidden_states = self.dropout(embeddings + self.coordinates(positions, embeddings))
         masks = layer_masks(self.patterns, self.config, hidden_states, attention_mask, causal=False)

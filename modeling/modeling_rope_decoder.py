@@ -26,7 +26,7 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention import PatternBackend, eager_attention_forward, layer_masks, token_positions
+from .attention import PatternBackend, eager_attention_forward, layer_masks, new_positions
 from .attention_patterns import Full, patterns_for_layers
 from .cache_patterns import PatternCacheGenerationMixin
 from .causal_lm import CausalLMHead
@@ -189,8 +189,7 @@ class RoPEDecoderModel(RoPEDecoderPreTrainedModel):
             past_key_values = DynamicCache(config=self.config)
 
         masks = self.make_masks(inputs_embeds, attention_mask, position_ids, past_key_values)
-        if position_ids is None:
-            position_ids = self._position_ids(inputs_embeds, attention_mask, past_key_values)
+        position_ids, _ = new_positions(inputs_embeds, attention_mask, position_ids, past_key_values)
         cos, sin = self.rotary_emb(inputs_embeds, position_ids)
         position_embeddings = cos[:, None], sin[:, None]  # [B, 1, T, R / 2]
         hidden_states = inputs_embeds
@@ -217,15 +216,6 @@ class RoPEDecoderModel(RoPEDecoderPreTrainedModel):
         return layer_masks(
             patterns, self.config, inputs_embeds, attention_mask, position_ids, past_key_values, causal=causal
         )
-
-    @staticmethod
-    def _position_ids(inputs_embeds, attention_mask, past_key_values) -> torch.Tensor:
-        """[B or 1, T] positions of the new tokens."""
-        past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
-        end = past_length + inputs_embeds.shape[1]
-        if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
-            return token_positions(attention_mask)[:, past_length:end]
-        return torch.arange(past_length, end, device=inputs_embeds.device)[None]
 
 
 class RoPEDecoderForCausalLM(CausalLMHead, RoPEDecoderPreTrainedModel, PatternCacheGenerationMixin):

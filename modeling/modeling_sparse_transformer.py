@@ -22,7 +22,7 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention import PatternBackend, eager_attention_forward, in_float32, layer_masks, token_positions
+from .attention import PatternBackend, eager_attention_forward, in_float32, layer_masks, new_positions
 from .attention_patterns import patterns_for_layers
 from .cache_patterns import PatternCacheGenerationMixin
 from .causal_lm import CausalLMHead
@@ -195,26 +195,12 @@ class SparseTransformerModel(SparseTransformerPreTrainedModel):
 
         patterns = self.patterns[: self.config.num_hidden_layers]  # fewer than there are layers in an early exit
         masks = layer_masks(patterns, self.config, inputs_embeds, attention_mask, position_ids, past_key_values)
-        position_ids = self._positions(inputs_embeds, attention_mask, position_ids, past_key_values)
+        position_ids, counted_to = new_positions(inputs_embeds, attention_mask, position_ids, past_key_values)
+        check_positions(position_ids, self.embed_positions.num_positions, counted_to)
         hidden_states = inputs_embeds + self.embed_positions(position_ids)  # equation 15
         for layer, mask in zip(self.layers, masks):
             hidden_states = layer(hidden_states, mask, past_key_values=past_key_values, **kwargs)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
-
-    def _positions(self, inputs_embeds, attention_mask, position_ids, past_key_values) -> torch.Tensor:
-        """[B or 1, T] positions of the new tokens: the caller's, or counted from the mask or the past."""
-        num_positions = self.embed_positions.num_positions
-        if position_ids is not None:
-            check_positions(position_ids, num_positions)
-            return position_ids
-        past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
-        end = past_length + inputs_embeds.shape[1]
-        if attention_mask is not None and attention_mask.ndim == 2:
-            position_ids = token_positions(attention_mask)[:, past_length:end]
-        else:
-            position_ids = torch.arange(past_length, end, device=inputs_embeds.device)[None]
-        check_positions(position_ids, num_positions, counted_to=end)
-        return position_ids
 
 
 class SparseTransformerForCausalLM(CausalLMHead, SparseTransformerPreTrainedModel, PatternCacheGenerationMixin):

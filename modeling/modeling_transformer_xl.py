@@ -4,7 +4,7 @@ Beyond a Fixed-Length Context".
 A decoder that reads a text in segments and remembers, in every layer, the hidden states of the segment before; order
 enters as the distance from query to key. Section numbers are those of arXiv:1901.02860.
 
-Shapes: B batch, T new tokens, M places in memory, S = M + T keys, H heads, D head dim, L >= S distances.
+Shapes: B batch, T new tokens, M slots of the memory, S = M + T keys, H heads, D head dim, L >= S distances.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .adaptive_softmax import AdaptiveEmbedding, AdaptiveSoftmax
-from .attention import BLOCK_SPARSE, PatternBackend, VisibleKeys, eager_attention_forward, lower_mask, visible_keys
+from .attention import BLOCK_SPARSE, PatternBackend, eager_attention_forward, lower_mask, visible_keys
 from .attention_patterns import Full, Local
 from .causal_lm import kept_positions, next_tokens, num_targets
 from .checks import check_one_input, check_token_ids
@@ -69,7 +69,7 @@ class TransformerXLAttention(nn.Module):
             self.split_heads(self.k_proj(context)), self.split_heads(self.v_proj(context)), self.layer_idx
         )  # [B, H, S, D]
         relative_key = memory.relative_keys(
-            self.layer_idx, positions.states, lambda states: self.split_heads(self.r_proj(states))
+            self.layer_idx, positions.reach, lambda: self.split_heads(self.r_proj(positions.states))
         )  # [H, L, D]
         content_query, position_query = biases(query)
         # (a) + (c) of section 3.3 are (q + u) k, (b) + (d) are (q + v) W R.
@@ -93,11 +93,11 @@ class TransformerXLAttention(nn.Module):
             **kwargs,
         )  # [B, T, H, D]
         if positions.blind is not None:  # with a bias, sdpa averages over hidden keys where there are no others
-            output = output.masked_fill(positions.blind[:, :, None, None], 0.0)
+            output = output.masked_fill(positions.blind[..., None], 0.0)
         return self.o_proj(output.flatten(2)), weights
 
     def split_heads(self, states: torch.Tensor) -> torch.Tensor:
-        """[..., places, H * D] -> [..., H, places, D]."""
+        """[..., S, H * D] -> [..., H, S, D]."""
         return states.unflatten(-1, (-1, self.head_dim)).transpose(-3, -2)
 
 
@@ -227,7 +227,7 @@ class TransformerXLModel(TransformerXLPreTrainedModel):
                 scaled by the square root of hidden_size.
             attention_mask: [B, past + T], 1 for tokens and 0 for padding, where past counts all tokens seen so far
                 (past_key_values.get_seq_length()); None if there is no padding among the new tokens. Padding is never
-                seen and adds no distance, but takes up places in the memory.
+                seen and adds no distance, but takes up slots of the memory.
             past_key_values: the memory that the call for the previous segment returned.
             use_cache: return the memory for the next segment. A memory that is passed in is always brought up to date.
         """
@@ -263,17 +263,19 @@ class TransformerXLModel(TransformerXLPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
         """One segment [B, T, hidden], of which new_tokens [B, T] says what is no padding; the memory takes it in."""
-        valid, mask, positions = self.survey(inputs_embeds, new_tokens, memory)
+        valid, views = self.prepare(inputs_embeds, new_tokens, memory)
         hidden_states = self.dropout(inputs_embeds)
-        for i, layer in enumerate(self.layers):
+        for i, (layer, view) in enumerate(zip(self.layers, views)):
             entering, past_states = hidden_states, memory.past_states(hidden_states, i)
-            hidden_states = layer(hidden_states, past_states, mask, positions, self.biases_of(i), memory, **kwargs)
+            hidden_states = layer(hidden_states, past_states, *view, self.biases_of(i), memory, **kwargs)
             memory.remember(entering, i)
         memory.advance(inputs_embeds.shape[1], valid)
         return BaseModelOutputWithPast(last_hidden_state=self.dropout(hidden_states))
 
-    def survey(self, inputs_embeds: torch.Tensor, new_tokens: torch.Tensor | None, memory: SegmentMemory) -> tuple:
-        """What all layers see: which keys are valid [B, S] (None if all), the backend's mask, and the distances."""
+    def prepare(
+        self, inputs_embeds: torch.Tensor, new_tokens: torch.Tensor | None, memory: SegmentMemory
+    ) -> tuple[torch.Tensor | None, list[tuple]]:
+        """Which keys are valid [B, S] (None if all), and for every layer the backend's mask and the distances."""
         batch_size, length = inputs_embeds.shape[:2]
         valid = memory.valid_keys(new_tokens, batch_size, length)
         heads = self.config.num_attention_heads
@@ -285,15 +287,17 @@ class TransformerXLModel(TransformerXLPreTrainedModel):
             hidden = hidden_columns(length, seen.key_length, reach, device)
         else:
             mask = lower_mask(seen, implementation, device)
+        reach, at_hand = memory.reach(seen.key_length + 1)
         positions = RelativePositions(
-            states=self.dropout(self.positions(memory.distances_wanted(seen.key_length + 1), inputs_embeds)),
+            states=None if at_hand else self.dropout(self.positions(reach, inputs_embeds)),
             key_length=seen.key_length,
-            distances=None if lazy else _distances(seen),
-            blind=None if valid is None or lazy else ~seen.dense(device).any(dim=-1)[:, 0],
+            distances=None if lazy or seen.query_positions is None else seen.distances(device),
+            blind=None if valid is None or lazy else ~seen.dense(device).any(dim=-1).transpose(1, 2),
             hidden=hidden,
             lazy=lazy,
+            reach=reach,
         )
-        return valid, mask, positions
+        return valid, [(mask, positions)] * len(self.layers)
 
     def check_backend(self) -> None:
         """Raise ValueError for an attention implementation that would leave the distances out."""
@@ -437,7 +441,7 @@ def build_embeddings(config: TransformerXLConfig) -> nn.Module:
 
 
 def _new_tokens(attention_mask: torch.Tensor | None, memory: SegmentMemory, inputs_embeds) -> torch.Tensor | None:
-    """[B, T] bool, which of the new places are tokens; None if all are."""
+    """[B, T] bool, which of the new slots hold tokens; None if all are."""
     if attention_mask is None:
         return None
     batch_size, length = inputs_embeds.shape[:2]
@@ -449,13 +453,6 @@ def _new_tokens(attention_mask: torch.Tensor | None, memory: SegmentMemory, inpu
     past, new = attention_mask.bool().split([memory.seen, length], dim=1)
     memory.check_padding(past)
     return None if bool(new.all()) else new
-
-
-def _distances(seen: VisibleKeys) -> torch.Tensor | None:
-    """[B, T, S] distances in tokens; None if places say it all."""
-    if seen.query_positions is None:
-        return None
-    return seen.query_positions[:, :, None] - seen.key_positions[:, None, :]
 
 
 __all__ = [

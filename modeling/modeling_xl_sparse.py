@@ -5,32 +5,26 @@ Patterns count tokens from the start of the text, so that strides and blocks kee
 Scores of distances are computed only for distances that a pattern can meet: for L of them, where the text has many
 more. Read segment by segment or in one pass, a text gives the same, as far as the memory covers what patterns reach.
 
-Shapes: B batch, T new tokens, M places in memory, S = M + T keys, H heads, D head dim, L distances.
+Shapes: B batch, T new tokens, M slots of the memory, S = M + T keys, H heads, D head dim, L distances.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
-from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs
-from transformers.utils.output_capturing import capture_outputs
 
-from .attention import BLOCK_SPARSE, VisibleKeys, eager_attention_forward, lower_mask
-from .attention_patterns import Pattern, distances_met
+from .attention import BLOCK_SPARSE, VisibleKeys, lower_mask
+from .attention_patterns import Pattern, distances_met, patterns_for_layers
 from .configuration_xl_sparse import XLSparseConfig
-from .memory_sparse_segments import SparseSegmentMemory, layer_patterns
+from .memory_segments import SegmentMemory
 from .modeling_transformer_xl import (
-    TransformerXLAttention,
-    TransformerXLBlock,
     TransformerXLForCausalLM,
     TransformerXLForSequenceClassification,
     TransformerXLModel,
     TransformerXLPreTrainedModel,
 )
-from .positions import DistanceScores, RelativeBiases, rows_by_distance
+from .positions import DistanceScores, rows_by_distance, scores_by_key
 
 
 @dataclass(frozen=True)
@@ -50,6 +44,7 @@ class MetDistances:
     states: torch.Tensor | None
     rows: torch.Tensor | None = None
     blind: torch.Tensor | None = None
+    hidden: ClassVar[None] = None  # the bias is never a mask as well, see RelativePositions
 
     def bias(self, query: torch.Tensor, relative_key: torch.Tensor, scaling: float) -> torch.Tensor | DistanceScores:
         """What queries [B, H, T, D] and relative keys [H, L, D] have in common, as [B, H, T, S]; or yet to be computed.
@@ -58,90 +53,86 @@ class MetDistances:
         """
         if self.rows is None:
             return DistanceScores(query, relative_key, self.distances)
-        by_distance = query @ relative_key.transpose(-1, -2) * scaling
-        return by_distance.gather(-1, self.rows[:, None].expand(*by_distance.shape[:2], -1, -1))
+        return scores_by_key(query @ relative_key.transpose(-1, -2) * scaling, self.rows)
 
 
-class XLSparseAttention(TransformerXLAttention):
-    """Attention to those places of memory and segment that a pattern shows."""
+class SparseSegmentMemory(SegmentMemory):
+    """The memory of an XLSparse: every layer keeps as much as its pattern reaches back to; see SegmentMemory.
 
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        past_states: torch.Tensor,
-        attention_mask,
-        positions: MetDistances,
-        biases: RelativeBiases,
-        memory: SparseSegmentMemory,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """[B, T, hidden] -> [B, T, hidden], and the weights [B, H, T, S] where the backend has them.
+    Args:
+        config: an XLSparseConfig, for num_hidden_layers, mem_len, attention_patterns and same_length.
+        projected: keep keys and values instead of hidden states; not for training.
 
-        past_states are remembered hidden states [B, M or 0, hidden]; what is projected already, the memory adds.
-        """
-        context = torch.cat([past_states, hidden_states], dim=1)
-        query = self.split_heads(self.q_proj(hidden_states))  # [B, H, T, D]
-        key, value = memory.update(
-            self.split_heads(self.k_proj(context)), self.split_heads(self.v_proj(context)), self.layer_idx
-        )  # [B, H, S, D]
-        relative_key = memory.relative_keys(
-            self.layer_idx, positions.reach, lambda: self.split_heads(self.r_proj(positions.states))
-        )  # [H, L, D]
-        content_query, position_query = biases(query)
+    Attributes:
+        forgotten_padding: [B], how many slots of padding lie before those that are held; None if no row was padded.
+    """
 
-        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
-        output, weights = attention(
-            self,
-            content_query,
-            key,
-            value,
-            attention_mask,
-            position_bias=positions.bias(position_query, relative_key, self.scaling),
-            scaling=self.scaling,
-            dropout=self.config.attention_dropout if self.training else 0.0,
-            is_causal=False,  # the mask says all
-            **kwargs,
-        )  # [B, T, H, D]
-        if positions.blind is not None:  # with a bias, sdpa averages over hidden keys where there are no others
-            output = output.masked_fill(positions.blind[..., None], 0.0)
-        return self.o_proj(output.flatten(2)), weights
+    kind = "sparse segment"
 
+    def __init__(self, config, projected: bool = False):
+        super().__init__(config, projected)
+        self.mem_len = config.mem_len
+        self.enough = [max(1, min(config.mem_len, pattern.reach)) for pattern in layer_patterns(config)]
+        self.forgotten_padding: torch.Tensor | None = None
 
-class XLSparseBlock(TransformerXLBlock):
-    """Residual block of a Transformer-XL around attention by pattern."""
+    @property
+    def held(self) -> int:
+        """Number of slots in the layer that holds most."""
+        return max(layer.held for layer in self.layers)
 
-    attention_class = XLSparseAttention
+    def valid_keys(self, new: torch.Tensor | None, batch_size: int, length: int) -> torch.Tensor | None:
+        """As every segment memory's; layers will keep what is enough for their pattern, unless padding is among it."""
+        valid = super().valid_keys(new, batch_size, length)
+        for layer, enough in zip(self.layers, self.enough):
+            layer.capacity = enough if valid is None or bool(valid[:, -enough:].all()) else self.mem_len
+        return valid
+
+    def key_positions(self, valid: torch.Tensor | None, length: int) -> torch.Tensor | None:
+        """[B, M + T] positions of what is held and `length` new tokens, of which `valid` says which are no padding;
+        None where slots are positions."""
+        if valid is None and self.forgotten_padding is None:
+            return None
+        if valid is None:
+            valid = torch.ones_like(self.forgotten_padding, dtype=torch.bool)[:, None].expand(-1, self.held + length)
+        positions = valid.long().cumsum(dim=-1) - 1 + self.seen - self.held
+        if self.forgotten_padding is not None:
+            positions = positions - self.forgotten_padding[:, None]
+        return positions.clamp(min=0)
+
+    def advance(self, length: int, valid: torch.Tensor | None) -> None:
+        super().advance(length, valid)
+        if valid is not None:
+            gone = (~valid[:, : valid.shape[1] - self.held]).sum(dim=-1)
+            self.forgotten_padding = gone if self.forgotten_padding is None else self.forgotten_padding + gone
+
+    def reset(self) -> None:
+        super().reset()
+        self.forgotten_padding = None
+
+    def _change_batch(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super()._change_batch(change)
+        self.forgotten_padding = None if self.forgotten_padding is None else change(self.forgotten_padding)
 
 
 class XLSparsePreTrainedModel(TransformerXLPreTrainedModel):
     """What Transformers wants to know about the family."""
 
     config: XLSparseConfig
-    _no_split_modules = ["XLSparseBlock"]
-    _can_record_outputs = {"hidden_states": XLSparseBlock, "attentions": XLSparseAttention}
 
 
 class XLSparseModel(XLSparsePreTrainedModel, TransformerXLModel):
     """The decoder without a head: ids or embeddings in, hidden states [B, T, hidden] out."""
 
     memory_class = SparseSegmentMemory
-    block_class = XLSparseBlock
 
     def __init__(self, config: XLSparseConfig):
         super().__init__(config)
         self.patterns = layer_patterns(config)
 
-    @capture_outputs
-    def read_segment(
-        self,
-        inputs_embeds: torch.Tensor,
-        new_tokens: torch.Tensor | None,
-        memory: SparseSegmentMemory,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> BaseModelOutputWithPast:
-        """One segment [B, T, hidden], of which new_tokens [B, T] says what is no padding; the memory takes it in."""
+    def prepare(
+        self, inputs_embeds: torch.Tensor, new_tokens: torch.Tensor | None, memory: SparseSegmentMemory
+    ) -> tuple[torch.Tensor | None, list[tuple]]:
+        """Which keys are valid [B, S] (None if all), and for every layer the backend's mask and the distances."""
         batch_size, length = inputs_embeds.shape[:2]
         valid = memory.valid_keys(new_tokens, batch_size, length)
         key_positions = memory.key_positions(valid, length)
@@ -149,13 +140,7 @@ class XLSparseModel(XLSparsePreTrainedModel, TransformerXLModel):
         for i, pattern in enumerate(self.patterns):
             if pattern not in views:
                 views[pattern] = self.view(pattern, i, inputs_embeds, valid, key_positions, memory)
-        hidden_states = self.dropout(inputs_embeds)
-        for i, (layer, pattern) in enumerate(zip(self.layers, self.patterns)):
-            entering, past_states = hidden_states, memory.past_states(hidden_states, i)
-            hidden_states = layer(hidden_states, past_states, *views[pattern], self.biases_of(i), memory, **kwargs)
-            memory.remember(entering, i)
-        memory.advance(length, valid)
-        return BaseModelOutputWithPast(last_hidden_state=self.dropout(hidden_states))
+        return valid, [views[pattern] for pattern in self.patterns]
 
     def view(
         self,
@@ -186,7 +171,10 @@ class XLSparseModel(XLSparsePreTrainedModel, TransformerXLModel):
                 query_positions=key_positions[:, -length:],
                 key_positions=key_positions[:, -seen.key_length :],
             )
-        reach, at_hand = memory.reach(layer_idx, seen.key_length)
+        span = seen.key_length
+        if seen.query_positions is not None:  # rows that were padded stand elsewhere, but a backend takes all at once
+            span = max(span, int(seen.query_positions.max() - seen.key_positions.min()) + 1)
+        reach, at_hand = memory.reach(span, layer_idx)
         distances = distances_met(pattern, reach)
         states = None if at_hand else self.dropout(self.positions.of(distances, inputs_embeds))
         rows, blind = None, None
@@ -206,6 +194,12 @@ class XLSparseForSequenceClassification(XLSparsePreTrainedModel, TransformerXLFo
     """The decoder with a linear layer on each row's last token, the rightmost that is not config.pad_token_id."""
 
     model_class = XLSparseModel
+
+
+def layer_patterns(config) -> list[Pattern]:
+    """The pattern of every layer, kept within mem_len tokens if the config has same_length."""
+    patterns = patterns_for_layers(config.attention_patterns, config.num_hidden_layers)
+    return [pattern.within(config.mem_len) for pattern in patterns] if config.same_length else patterns
 
 
 __all__ = [

@@ -233,23 +233,25 @@ class RelativePositions(NamedTuple):
     """Where the queries stand to the keys, for every layer of one call.
 
     Attributes:
-        states: R [L, hidden] for the distances `lowest` + L - 1 down to `lowest`.
+        states: R [L, hidden] for the distances `lowest` + L - 1 down to `lowest`; None if layers have them projected.
         key_length: S; R has a row for this distance.
         distances: [B or 1, T, S], below `lowest` where nobody looks; None where the T queries are the last T of S
             unpadded keys.
         lowest: 0 where later keys are hidden.
-        blind: [B, T] bool, queries that see no key at all; None if there are none.
+        blind: [B, T, 1] bool, queries that see no key at all; None if there are none.
         hidden: [T, columns] bool from `hidden_columns`: what `scores` makes hopeless; None leaves it to a mask.
         lazy: the backend computes the scores itself.
+        reach: more than the distance of any query and key, for a memory that keeps R projected.
     """
 
-    states: torch.Tensor
+    states: torch.Tensor | None
     key_length: int
     distances: torch.Tensor | None = None
     lowest: int = 0
     blind: torch.Tensor | None = None
     hidden: torch.Tensor | None = None
     lazy: bool = False
+    reach: int = 0
 
     def bias(self, query: torch.Tensor, relative_key: torch.Tensor, scaling: float) -> torch.Tensor | DistanceScores:
         """Scaled `scores`, or where the backend computes them itself what they are computed from."""

@@ -38,7 +38,7 @@ def empty_past(model: PreTrainedModel) -> Cache | None:
 def with_attention_length(model: PreTrainedModel, attention_length: int, segment_length: int) -> PreTrainedModel:
     """A copy of the model in which each query sees `attention_length` keys, itself included.
 
-    Of a Compressive Transformer, the short memory is chosen so that it and the compressed one hold so many places.
+    Of a Compressive Transformer, the short memory is chosen so that it and the compressed one hold so many slots.
     Distances that Transformer-XL never met in training, in segments of `segment_length`, count as the largest that it
     met, unless config.clamp_len says otherwise (Dai et al. 2019, arXiv:1901.02860, evaluate so too).
     """
@@ -46,7 +46,7 @@ def with_attention_length(model: PreTrainedModel, attention_length: int, segment
     if hasattr(config, "compressed_mem_len"):
         if attention_length <= config.compressed_mem_len:
             raise ValueError(
-                f"attention_length={attention_length} must be above the {config.compressed_mem_len} places of the "
+                f"attention_length={attention_length} must be above the {config.compressed_mem_len} slots of the "
                 "compressed memory (compressed_mem_len), which stay."
             )
         changes = {"mem_len": attention_length - config.compressed_mem_len}
@@ -93,11 +93,11 @@ def stream_losses(
 
 
 def losses_by_position(losses: np.ndarray, length: int, num_streams: int = 1) -> np.ndarray:
-    """The mean loss at each place in a segment, [length], of what `stream_losses` returned for the same arguments."""
+    """The mean loss at each position of a segment, [length], of what `stream_losses` returned for these arguments."""
     stream_length = -(-len(losses) // num_streams)
-    places = np.arange(len(losses)) % stream_length % length
-    counts = np.bincount(places, minlength=length)
-    return np.bincount(places, weights=losses, minlength=length) / np.maximum(counts, 1)
+    positions = np.arange(len(losses)) % stream_length % length
+    counts = np.bincount(positions, minlength=length)
+    return np.bincount(positions, weights=losses, minlength=length) / np.maximum(counts, 1)
 
 
 @torch.inference_mode()

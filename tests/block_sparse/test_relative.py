@@ -87,6 +87,15 @@ def test_equals_dense(pattern):
             assert_exact(pattern, num_queries, num_keys, q_offset, kv_offset, key_valid=valid)
 
 
+@pytest.mark.parametrize("pattern", [Fixed(4, 1), FixedSummary(3, 1), Fixed(4, 2, sub_blocks=2)], ids=str)
+def test_few_queries_after_a_past(pattern):
+    """Wherever in a block they begin and end."""
+    for q_offset in range(4, 9):
+        for num_queries in range(2, 7):
+            assert_exact(pattern, num_queries, q_offset + num_queries, q_offset)
+            assert_exact(pattern, num_queries, num_queries + 3, q_offset, q_offset - 3)
+
+
 @pytest.mark.parametrize(
     "pattern", [Full(), MERGED, Fixed(16, 4, sub_blocks=2), PerHead([Local(9), Strided(4)])], ids=str
 )

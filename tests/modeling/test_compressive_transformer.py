@@ -11,9 +11,9 @@ import hf_tfamily  # noqa: F401
 from hf_tfamily.modeling import configuration_compressive_transformer as configuration
 from hf_tfamily.modeling import modeling_compressive_transformer as modeling
 from hf_tfamily.modeling.configuration_compressive_transformer import CompressiveTransformerConfig
-from hf_tfamily.modeling.memory_compressive import CompressiveMemory
 from hf_tfamily.modeling.memory_segments import SegmentMemory
 from hf_tfamily.modeling.modeling_compressive_transformer import (
+    CompressiveMemory,
     CompressiveTransformerForCausalLM,
     CompressiveTransformerForSequenceClassification,
     CompressiveTransformerModel,

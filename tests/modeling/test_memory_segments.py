@@ -154,13 +154,13 @@ def test_copies_and_files_keep_the_content():
 
 def test_distances_are_projected_once():
     memory = SegmentMemory(CONFIG, projected=True)
-    assert memory.distances_wanted(4) == 4
-    table = memory.relative_keys(0, torch.zeros(4, DIM), lambda states: torch.zeros(HEADS, len(states), DIM))
-    memory.relative_keys(1, torch.zeros(4, DIM), lambda states: torch.zeros(HEADS, len(states), DIM))
-    assert memory.distances_wanted(3) == 0
-    assert memory.relative_keys(0, torch.zeros(0, DIM), None).data_ptr() == table.data_ptr()
-    assert memory.distances_wanted(5) == 10  # and some in advance
-    assert SegmentMemory(CONFIG).distances_wanted(5) == 5
+    assert memory.reach(4) == (4, False)
+    table = memory.relative_keys(0, 4, lambda: torch.zeros(HEADS, 4, DIM))
+    memory.relative_keys(1, 4, lambda: torch.zeros(HEADS, 4, DIM))
+    assert memory.reach(3) == memory.reach(3, 1) == (4, True)
+    assert memory.relative_keys(0, 4, None).data_ptr() == table.data_ptr()
+    assert memory.reach(5) == (10, False)  # and some in advance
+    assert SegmentMemory(CONFIG).reach(5) == (5, False)
 
 
 def test_refuses_what_does_not_fit():

@@ -10,8 +10,12 @@ from transformers import AutoModelForCausalLM
 import hf_tfamily  # noqa: F401
 from hf_tfamily.modeling.configuration_xl_sparse import XLSparseConfig
 from hf_tfamily.modeling.memory_segments import SegmentMemory
-from hf_tfamily.modeling.memory_sparse_segments import SparseSegmentMemory
-from hf_tfamily.modeling.modeling_xl_sparse import XLSparseForCausalLM, XLSparseForSequenceClassification, XLSparseModel
+from hf_tfamily.modeling.modeling_xl_sparse import (
+    SparseSegmentMemory,
+    XLSparseForCausalLM,
+    XLSparseForSequenceClassification,
+    XLSparseModel,
+)
 from tests.block_sparse.test_cpu import LargestTensor
 from tests.reference.xl_sparse import xl_sparse
 
@@ -283,6 +287,24 @@ def test_positions_outlive_the_padding_that_the_memory_has_forgotten(pattern, at
         alone, _ = read(model, ids[:1, 3:].split([3, 6, 7, 1], dim=1))
     assert (memory.valid, memory.forgotten_padding.tolist()) == (None, [3, 0])
     torch.testing.assert_close(torch.cat([first[0][0, 3:], rest[0]]), alone[0], atol=1e-5, rtol=0)
+
+
+@every_pattern
+@pytest.mark.parametrize("training", [True, False])
+def test_rows_may_be_padded_by_more_than_the_memory_holds(pattern, training):
+    """Then the rows' tokens stand further apart than there are keys."""
+    model = build(XLSparseModel, pattern, "eager", mem_len=5).train(training)
+    ids = tokens(2, 32)
+    mask = torch.ones(2, 26, dtype=torch.long)
+    mask[0, :24] = 0
+    outputs = []
+    for attention in ("eager", "block_sparse"):
+        model.set_attn_implementation(attention)
+        with torch.set_grad_enabled(training):
+            first = model(ids[:, :26], attention_mask=mask, use_cache=True)
+            rest, _ = read(model, ids[:, 26:].split([3, 2, 1], dim=1), first.past_key_values)
+        outputs.append(rest)
+    torch.testing.assert_close(*outputs, atol=1e-5, rtol=0)
 
 
 def test_beams_carry_their_positions_along():

@@ -102,7 +102,7 @@ def test_attention_length_is_what_queries_see():
     assert has_rolling_cache(rotary)
     with pytest.raises(ValueError, match="A sparse_transformer has no attention length to choose"):
         with_attention_length(build("sparse_transformer"), 9, 4)
-    with pytest.raises(ValueError, match="attention_length=3 must be above the 4 places"):
+    with pytest.raises(ValueError, match="attention_length=3 must be above the 4 slots"):
         with_attention_length(compressive, 3, 4)
 
 

@@ -16,13 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..modeling.attention_patterns import Pattern
-from .parts import Group, Part, Tokens
+from .parts import Part, Tokens
 from .patterns import from_text, to_text
 from .plan import Plan, plan_attention
 from .products import (
     LOG2_E,
     MASKED,
     Extra,
+    Keys,
     Space,
     Work,
     additive,
@@ -239,7 +240,7 @@ def _forward(
             output.zero_()
             lse.fill_(MASKED)
     for group in plan.groups:
-        keys = _Keys(group, k, key_valid)
+        keys = Keys(group, k, key_valid)
         of_queries, of_keys = [x[:, :, keys.heads] for x in (q, output, lse)], (keys.pick(k), keys.pick(v))
         for part in group.parts:
             if part is whole:
@@ -288,7 +289,7 @@ def _backward(
         grad_k, grad_v = fresh(k), fresh(v)
     delta, log2_lse, space = None, (lse * LOG2_E)[..., None], Space(lse)
     for group in plan.groups:
-        keys = _Keys(group, k, key_valid)
+        keys = Keys(group, k, key_valid)
         group_grad_k, group_grad_v = keys.pick_zeros(grad_k), keys.pick_zeros(grad_v)
         of_queries = [x[:, :, keys.heads] for x in (q, output, lse, grad_output, grad_q)]
         of_keys = (keys.pick(k), keys.pick(v), group_grad_k, group_grad_v)
@@ -308,7 +309,7 @@ def _backward(
 
 
 def _work(
-    keys: "_Keys",
+    keys: Keys,
     of_queries: list[Tensor],
     of_keys: tuple[Tensor, ...],
     log2_lse: Tensor,
@@ -323,7 +324,7 @@ def _work(
     return Work(q, k, v, lse, scale, space, grad_out=grad_out, delta=delta, **gradients)
 
 
-def _extra(part: Part, keys: "_Keys", query: Tensor) -> Extra:
+def _extra(part: Part, keys: Keys, query: Tensor) -> Extra:
     """What is added to the scores of a part: causality, its mask, and hidden keys."""
     dtype, biases = wide(query.dtype), []
     if part.causal:
@@ -336,7 +337,7 @@ def _extra(part: Part, keys: "_Keys", query: Tensor) -> Extra:
 
 def _backward_tiles(
     part: Part,
-    keys: "_Keys",
+    keys: Keys,
     kernel: Kernel,
     of_queries: list[Tensor],
     of_keys: tuple[Tensor, ...],
@@ -416,55 +417,8 @@ def _sum_heads(grad: Tensor, num_heads: int) -> Tensor:
 # Views
 
 
-class _Keys:
-    """The keys of a group: all of the sequence, or those picked by its index; and which of them are hidden."""
-
-    def __init__(self, group: Group, key: Tensor, key_valid: Tensor | None) -> None:
-        self.group = group
-        self.heads = slice(group.heads.start, group.heads.stop, group.heads.step)
-        self.index = self._index(key)
-        self.hidden = self._hidden(key, key_valid)
-
-    def _index(self, key: Tensor) -> tuple[Tensor, Tensor] | None:
-        """(token, key head) of each picked key, [J, heads] together."""
-        index = self.group.index
-        if index is None:
-            return None
-        heads = torch.arange(key.shape[2])[self.heads]
-        if index.dim() == 2 and len(heads) < index.shape[1]:
-            heads = heads.repeat_interleave(index.shape[1] // len(heads))
-        return index.view(len(index), -1).to(key.device), heads.to(key.device)
-
-    def _hidden(self, key: Tensor, key_valid: Tensor | None) -> Tensor | None:
-        """What is added to the scores of each key, 0 or a huge negative number: [B, J, heads or 1]."""
-        hidden = None if key_valid is None else ~key_valid[:, :, None]
-        if hidden is not None and self.index:
-            hidden = hidden[:, self.index[0], 0]
-        if self.group.absent is not None:
-            absent = self.group.absent.view(len(self.group.absent), -1).to(key.device)
-            hidden = absent.expand(key.shape[0], -1, -1) if hidden is None else hidden | absent
-        return None if hidden is None else _bias(~hidden, wide(key.dtype))
-
-    def pick(self, x: Tensor) -> Tensor:
-        """From [B, S, Hk, D] the keys of the group, [B, J, heads, D]; a view where they are the sequence itself."""
-        return x[:, :, self.heads] if self.index is None else x[:, *self.index]
-
-    def pick_zeros(self, grad: Tensor) -> Tensor:
-        """Where the gradient of what was picked is summed up."""
-        return grad[:, :, self.heads] if self.index is None else torch.zeros_like(grad[:, *self.index])
-
-    def put_back(self, grad: Tensor, picked: Tensor) -> None:
-        """Add the gradient of what was picked to that of the sequence."""
-        if self.index is None:
-            return
-        if self.group.index.dim() == 1 and grad.device.type == "cpu":  # five times as fast, elsewhere not deterministic
-            grad[:, :, self.heads].index_add_(1, self.index[0][:, 0], picked)
-        else:
-            torch.ops.aten.index_put_(grad, [None, *self.index], picked, accumulate=True)
-
-
 def _tiles(
-    part: Part, keys: _Keys, of_queries: list[Tensor], of_keys: tuple[Tensor, ...]
+    part: Part, keys: Keys, of_queries: list[Tensor], of_keys: tuple[Tensor, ...]
 ) -> Iterator[tuple[Tensor | None, ...]]:
     """(bias, tiles of each tensor) of a part, in chunks: at most _PIECE elements of their queries.
 

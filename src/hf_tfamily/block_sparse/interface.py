@@ -47,12 +47,15 @@ def block_sparse_attention_forward(
     Raises:
         ValueError: for what the backend cannot do, naming what can.
     """
-    seen = own_mask(attention_mask) if hasattr(attention_mask, "awaits_pattern") else None
+    seen = attention_mask if isinstance(attention_mask, VisibleKeys) else None
+    if seen is None and hasattr(attention_mask, "awaits_pattern"):  # of another copy of modeling/
+        seen = own_mask(attention_mask)
     if seen is not None and _is_window(seen.pattern):
         return _attend_window(query, key, value, seen.extra, scaling, dropout, **kwargs), None
     _refuse_unsupported(attention_mask, dropout if module.training else 0.0, {**kwargs, "return_lse": return_lse})
-    is_causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
-    seen = bind(seen, module, query, key, is_causal)
+    if seen is None or seen.awaits_pattern:  # a stock model's
+        is_causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
+        seen = bind(seen, module, query, key, is_causal)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     bias = kwargs.get("position_bias")
     if bias is not None:

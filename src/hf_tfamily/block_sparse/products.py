@@ -17,12 +17,63 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from .parts import Part, Tokens
+from .parts import Group, Part, Tokens
 
 MASKED = -1e30  # not -inf: a row without keys then keeps a finite LSE, far below any real one
 LOG2_E = math.log2(math.e)
 _PIECE = 1 << 20  # scores taken together: few enough to stay in the processor's cache
 _DELTA_PIECE = 1 << 17  # elements of outputs taken together
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Keys of a group
+
+
+class Keys:
+    """The keys of a group: all of the sequence, or those picked by its index; and which of them are hidden."""
+
+    def __init__(self, group: Group, key: Tensor, key_valid: Tensor | None) -> None:
+        self.group = group
+        self.heads = slice(group.heads.start, group.heads.stop, group.heads.step)
+        self.index = self._index(key)
+        self.hidden = self._hidden(key, key_valid)
+
+    def _index(self, key: Tensor) -> tuple[Tensor, Tensor] | None:
+        """(token, key head) of each picked key, [J, heads] together."""
+        index = self.group.index
+        if index is None:
+            return None
+        heads = torch.arange(key.shape[2])[self.heads]
+        if index.dim() == 2 and len(heads) < index.shape[1]:
+            heads = heads.repeat_interleave(index.shape[1] // len(heads))
+        return index.view(len(index), -1).to(key.device), heads.to(key.device)
+
+    def _hidden(self, key: Tensor, key_valid: Tensor | None) -> Tensor | None:
+        """What is added to the scores of each key, 0 or a huge negative number: [B, J, heads or 1]."""
+        hidden = None if key_valid is None else ~key_valid[:, :, None]
+        if hidden is not None and self.index:
+            hidden = hidden[:, self.index[0], 0]
+        if self.group.absent is not None:
+            absent = self.group.absent.view(len(self.group.absent), -1).to(key.device)
+            hidden = absent.expand(key.shape[0], -1, -1) if hidden is None else hidden | absent
+        return None if hidden is None else additive(hidden, wide(key.dtype))
+
+    def pick(self, x: Tensor) -> Tensor:
+        """From [B, S, Hk, D] the keys of the group, [B, J, heads, D]; a view where they are the sequence itself."""
+        return x[:, :, self.heads] if self.index is None else x[:, *self.index]
+
+    def pick_zeros(self, grad: Tensor) -> Tensor:
+        """Where the gradient of what was picked is summed up."""
+        return grad[:, :, self.heads] if self.index is None else torch.zeros_like(grad[:, *self.index])
+
+    def put_back(self, grad: Tensor, picked: Tensor) -> None:
+        """Add the gradient of what was picked to that of the sequence."""
+        if self.index is None:
+            return
+        if self.group.index.dim() == 1 and grad.device.type == "cpu":  # five times as fast, elsewhere not deterministic
+            grad[:, :, self.heads].index_add_(1, self.index[0][:, 0], picked)
+        else:
+            torch.ops.aten.index_put_(grad, [None, *self.index], picked, accumulate=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 from ..modeling.attention_patterns import Pattern
-from .cpu import NAMESPACE, OPERATORS, _Keys
+from .cpu import NAMESPACE, OPERATORS
 from .parts import Group, Part
 from .patterns import from_text, to_text
 from .products import (
     LOG2_E,
     MASKED,
     Extra,
+    Keys,
     Piece,
     ScoreMemory,
     Space,
@@ -131,7 +132,7 @@ def _forward(
         lse.fill_(MASKED)
     space = Space(q)
     for group in plan.groups:
-        keys = _Keys(group.keys, k, key_valid)
+        keys = Keys(group.keys, k, key_valid)
         group_q, group_pq, *results = (x[:, :, keys.heads] for x in (q, pq, output, lse))
         work = Work(group_q, keys.pick(k), keys.pick(v), results[1], scale, space, output=results[0])
         for relative in group.parts:
@@ -168,7 +169,7 @@ def _backward(
     grad_q, grad_pq = (q.new_empty(q.shape) if plan.complete else q.new_zeros(q.shape) for _ in range(2))
     grad_k, grad_v = (k.new_empty(k.shape) if plan.complete_keys else k.new_zeros(k.shape) for _ in range(2))
     for group in plan.groups:
-        keys = _Keys(group.keys, k, key_valid)
+        keys = Keys(group.keys, k, key_valid)
         picked = [keys.pick_zeros(x) for x in (grad_k, grad_v)]
         of_queries = [x[:, :, keys.heads] for x in (q, lse, grad_out, delta, grad_q, pq, grad_pq)]
         group_q, group_lse, *of_queries, group_pq, group_grad_pq = of_queries
@@ -186,7 +187,7 @@ def _widen(x: Tensor) -> Tensor:
     return x.to(wide(x.dtype))
 
 
-def _extra(part: Part, keys: _Keys, scores: "_PartScores") -> Extra:
+def _extra(part: Part, keys: Keys, scores: "_PartScores") -> Extra:
     like = scores.position_query
     hidden = None if keys.hidden is None else keys.hidden.expand(-1, -1, like.shape[2])[..., None]
     return Extra([causal_bias(part, like, like.dtype)] if part.causal else [], hidden, scores)

@@ -246,13 +246,13 @@ def _by_phase(group: Group, pattern: Pattern, first_query: int) -> Iterator[Part
 
 def _phases(part: Part, first: int, tiles: int, count: int) -> Part:
     """The queries from `first` on, every `tiles`-th of them a tile; a stair of a mask is as deep as a block."""
-    mask = part.mask
+    mask = _seen(part) if part.causal or part.mask is not None else None  # cut queries are no triangle any more
     if mask is not None:
         rows = first + torch.arange(tiles)[:, None] + tiles * torch.arange(count)
         mask = mask[0][:, rows].transpose(0, 1)  # [tiles, heads or 1, count, J]
         mask = mask[:1] if bool((mask == mask[:1]).all()) else mask
     queries = Tokens(part.queries.start + first, count, tiles, 1)
-    return replace(part, tiles=tiles, queries=queries, keys=replace(part.keys, step=0), mask=mask)
+    return replace(part, tiles=tiles, queries=queries, keys=replace(part.keys, step=0), causal=False, mask=mask)
 
 
 def _summary_block(pattern: Pattern) -> int | None:
