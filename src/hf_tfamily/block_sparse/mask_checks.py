@@ -14,9 +14,11 @@ from ..modeling.attention import BLOCK_SPARSE as NAME
 from ..modeling.attention import VisibleKeys, with_packing
 from ..modeling.attention_patterns import Full, Local, Pattern
 
-# Rows of up to so many pairs are compared whole; longer ones at their edges, and at so many pairs at random. What a
-# caller brings may hide or show anything anywhere, so that it is compared whole as long as that is bearable.
-ALL_PAIRS, ALL_CUSTOM_PAIRS, RANDOM_PAIRS = 2**12, 2**20, 2**11
+# Rows of up to so many pairs are compared whole, and longer ones where a caller brings a function of its own, that may
+# hide or show anything anywhere. Else every query is compared with its neighbours, so many with what lies at the ends
+# of window and row, and so many pairs at random.
+ALL_PAIRS, ALL_CUSTOM_PAIRS = 2**12, 2**16
+MOST_AT_ENDS, RANDOM_PAIRS = 512, 2048
 REFUSAL = f"attn_implementation='{NAME}' cannot combine a pattern with this model's own mask ({{}}); use 'sdpa'."
 ERRORS = (IndexError, NotImplementedError, RuntimeError, TypeError, ValueError)
 
@@ -84,26 +86,49 @@ def _pairs(seen: VisibleKeys, limit: int, device) -> tuple[Tensor, Tensor]:
     num_queries, num_keys = seen.query_length, seen.key_length
     num_pairs = num_queries * num_keys
     if num_pairs <= limit:
-        pairs = torch.arange(num_pairs, device=device)
-        return pairs // num_keys, pairs % num_keys
-    queries, keys = torch.arange(num_queries, device=device), torch.arange(num_keys, device=device)
-    edge_queries, edge_keys = _edges(seen, queries)
+        every = torch.arange(num_pairs, device=device)
+        return every // num_keys, every % num_keys
+    some_queries, some_keys = _spread(num_queries, device), _spread(num_keys, device)
+    first_query, first_key = torch.zeros_like(some_keys), torch.zeros_like(some_queries)
     generator = torch.Generator(device).manual_seed(0)
     some = torch.randint(num_pairs, (RANDOM_PAIRS,), generator=generator, device=device)
-    first_query, first_key = torch.zeros_like(keys), torch.zeros_like(queries)
-    return (
-        torch.cat([edge_queries, first_query, first_query + num_queries - 1, queries, queries, some // num_keys]),
-        torch.cat([edge_keys, keys, keys, first_key, first_key + num_keys - 1, some % num_keys]),
+    pairs = [
+        _neighbours(seen, device),
+        _at_steps(seen, some_queries, _window_ends(seen)),
+        (first_query, some_keys),
+        (first_query + num_queries - 1, some_keys),
+        (some_queries, first_key),
+        (some_queries, first_key + num_keys - 1),
+        (some // num_keys, some % num_keys),
+    ]
+    queries, keys = zip(*pairs)
+    return torch.cat(queries), torch.cat(keys)
+
+
+def _spread(length: int, device) -> Tensor:
+    """So many of the slots, evenly spaced from the first to the last."""
+    return torch.linspace(0, length - 1, min(length, MOST_AT_ENDS), device=device).round().long()
+
+
+def _neighbours(seen: VisibleKeys, device) -> tuple[Tensor, Tensor]:
+    return _at_steps(seen, torch.arange(seen.query_length, device=device), [-1, 0, 1])
+
+
+def _window_ends(seen: VisibleKeys) -> list[int]:
+    """The distances on either side of where windows end."""
+    if seen.pattern.is_full:
+        return []
+    window = seen.pattern.window
+    return [sign * step for step in range(window - 2, window + 2) for sign in (-1, 1)]
+
+
+def _at_steps(seen: VisibleKeys, queries: Tensor, steps: list[int]) -> tuple[Tensor, Tensor]:
+    """Slots [P] of queries and the keys so many steps before each of them."""
+    keys = (
+        queries
+        + (seen.query_offset - seen.key_offset)
+        - torch.tensor(steps, dtype=torch.long, device=queries.device)[:, None]
     )
-
-
-def _edges(seen: VisibleKeys, queries: Tensor) -> tuple[Tensor, Tensor]:
-    """Slots [P] of each query and the keys on either side of where causality and the window end."""
-    steps = {0, 1}
-    if isinstance(seen.pattern, Local):
-        steps |= set(range(seen.pattern.window - 2, seen.pattern.window + 2))
-    steps = torch.tensor(sorted(steps | {-step for step in steps}), device=queries.device)
-    keys = queries + (seen.query_offset - seen.key_offset) - steps[:, None]
     return queries.repeat(len(steps)), keys.clamp(0, seen.key_length - 1).flatten()
 
 
@@ -147,8 +172,7 @@ def _verify_unseen(
     if not may_be_packed or not _could_be_packed(seen):
         raise refusal(f"a mask function that reads the batch, {blind}")
     seen = with_packing(seen, _documents(seen, mask_function, device))
-    edges = _edges(seen, torch.arange(seen.query_length, device=device))
-    differ = _differences(seen, mask_function, first[0, 0], *edges)
+    differ = _differences(seen, mask_function, first[0, 0], *_neighbours(seen, device))
     torch._assert_async(~differ.any(), REFUSAL.format("a mask function that reads the batch"))
     return seen
 
