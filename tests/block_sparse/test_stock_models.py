@@ -9,6 +9,7 @@ import functools
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
+from torch._subclasses import FakeTensorMode
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
@@ -897,13 +898,22 @@ def test_packed_rows_are_compiled(build):
 @pytest.mark.parametrize("build", [llama, mistral])
 @torch.no_grad()
 def test_export(build, strict):
-    ours, ids = pair(build, PATTERNS["by layer"])[0], tokens()
+    """Also of patterns that were never combined with the model's window before, when tensors had values."""
+    ours, ids = pair(build, [Local(4 + strict), Union([Local(2), Strided(5 + strict)])])[0], tokens()
     exported = torch.export.export(
         ours, (ids,), {"attention_mask": torch.ones_like(ids), "use_cache": False}, strict=strict
     ).module()
     for mask in (torch.ones_like(ids), padding("left")):
         inputs = {"attention_mask": mask, "use_cache": False}
         close(exported(ids, **inputs).logits[mask.bool()], ours(ids, **inputs).logits[mask.bool()])
+
+
+@pytest.mark.parametrize("build", [llama, mistral])
+def test_tensors_without_values(build):
+    with FakeTensorMode():
+        model = build()
+        hf_tfamily.set_attention_patterns(model, Local(4))
+        assert model(tokens()).logits.shape == (2, LENGTH, 50)
 
 
 @pytest.mark.parametrize("mask", [None, torch.ones(2, LENGTH, dtype=torch.long)])

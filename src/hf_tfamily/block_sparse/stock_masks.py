@@ -19,8 +19,8 @@ from transformers.masking_utils import causal_mask_function
 
 from ..modeling.attention import BLOCK_SPARSE as NAME
 from ..modeling.attention import VisibleKeys, with_padding
-from ..modeling.attention_patterns import Full, Local, Pattern, intersect, pattern_from_dict
-from .mask_checks import refusal, verify, window_pattern
+from ..modeling.attention_patterns import Full, Intersection, Local, Pattern, intersect, pattern_from_dict
+from .mask_checks import refusal, tensors_have_values, verify, window_pattern
 
 
 def block_sparse_mask(
@@ -123,10 +123,13 @@ READ = SimpleNamespace()  # patterns by their text: torch.compile can neither re
 
 @torch.compiler.assume_constant_result
 def _read(values: dict, window: int | None) -> str:
-    text = json.dumps([values, window], sort_keys=True)
+    simplest = tensors_have_values()  # to find out which of two patterns contains the other
+    text = json.dumps([values, window, simplest], sort_keys=True)
     if not hasattr(READ, text):
-        own = Full() if window is None else Local(window)
-        setattr(READ, text, intersect(pattern_from_dict(values), own))
+        pattern = pattern_from_dict(values)
+        if window is not None:
+            pattern = intersect(pattern, Local(window)) if simplest else Intersection((pattern, Local(window)))
+        setattr(READ, text, pattern)
     return text
 
 
