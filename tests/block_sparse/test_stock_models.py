@@ -54,7 +54,7 @@ from transformers.masking_utils import (
     create_causal_mask,
     create_sliding_window_causal_mask,
     or_masks,
-    packed_sequence_compatibility_function,
+    packed_sequence_mask_function,
     sliding_window_bidirectional_mask_function,
     sliding_window_causal_mask_function,
 )
@@ -783,7 +783,7 @@ def test_mask_functions_for_scalars_are_evaluated():
 
 
 @pytest.mark.parametrize("length", [LENGTH, LONG])
-@pytest.mark.parametrize("window", [None, 6, 2])
+@pytest.mark.parametrize("window", [None, 6, 3])
 def test_documents_are_found_where_neighbours_do_not_see_each_other(window, length):
     documents = torch.zeros(2, length, dtype=torch.long)
     documents[0, 4:] += 1
@@ -793,12 +793,12 @@ def test_documents_are_found_where_neighbours_do_not_see_each_other(window, leng
     function, facts = causal_mask_function, {}
     if window is not None:
         function, facts = sliding_window_causal_mask_function(window), {"local_size": window}
-    packed = packed_sequence_compatibility_function(function, positions, documents)
+    packed = and_masks(function, packed_sequence_mask_function(documents))
     seen = own_mask(packed, length, **facts)
     assert torch.equal(seen.query_documents, documents)
     assert torch.equal(seen.query_positions, positions)
     with pytest.raises(ValueError, match="own mask"):  # a document that goes on later
-        own_mask(packed_sequence_compatibility_function(function, positions, documents % 2), length, **facts)
+        own_mask(and_masks(function, packed_sequence_mask_function(documents % 2)), length, **facts)
     with pytest.raises(ValueError, match="own mask"):  # there are no documents beside padding
         own_mask(packed, length, attention_mask=torch.ones(2, length, dtype=torch.bool), **facts)
 

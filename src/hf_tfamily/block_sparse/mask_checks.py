@@ -190,8 +190,9 @@ def _verify_unseen(
 def _builder_agrees(causal: bool, windowed: bool) -> bool:
     """Does a small mask that Transformers builds show what is said of its kind?"""
     config = PreTrainedConfig(attn_implementation="sdpa", sliding_window=2)
+    embeds = torch.empty(1, 6, 1, device="cpu")
     whole = {f"allow_is_{'causal' if causal else 'bidirectional'}_skip": False}
-    built = BUILDERS[causal, windowed](config, torch.empty(1, 6, 1), attention_mask=None, past_key_values=None, **whole)
+    built = BUILDERS[causal, windowed](config, embeds, attention_mask=None, past_key_values=None, **whole)
     seen = VisibleKeys(window_pattern(2 if windowed else None, causal), 1, causal, 1, 6, 6)
     return torch.equal(built, seen.dense(built.device).expand_as(built))
 
