@@ -4,8 +4,12 @@ The oracle is a backend of this file: it ignores the masks that Transformers bui
 self-attention layer what a table written by loops says (pattern AND the model's own rule AND padding AND packing).
 """
 
+import functools
+
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
+from torch._subclasses import FakeTensorMode
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
@@ -27,6 +31,10 @@ from transformers import (
     Llama4TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    ModernBertConfig,
+    ModernBertForMaskedLM,
     MoonshineConfig,
     MoonshineModel,
     SwinConfig,
@@ -37,7 +45,19 @@ from transformers import (
     ViTModel,
 )
 from transformers.cache_utils import DynamicCache, StaticCache
-from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, or_masks
+from transformers.masking_utils import (
+    AttentionMaskInterface,
+    and_masks,
+    bidirectional_mask_function,
+    blockwise_overlay,
+    causal_mask_function,
+    create_causal_mask,
+    create_sliding_window_causal_mask,
+    or_masks,
+    packed_sequence_mask_function,
+    sliding_window_bidirectional_mask_function,
+    sliding_window_causal_mask_function,
+)
 from transformers.modeling_utils import AttentionInterface
 
 import hf_tfamily
@@ -635,19 +655,297 @@ def test_chunked_attention_is_refused():
         model(tokens())
 
 
-@pytest.mark.parametrize("mask_function", [or_masks(causal_mask_function, causal_mask_function), lambda b, h, q, k: q])
-def test_unknown_mask_functions_are_refused(mask_function):
-    with pytest.raises(ValueError, match=r"own mask .*(or_masks|lambda)"):
-        stock_masks.block_sparse_mask(batch_size=1, q_length=4, kv_length=4, mask_function=mask_function)
+# ---------------------------------------------------------------------------------------------------------------------
+# A model's own mask is evaluated, not read
+
+LONG = 90  # more pairs than are compared one by one
+CAUSAL, BOTH_WAYS = {}, {"allow_is_bidirectional_skip": True}
+KINDS = {
+    "causal": (causal_mask_function, CAUSAL, lambda q, k: k <= q),
+    "sliding": (sliding_window_causal_mask_function(6), {"local_size": 6}, lambda q, k: q - 6 < k <= q),
+    "bidirectional": (bidirectional_mask_function, BOTH_WAYS, lambda q, k: True),
+    "bidirectional window": (
+        sliding_window_bidirectional_mask_function(6),
+        {"local_size": 6, **BOTH_WAYS},
+        lambda q, k: abs(q - k) <= 6,
+    ),
+}
 
 
-def test_a_mask_function_is_known_by_its_origin_not_its_name():
-    def bidirectional_mask_function(batch, head, query, key):
-        return query == key
+def renamed(function):
+    def bidirectional_mask_function(*indices):
+        return function(*indices)
 
-    bidirectional_mask_function.__qualname__ = "bidirectional_mask_function"
+    bidirectional_mask_function.__qualname__ = "chunked_overlay.<locals>.inner_mask"
+    return bidirectional_mask_function
+
+
+DISGUISES = {
+    "none": lambda function: function,
+    "a lambda": lambda function: lambda *indices: function(*indices),
+    "partial": functools.partial(functools.partial),
+    "renamed": renamed,
+    "nothing added": lambda function: or_masks(function, function),
+    "nothing taken": lambda function: and_masks(function, function),
+}
+
+
+def own_mask(function, length, batch=2, past=0, first_key=0, **facts):
+    lengths = {"q_length": length - past, "kv_length": length - first_key, "q_offset": past, "kv_offset": first_key}
+    return stock_masks.block_sparse_mask(batch_size=batch, **lengths, mask_function=function, **facts)
+
+
+@pytest.mark.parametrize("disguise", DISGUISES)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("past", [0, 5, LENGTH - 1])
+def test_masks_are_known_by_what_they_show(kind, disguise, past):
+    function, facts, rule = KINDS[kind]
+    seen = own_mask(DISGUISES[disguise](function), LENGTH, past=past, first_key=past // 2, **facts)
+    table = [[rule(q, k) for k in range(past // 2, LENGTH)] for q in range(past, LENGTH)]
+    assert seen.dense(torch.device("cpu"))[0, 0].tolist() == table
+    assert seen.query_documents is None
+    own_mask(DISGUISES[disguise](function), LONG, past=past, **facts)
+
+
+def changed(function, query, key, row=None, head=None):
+    """The same mask but for one pair."""
+
+    def changed_mask(b, h, q, k):
+        there = (q == query) & (k == key) & (True if row is None else b == row) & (True if head is None else h == head)
+        return function(b, h, q, k) ^ there
+
+    return changed_mask
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_other_pair_is_found_in_short_rows(kind):
+    function, facts, _ = KINDS[kind]
+    for query in range(8):
+        for key in range(8):
+            if key + 1 != query:  # that alone would be a new document
+                with pytest.raises(ValueError, match=rf"own mask .*changed_mask.*query {query}, key {key} of row 0"):
+                    own_mask(changed(function, query, key), 8, **facts)
+    with pytest.raises(ValueError, match="query 6, key 4 of row 1"):
+        own_mask(changed(function, 6, 4, row=1), 8, **facts)
+    with pytest.raises(ValueError, match="query 6, key 4 of row 0"):
+        own_mask(changed(function, 6, 4, head=3), 8, config=LlamaConfig(**TEXT), **facts)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("step", [-7, -6, -5, -1, 0, 1, 5, 6, 7])
+def test_in_long_rows_one_pair_is_found_at_the_edges(kind, step):
+    function, facts, _ = KINDS[kind]
+    if facts.get("local_size") or abs(step) <= 1:
+        with pytest.raises(ValueError, match="own mask"):
+            own_mask(changed(function, 50, 50 - step), LONG, **facts)
+
+
+@pytest.mark.parametrize(("query", "key"), [(0, 40), (LONG - 1, 40), (40, 0), (40, LONG - 1)])
+def test_in_long_rows_one_pair_is_found_in_the_first_and_last_rows_and_columns(query, key):
     with pytest.raises(ValueError, match="own mask"):
-        stock_masks.block_sparse_mask(1, 4, 4, mask_function=bidirectional_mask_function)
+        own_mask(changed(causal_mask_function, query, key), LONG)
+
+
+def test_a_caller_s_own_function_is_compared_whole():
+    with pytest.raises(ValueError, match="query 40, key 17"):
+        own_mask(changed(causal_mask_function, 40, 17), LONG, use_vmap=True)
+
+
+@pytest.mark.parametrize("length", [LENGTH, LONG])
+@pytest.mark.parametrize("size", [5, 7])
+def test_windows_of_another_size_are_refused(size, length):
+    for function in (sliding_window_causal_mask_function(6), causal_mask_function):
+        with pytest.raises(ValueError, match="own mask"):
+            own_mask(function, length, local_size=size)
+    with pytest.raises(ValueError, match="own mask"):
+        own_mask(sliding_window_bidirectional_mask_function(6), length, local_size=size, **BOTH_WAYS)
+
+
+@pytest.mark.parametrize(
+    "mask_function",
+    [lambda b, h, q, k: q, lambda b, h, q, k: k > q, lambda b, h: True, lambda b, h, q, k: [0][int(q.sum()) + 1]],
+)
+def test_other_mask_functions_are_refused(mask_function):
+    with pytest.raises(ValueError, match=r"own mask .*lambda"):
+        own_mask(mask_function, 4)
+
+
+def test_mask_functions_for_scalars_are_evaluated():
+    """One that would not broadcast over the batch."""
+
+    def scalars(b, h, q, k):
+        assert q.ndim == 0 or q.shape == k.shape, "not elementwise"
+        return torch.stack([k, q]).argmin(0) == 0  # k <= q
+
+    own_mask(scalars, LENGTH)
+    with pytest.raises(ValueError, match="own mask"):
+        own_mask(lambda *indices: ~scalars(*indices), LENGTH)
+
+
+@pytest.mark.parametrize("length", [LENGTH, LONG])
+@pytest.mark.parametrize("window", [None, 6, 3])
+def test_documents_are_found_where_neighbours_do_not_see_each_other(window, length):
+    documents = torch.zeros(2, length, dtype=torch.long)
+    documents[0, 4:] += 1
+    documents[0, 5:] += 1
+    documents[1, length // 2 :] += 1
+    positions = torch.stack([torch.cat([torch.arange(n) for n in row.bincount()]) for row in documents])
+    function, facts = causal_mask_function, {}
+    if window is not None:
+        function, facts = sliding_window_causal_mask_function(window), {"local_size": window}
+    packed = and_masks(function, packed_sequence_mask_function(documents))
+    seen = own_mask(packed, length, **facts)
+    assert torch.equal(seen.query_documents, documents)
+    assert torch.equal(seen.query_positions, positions)
+    with pytest.raises(ValueError, match="own mask"):  # a document that goes on later
+        own_mask(and_masks(function, packed_sequence_mask_function(documents % 2)), length, **facts)
+    with pytest.raises(ValueError, match="own mask"):  # there are no documents beside padding
+        own_mask(packed, length, attention_mask=torch.ones(2, length, dtype=torch.bool), **facts)
+
+
+def block_of_a_picture(ids):
+    """Tokens of 9 see each other both ways."""
+    blocks = torch.where(ids == 9, 0, -1)
+    return {"block_sequence_ids": blocks}, {"or_mask_function": blockwise_overlay(blocks)}
+
+
+@pytest.mark.parametrize("length", [LENGTH, 1200])
+@pytest.mark.parametrize("way", [0, 1])
+@pytest.mark.parametrize("build", [create_causal_mask, create_sliding_window_causal_mask])
+@pytest.mark.parametrize("padded", [False, True])
+def test_what_depends_on_the_call_is_evaluated_at_each_call(build, way, length, padded):
+    config = MistralConfig(**TEXT, sliding_window=WINDOW, attn_implementation="block_sparse")
+    ids = torch.randint(10, 50, (2, length))
+    mask = padding("left", length=length) if padded else None
+
+    def make(ids):
+        inputs = {"inputs_embeds": torch.empty(*ids.shape, 1), "attention_mask": mask, "past_key_values": None}
+        return build(config, **inputs, **block_of_a_picture(ids)[way])
+
+    make(ids)
+    ids[1, 10:14] = 9
+    with pytest.raises(ValueError, match="own mask"):
+        make(ids)
+    ids[1, 10:14] = 10
+    make(ids)
+
+
+def test_a_bidirectional_block_is_refused_while_decoding():
+    blocks = torch.full((2, LENGTH), -1)
+    own_mask(or_masks(causal_mask_function, blockwise_overlay(blocks)), LENGTH, past=LENGTH - 1)
+    blocks[1, [3, LENGTH - 1]] = 0
+    sliding = sliding_window_causal_mask_function(4)
+    with pytest.raises(ValueError, match="own mask"):
+        own_mask(or_masks(sliding, blockwise_overlay(blocks)), LENGTH, past=LENGTH - 1, local_size=4)
+
+
+def modernbert():
+    sizes = {"local_attention": 8, "global_attn_every_n_layers": 2, "embedding_dropout": 0.0, "pad_token_id": 0}
+    return ModernBertForMaskedLM(ModernBertConfig(vocab_size=50, **SIZES, **sizes, initializer_range=0.3))
+
+
+@pytest.mark.parametrize("side", ["none", "left", "right"])
+def test_modernbert_has_windows_to_both_sides(side):
+    """Its window of 8 shows 4 tokens on either side, in every layer but the first, third, and so on."""
+    patterns = PATTERNS["by layer"]
+    ours, twin = pair(modernbert, patterns)
+    valid = None if side == "none" else padding(side)
+    full, _ = tables(patterns, valid, causal=False)
+    _, local = tables([patterns[0], Intersection([patterns[1], Local(5)])], valid, causal=False)
+    TABLES.by_layer = {"all": [full, local]}
+    assert_equal(ours, twin, valid, input_ids=tokens(), attention_mask=valid)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Graphs
+
+
+def mistral():
+    return MistralForCausalLM(MistralConfig(**TEXT, sliding_window=WINDOW))
+
+
+GIVEN = {"nothing": lambda: {}, "padding": lambda: {"attention_mask": padding("left")}}
+
+
+@pytest.mark.parametrize("given", GIVEN)
+@pytest.mark.parametrize("build", [llama, mistral])
+@torch.no_grad()
+def test_one_graph(build, given):
+    ours, ids, given = pair(build, PATTERNS["by layer"])[0], tokens(), GIVEN[given]()
+    torch._dynamo.reset()
+    compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
+    close(compiled(ids, **given).logits, ours(ids, **given).logits)
+    before = compiled(ids, **given).logits
+    hf_tfamily.set_attention_patterns(ours, Local(2))
+    after = compiled(ids, **given).logits
+    close(after, ours(ids, **given).logits)
+    assert (after - before).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("build", [llama, mistral])
+@torch.no_grad()
+def test_packed_rows_are_compiled(build):
+    """Not in one graph: how many documents there are is known only then."""
+    ours, ids = pair(build, PATTERNS["by layer"])[0], tokens()
+    torch._dynamo.reset()
+    compiled = torch.compile(ours, backend="aot_eager")
+    for positions in (torch.tensor([[*range(12), *range(9)]]), torch.arange(LENGTH)[None]):
+        inputs = {"input_ids": ids, "position_ids": positions, "use_cache": False}
+        close(compiled(**inputs).logits, ours(**inputs).logits)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("build", [llama, mistral])
+@torch.no_grad()
+def test_export(build, strict):
+    """Also of patterns that were never combined with the model's window before, when tensors had values."""
+    ours, ids = pair(build, [Local(4 + strict), Union([Local(2), Strided(5 + strict)])])[0], tokens()
+    exported = torch.export.export(
+        ours, (ids,), {"attention_mask": torch.ones_like(ids), "use_cache": False}, strict=strict
+    ).module()
+    for mask in (torch.ones_like(ids), padding("left")):
+        inputs = {"attention_mask": mask, "use_cache": False}
+        close(exported(ids, **inputs).logits[mask.bool()], ours(ids, **inputs).logits[mask.bool()])
+
+
+@pytest.mark.parametrize("build", [llama, mistral])
+def test_tensors_without_values(build):
+    with FakeTensorMode():
+        model = build()
+        hf_tfamily.set_attention_patterns(model, Local(4))
+        assert model(tokens()).logits.shape == (2, LENGTH, 50)
+
+
+@pytest.mark.parametrize("mask", [None, torch.ones(2, LENGTH, dtype=torch.long)])
+@pytest.mark.parametrize("way", [0, 1])
+def test_graphs_do_not_take_a_bidirectional_block(way, mask):
+    config = LlamaConfig(**TEXT, attn_implementation="block_sparse")
+    ids = torch.full((2, LENGTH), 10)
+
+    @functools.partial(torch.compile, backend="eager", fullgraph=True)
+    def masked(ids):
+        inputs = {"inputs_embeds": torch.empty(*ids.shape, 1), "attention_mask": mask, "past_key_values": None}
+        return create_causal_mask(config, **inputs, **block_of_a_picture(ids)[way]).key_documents
+
+    torch._dynamo.reset()
+    ids[1, 10:14] = 9
+    with pytest.raises(Exception, match="own mask"):
+        masked(ids)
+
+
+@pytest.mark.parametrize("build", [llama, mistral])
+@torch.no_grad()
+def test_decoding_with_a_static_cache_is_one_graph(build):
+    ours, ids = pair(build, PATTERNS["by layer"])[0], tokens()
+    cache = StaticCache(ours.config, max_cache_len=30)
+    parts = [ours(ids[:, :12], past_key_values=cache).logits]
+    counts = CompileCounter()
+    torch._dynamo.reset()
+    step = torch.compile(ours, backend=counts, fullgraph=True)
+    for place in range(12, LENGTH):
+        positions = torch.tensor([[place]])
+        parts.append(step(ids[:, place : place + 1], position_ids=positions, past_key_values=cache).logits)
+    close(torch.cat(parts, dim=1), ours(ids).logits)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -36,6 +36,7 @@ def _slots(positions: torch.Tensor, valid: torch.Tensor | None, bound: int) -> t
     return slots if valid is None else slots.masked_fill(~valid, -1), span
 
 
+@torch.compiler.disable  # how many calls there are, and of which sizes, is in the documents
 def attend_packed(seen: VisibleKeys, queries: Tensors, key, value, execute: Callable) -> Tensors:
     """Each document becomes a row; those that end at similar positions, up to a power of two, are computed together."""
     documents = seen.key_documents
