@@ -174,7 +174,7 @@ def _verify_unseen(
     What Transformers itself builds was evaluated when this file was imported; shapes tell what reads the batch.
     """
     blind = "which torch.compile, export and static caches on GPUs leave no look at"
-    if use_vmap or not BUILDERS_AGREE[seen.causal, isinstance(seen.pattern, Local)]:
+    if use_vmap or not BUILDERS_AGREE[seen.causal, not seen.pattern.is_full]:
         raise refusal(f"a mask function of its own, {blind}")
     first = torch.zeros(2, 1, 1, dtype=torch.long, device=device)
     if mask_function(first, first[:1], first[:1], first[:1]).shape.numel() == 1:
