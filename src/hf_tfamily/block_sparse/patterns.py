@@ -5,7 +5,6 @@ package does not know (somebody's own class) keeps its object, and is computed b
 """
 
 import json
-from collections import OrderedDict
 from dataclasses import fields
 from functools import lru_cache
 
@@ -14,8 +13,8 @@ import torch
 from ..modeling.attention import PROJECT, SEAM, VisibleKeys
 from ..modeling.attention_patterns import PATTERN_TYPES, Pattern, grid_of, pattern_from_dict, walk
 
-_FOREIGN: OrderedDict[str, "ForeignPattern"] = OrderedDict()
-_MOST_FOREIGN = 64
+# Those that no text can describe, by number; none is ever dropped, since a backward or a compiled graph may name it.
+_FOREIGN: list[Pattern] = []
 
 
 class ForeignPattern(Pattern):
@@ -23,6 +22,7 @@ class ForeignPattern(Pattern):
 
     def __init__(self, theirs):
         self.theirs = theirs
+        self.type = f"foreign {theirs.type}"
 
     def visible(self, head, query, key):
         return self.theirs.visible(head, query, key)
@@ -54,21 +54,18 @@ def own_pattern(pattern) -> Pattern:
 
 @lru_cache(maxsize=256)
 def _own_pattern(theirs) -> Pattern:
-    if any(inner.type not in PATTERN_TYPES for inner in _inside(theirs)):
+    inner, known = getattr(theirs, "patterns", None), PATTERN_TYPES.get(theirs.type)
+    try:
+        if known is not None and inner is not None:
+            mine = known(tuple(own_pattern(pattern) for pattern in inner))
+        else:
+            mine = pattern_from_dict(theirs.to_dict())
+    except ValueError:  # of a type or with a field that is not known
         return ForeignPattern(theirs)
-    mine, grid = pattern_from_dict(theirs.to_dict()), _grid(theirs)
+    if mine.to_dict() != theirs.to_dict():
+        return ForeignPattern(theirs)
+    grid = getattr(theirs, "grid", None)
     return mine if grid is None else mine.bind(grid)
-
-
-def _inside(theirs):
-    """The pattern and every pattern inside it."""
-    yield theirs
-    for inner in getattr(theirs, "patterns", ()):
-        yield from _inside(inner)
-
-
-def _grid(theirs) -> tuple[int, ...] | None:
-    return next((inner.grid for inner in _inside(theirs) if getattr(inner, "grid", None) is not None), None)
 
 
 def own_mask(mask) -> VisibleKeys:
@@ -103,20 +100,17 @@ def to_text(pattern: Pattern) -> str:
 
 @lru_cache(maxsize=256)
 def _cached_text(pattern: Pattern) -> str:
-    foreign = any(isinstance(inner, ForeignPattern) for inner in walk(pattern))
-    text = json.dumps([pattern.to_dict(), grid_of(pattern)], sort_keys=True)
-    if foreign:
-        text = f"foreign {len(_FOREIGN)} {text}"
-        _FOREIGN[text] = pattern
-        while len(_FOREIGN) > _MOST_FOREIGN:
-            _FOREIGN.popitem(last=False)
-    return text
+    if not any(isinstance(inner, ForeignPattern) for inner in walk(pattern)):
+        return json.dumps([pattern.to_dict(), grid_of(pattern)], sort_keys=True)
+    if pattern not in _FOREIGN:
+        _FOREIGN.append(pattern)
+    return f"foreign {_FOREIGN.index(pattern)}"
 
 
 @lru_cache(maxsize=256)
 def from_text(text: str) -> Pattern:
-    if text in _FOREIGN:
-        return _FOREIGN[text]
+    if text.startswith("foreign "):
+        return _FOREIGN[int(text.removeprefix("foreign "))]
     values, grid = json.loads(text)
     bare = pattern_from_dict(values)
     return bare if grid is None else bare.bind(grid)
