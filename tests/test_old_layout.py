@@ -5,6 +5,7 @@ Their engine never serves where the package is imported: before or after it, wha
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -12,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from hf_tfamily.hub import export
 from tests.bare_packages import link_packages
-from tests.hub.examples import NAMES, main_head
+from tests.hub.examples import NAMES, example, main_head, write_expected
 
 pytestmark = pytest.mark.slow
 
@@ -127,6 +129,29 @@ for parameter in ours.parameters():
 result |= {"ours": answers(ours), "module": type(ours).__module__, "old": answers(old), "engine": engine()}
 print(json.dumps(result))
 """
+# A checkpoint of today, beside the engine that one of the earlier layout registered.
+NEW_BESIDE_OLD = """
+HEADS["new"] = "AutoModelForCausalLM"
+old, model = load("sparse_transformer"), load("new")
+result = {"registered": engine()[1], "module": type(model).__module__, "default": model.config._attn_implementation}
+try:
+    load("new", attn_implementation="block_sparse")
+except ImportError as error:
+    result["refused"] = str(error)
+result |= {"new": difference("new", model), "old": difference("sparse_transformer", old)}
+print(json.dumps(result))
+"""
+# The package's own model, after a checkpoint of today was loaded whose code is not what was exported.
+BROKEN_NEW = """
+HEADS["new"] = "AutoModelForCausalLM"
+changed = load("new", attn_implementation="eager")
+result = {"module": type(changed).__module__, "changed": difference("new", changed)}
+import_package()
+result |= {"ours": difference("new", load("new", attn_implementation="block_sparse")), "calls": len(calls)}
+changed = load_old("new", attn_implementation="block_sparse")
+result |= {"on the engine": difference("new", changed), "engine": engine()}
+print(json.dumps(result))
+"""
 
 
 def unpack(folder: Path) -> Path:
@@ -154,8 +179,13 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def without_package(folder, tmp_path_factory):
-    packages = link_packages(tmp_path_factory.mktemp("packages"))
+def packages(tmp_path_factory):
+    """All that is installed, but for this package."""
+    return link_packages(tmp_path_factory.mktemp("packages"))
+
+
+@pytest.fixture(scope="module")
+def without_package(folder, packages):
     return ask(folder, WITHOUT, options=("-S",), PYTHONPATH=str(packages))
 
 
@@ -235,3 +265,41 @@ def test_an_executor_that_a_checkpoint_changed_changes_nothing_of_the_package(fo
     assert result["engine"] == ["hf_tfamily.block_sparse.interface", 2]
     assert result["ours"] <= 1e-5
     assert result["old"] <= 1e-5
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints of today
+
+
+@pytest.fixture
+def exported(folder):
+    """A Sparse Transformer with today's code beside it, and what it answers."""
+    model, _ = example("sparse_transformer")
+    export(model, folder / "new")
+    write_expected("sparse_transformer", model, folder)
+    (folder / "sparse_transformer.safetensors").rename(folder / "new" / "expected.safetensors")
+    yield folder / "new"
+    shutil.rmtree(folder / "new")
+
+
+def test_a_new_copy_asks_for_an_upgrade_of_an_old_engine(folder, exported, packages):
+    result = ask(folder, NEW_BESIDE_OLD, options=("-S",), PYTHONPATH=str(packages))
+    assert result["registered"] == 1
+    assert result["default"] == "sdpa"
+    assert "upgrade it: what is there speaks seam 1" in result["refused"]
+    assert max(result["new"], result["old"]) <= 1e-5
+
+
+def test_a_new_copy_that_was_changed_changes_nothing_of_the_package(folder, exported):
+    """There is no executor in it any more; whatever else is changed holds for its own models only."""
+    file = exported / "attention.py"
+    line = "    output = (dropped @ value).transpose(1, 2).contiguous()\n"
+    assert file.read_text().count(line) == 1
+    file.write_text(file.read_text().replace(line, line.replace("dropped @ value", "dropped @ value * 3")))
+    result = ask(folder, BROKEN_NEW)
+    assert result["changed"] > 1e-3, "the change must be one that shows"
+    assert result["module"].startswith("transformers_modules.")
+    assert result["engine"] == ["hf_tfamily.block_sparse.interface", 2]
+    assert result["ours"] <= 1e-5
+    assert result["on the engine"] <= 1e-5
+    assert result["calls"] > 0

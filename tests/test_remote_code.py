@@ -63,6 +63,21 @@ def test_every_generating_system_generates_without_the_package(without_package, 
     assert without_package[name]["generated"] > 0
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_block_sparse_asks_for_the_package(without_package, name):
+    assert without_package[name]["default"] == "sdpa"
+    assert "`import hf_tfamily` before loading the model; see https://" in without_package[name]["refused"]
+
+
+def test_the_default_without_the_package_says_once_what_it_costs(without_package):
+    said = [(copy, line) for copy, line in without_package["said"] if "N x N" in line]
+    assert len(set(said)) == len(said) > 0
+    assert {copy.rpartition(".")[2] for copy, _ in said} == {"attention"}
+    for system in ("image", "sparse", "swin"):
+        assert any(f"{system}_hyphen_transformer" in copy for copy, _ in said)
+    assert all("under sdpa" in line and "`import hf_tfamily` before loading the model" in line for _, line in said)
+
+
 @pytest.fixture(scope="module")
 def both(filled):
     """The repositories' code first, and then this package, in one process."""
