@@ -12,7 +12,7 @@ from torch.nn.attention.flex_attention import create_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from hf_tfamily.block_sparse import block_sparse_attention_forward, interface
-from hf_tfamily.block_sparse.patterns import ForeignPattern, own_mask, own_pattern
+from hf_tfamily.block_sparse.patterns import ForeignPattern, from_text, own_mask, own_pattern, to_text
 from hf_tfamily.modeling import attention, attention_patterns
 from hf_tfamily.modeling.attention import VisibleKeys, attend_with_lse, eager_attention_forward, lower_mask
 from hf_tfamily.modeling.attention_patterns import FixedSummary, Full, Local, Pattern, PerHead, Strided, Union
@@ -325,6 +325,49 @@ def of_the_package():
 def test_a_class_derived_from_the_packages_pattern_works(of_the_package, case):
     for pattern in (of_the_package(), Union([Local(2), of_the_package(4, 1)]), PerHead([Full(), of_the_package(5)])):
         assert_engine_equals_eager(case.visible(lambda _: attention, pattern), case)
+
+
+def test_a_field_that_would_be_taken_for_a_fact_is_refused():
+    """A plan that believed it would be wrong."""
+    with pytest.raises(TypeError, match=r"Every\.period is the name of a fact that patterns tell; choose another"):
+
+        @dataclass(frozen=True)
+        class Every(Pattern):
+            type: ClassVar[str] = "every"
+            period: int = 3
+
+    assert "every" not in attention_patterns.PATTERN_TYPES
+
+
+def test_a_class_that_is_defined_anew_has_its_new_rule():
+    """As in a notebook whose cell is run again."""
+    case = Case()
+    try:
+        for shift in (0, 1, 0):
+
+            @dataclass(frozen=True)
+            class Edited(Pattern):
+                type: ClassVar[str] = "edited"
+                window: int = 3
+
+                def visible(self, head, query, key, shift=shift):
+                    return (query - key < self.window + shift) & (key <= query)
+
+            for pattern in (Edited(), Union([Strided(4), Edited(2)])):
+                assert_engine_equals_eager(case.visible(lambda _: attention, pattern), case)
+    finally:
+        del attention_patterns.PATTERN_TYPES["edited"]
+
+
+def test_texts_of_another_process_name_patterns_by_what_they_say(of_the_package, foreign):
+    """An exported program outlives the numbers of the process that made it."""
+    pattern = Union([Local(2), of_the_package(4, 1)])
+    number, described = to_text(pattern).split(" ", 1)
+    assert from_text(f"{number} {described}") is pattern
+    assert from_text(f"{int(number) + 1000} {described}") == pattern
+    _, described = to_text(own_pattern(foreign(7))).split(" ", 1)
+    with pytest.raises(ValueError, match="Unknown pattern type 'sums'"):
+        from_text(f"0 {described}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -13,8 +13,9 @@ import torch
 from ..modeling.attention import PROJECT, SEAM, VisibleKeys
 from ..modeling.attention_patterns import PATTERN_TYPES, Pattern, grid_of, pattern_from_dict, walk
 
-# Those that no text can describe, by number; none is ever dropped, since a backward or a compiled graph may name it.
-_FOREIGN: list[Pattern] = []
+# Patterns of other people's classes, which texts name by number: two classes may say the same of themselves, and one
+# may be defined anew. None is ever dropped, since a backward or a compiled graph may name it.
+_OTHERS: list[Pattern] = []
 
 
 class ForeignPattern(Pattern):
@@ -100,17 +101,20 @@ def to_text(pattern: Pattern) -> str:
 
 @lru_cache(maxsize=256)
 def _cached_text(pattern: Pattern) -> str:
-    if not any(isinstance(inner, ForeignPattern) for inner in walk(pattern)):
-        return json.dumps([pattern.to_dict(), grid_of(pattern)], sort_keys=True)
-    if pattern not in _FOREIGN:
-        _FOREIGN.append(pattern)
-    return f"foreign {_FOREIGN.index(pattern)}"
+    text = json.dumps([pattern.to_dict(), grid_of(pattern)], sort_keys=True)
+    if all(type(inner).__module__ == Pattern.__module__ for inner in walk(pattern)):
+        return text
+    if pattern not in _OTHERS:
+        _OTHERS.append(pattern)
+    return f"{_OTHERS.index(pattern)} {text}"
 
 
 @lru_cache(maxsize=256)
 def from_text(text: str) -> Pattern:
-    if text.startswith("foreign "):
-        return _FOREIGN[int(text.removeprefix("foreign "))]
-    values, grid = json.loads(text)
+    number, described = text.split(" ", 1) if text[0].isdigit() else ("", text)
+    numbered = _OTHERS[int(number) :][:1] if number else []
+    if numbered and _cached_text(numbered[0]) == text:  # else the text is of another process
+        return numbered[0]
+    values, grid = json.loads(described)
     bare = pattern_from_dict(values)
     return bare if grid is None else bare.bind(grid)
