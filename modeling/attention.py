@@ -513,19 +513,21 @@ def choose_backend(asked: str | None, follows_patterns: bool) -> str | None:
     Raises:
         ImportError: if block_sparse is asked for and no engine, or only an older one, is registered.
     """
-    if asked == BLOCK_SPARSE and engine_version() < SEAM:
+    version = engine_version()
+    upgraded = f" in a version that speaks seam {SEAM} (upgrade it: what is there speaks seam {version})"
+    remedy = f"`import hf_tfamily`{upgraded if version else ''} before loading the model; see {PROJECT}"
+    if asked == BLOCK_SPARSE and version < SEAM:
         raise ImportError(
-            f"attn_implementation='{BLOCK_SPARSE}' is computed by the package hf_tfamily: `import hf_tfamily` before "
-            f"loading the model, in a version that speaks seam {SEAM} (found: {engine_version() or 'none'}; "
-            f"see {PROJECT}); or use 'sdpa', 'flex_attention' or 'eager'."
+            f"attn_implementation='{BLOCK_SPARSE}' is computed by the package hf_tfamily: {remedy}; "
+            "or use 'sdpa' or 'eager'."
         )
     if asked is not None or not follows_patterns:
         return asked
-    if engine_version() >= SEAM:
+    if version >= SEAM:
         return BLOCK_SPARSE
     logger.warning_once(
-        "Attention patterns run as masks under sdpa, which costs memory for every pair of tokens (N x N). For their "
-        f"own cost, `import hf_tfamily` before loading the model ({PROJECT})."
+        "Attention patterns run as masks under sdpa, which costs memory for every pair of tokens (N x N). "
+        f"For their own cost, {remedy}."
     )
     return "sdpa"
 

@@ -21,6 +21,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
+from inspect import get_annotations
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -48,6 +49,9 @@ class Pattern:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        facts = [name for name in get_annotations(cls) if hasattr(Pattern, name)]
+        if facts:
+            raise TypeError(f"{cls.__qualname__}.{facts[0]} is the name of a fact that patterns tell; choose another.")
         if "type" not in cls.__dict__:
             return
         other = PATTERN_TYPES.setdefault(cls.type, cls)
@@ -91,10 +95,10 @@ class Pattern:
 
     # Facts: where a query's keys lie
 
-    step = 1  # what a query sees lies a multiple of so many positions away
+    key_step = 1  # what a query sees lies a multiple of so many positions away
 
     def interval(self, query) -> tuple[Any, Any] | None:
-        """(low, high): among the keys that lie a multiple of `step` away, `query` sees just those in [low, high).
+        """(low, high): among the keys that lie a multiple of `key_step` away, `query` sees just those in [low, high).
 
         Integers and tensors alike, neither end ever decreasing; ends may lie beyond the sequence. None if it is no
         interval.
@@ -108,7 +112,7 @@ class Pattern:
 
     @property
     def in_columns(self) -> "Pattern | None":
-        """With a step: what the tokens of a column (every `step`-th one) show each other, counted in the column."""
+        """With a `key_step`: what the tokens of a column (every so many-th) show each other, counted in the column."""
         return None
 
     @property
@@ -225,7 +229,7 @@ class Local(Pattern):
         return near if self.dilation == 1 else near & ((query - key) % self.dilation == 0)
 
     @property
-    def step(self) -> int:
+    def key_step(self) -> int:
         return self.dilation
 
     def interval(self, query):
@@ -275,7 +279,7 @@ class Strided(Pattern):
         return (query - key) % self.stride == 0
 
     @property
-    def step(self) -> int:
+    def key_step(self) -> int:
         return self.stride
 
     def interval(self, query):
@@ -895,11 +899,11 @@ def contains(outer: Pattern, inner: Pattern) -> bool:
     period = math.lcm(*periods)
     if period > 1 << 16:
         return False
-    query = torch.arange(period) + math.lcm(period, outer.step) * 8  # far enough from 0 for every phase
+    query = torch.arange(period) + math.lcm(period, outer.key_step) * 8  # far enough from 0 for every phase
     (low, high), (inner_low, inner_high) = outer.interval(query), inner.interval(query)
     inside = bool(((low <= inner_low) & (inner_high <= high)).all())
-    own_only = bool(((inner_low > query - inner.step) & (inner_high <= query + inner.step)).all())
-    return inside and (own_only or inner.step % outer.step == 0)
+    own_only = bool(((inner_low > query - inner.key_step) & (inner_high <= query + inner.key_step)).all())
+    return inside and (own_only or inner.key_step % outer.key_step == 0)
 
 
 @lru_cache(maxsize=64)

@@ -387,7 +387,7 @@ def _needs(pattern: Pattern) -> _Needs:
     near = tuple(part for part in parts if part.reach < math.inf)
     summaries = [part.summary_keys for part in parts if part.summary_keys is not None]
     if len(summaries) > 1 or len(near) + len(summaries) < len(parts):
-        steps = [part.step for part in parts if part.interval(0) is not None]
+        steps = [part.key_step for part in parts if part.interval(0) is not None]
         return _Needs((), None, pattern, max(steps, default=1))
     return _Needs(near, (summaries[0].block, summaries[0].count) if summaries else None, None, 1)
 

@@ -3,12 +3,11 @@
 import os
 import subprocess
 import sys
-import sysconfig
-from pathlib import Path
 
 import pytest
 
 from hf_tfamily.hub import export
+from tests.bare_packages import link_packages
 from tests.hub.conftest import Client, open_hub
 from tests.hub.examples import NAMES, example, main_head, repository, write_expected
 from tests.hub.fixture_hub import Blob, Repository
@@ -17,7 +16,6 @@ from tests.hub.scripts import BOTH, REMOTE
 pytestmark = pytest.mark.slow
 
 WANTED = {name: (repository(name), main_head(name).__name__) for name in NAMES}
-LEFT_OUT = ("hf_tfamily", "hf-tfamily", "__editable__", "triton")
 
 
 @pytest.fixture(scope="module")
@@ -37,14 +35,7 @@ def filled(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def bare_packages(tmp_path_factory):
-    """A folder of links to everything that is installed, but for this package and triton."""
-    folder = tmp_path_factory.mktemp("packages")
-    installed = [Path(path) for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
-    for home in installed or [Path(sysconfig.get_path("purelib"))]:
-        for entry in home.iterdir():
-            if not entry.name.startswith(LEFT_OUT) and entry.suffix != ".pth" and not (folder / entry.name).exists():
-                (folder / entry.name).symlink_to(entry)
-    return folder
+    return link_packages(tmp_path_factory.mktemp("packages"))
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +61,21 @@ def test_every_system_runs_without_the_package(without_package, name):
 )
 def test_every_generating_system_generates_without_the_package(without_package, name):
     assert without_package[name]["generated"] > 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_block_sparse_asks_for_the_package(without_package, name):
+    assert without_package[name]["default"] == "sdpa"
+    assert "`import hf_tfamily` before loading the model; see https://" in without_package[name]["refused"]
+
+
+def test_the_default_without_the_package_says_once_what_it_costs(without_package):
+    said = [(copy, line) for copy, line in without_package["said"] if "N x N" in line]
+    assert len(set(said)) == len(said) > 0
+    assert {copy.rpartition(".")[2] for copy, _ in said} == {"attention"}
+    for system in ("image", "sparse", "swin"):
+        assert any(f"{system}_hyphen_transformer" in copy for copy, _ in said)
+    assert all("under sdpa" in line and "`import hf_tfamily` before loading the model" in line for _, line in said)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,10 @@ from pathlib import Path
 import pytest
 from transformers.dynamic_module_utils import get_imports, get_relative_import_files
 
+from hf_tfamily import block_sparse
 from hf_tfamily.auto import SYSTEMS
+from hf_tfamily.hub import export
+from tests.hub.examples import example
 from tests.test_import_rules import FILES, MODELING, THIRD_PARTY, own_imports
 
 each_system = pytest.mark.parametrize("system", SYSTEMS, ids=lambda system: system.name)
@@ -36,3 +39,34 @@ def test_attention_implementations_can_be_set(system):
     modeling = import_module(f"hf_tfamily.modeling.modeling_{system.name}")
     for suffix in system.heads.values():
         assert getattr(modeling, system.prefix + suffix)._can_set_attn_implementation()
+
+
+# Code files beside the weights, at most; what nobody reads, nobody can trust.
+MOST_FILES = {
+    "compressive_transformer": 12,
+    "image_transformer": 10,
+    "rope_decoder": 9,
+    "sparse_transformer": 9,
+    "swin_transformer": 7,
+    "transformer_xl": 9,
+    "vanilla_encoder": 9,
+    "vanilla_transformer": 7,
+    "xl_sparse": 12,
+}
+OF_ENGINES = ("custom_op", "register_kernel", "AttentionInterface", "triton", "plan_attention")
+
+
+@each_system
+def test_a_checkpoint_carries_few_files_and_no_engine(system, tmp_path):
+    """Its code is what it reaches and no more; lines are printed (pytest -s)."""
+    model, processor = example(system.name)
+    export(model, tmp_path, processor)
+    files = {path.name: path.read_text() for path in tmp_path.glob("*.py")}
+    lines = sum(text.count("\n") for text in files.values())
+    print(f"{system.name}: {len(files)} files, {lines} lines beside the weights: {', '.join(sorted(files))}")
+    assert len(files) <= MOST_FILES[system.name], sorted(files)
+    assert {Path(name).stem for name in files} <= set(FILES)
+    engine = [path.read_text() for path in Path(block_sparse.__file__).parent.rglob("*.py")]
+    assert not set(engine) & set(files.values())
+    for name, text in files.items():
+        assert not [word for word in OF_ENGINES if word in text], name

@@ -6,26 +6,193 @@ implementation. Nothing heavy is imported until it is used: no triton, datasets,
     from hf_tfamily import Local, SparseTransformerConfig, SparseTransformerForCausalLM, set_attention_patterns
 """
 
-__version__ = "0.1.0"
+from importlib import import_module
 
-from . import block_sparse  # registers itself
-from .auto import public_classes, register_all
-from .modeling.attention_patterns import Fixed, Full, Local, PerHead, Strided, Union
+from . import block_sparse, old_paths
+from .auto import register_all
+from .modeling.attention_patterns import (
+    Block1D,
+    Block2D,
+    Fixed,
+    FixedBlock,
+    FixedSummary,
+    Full,
+    Intersection,
+    Local,
+    Pattern,
+    PerHead,
+    RandomBlocks,
+    Strided,
+    Union,
+    Window2D,
+)
+from .modeling.cache_patterns import PatternCache
+from .modeling.configuration_compressive_transformer import CompressiveTransformerConfig
+from .modeling.configuration_image_transformer import ImageTransformerConfig
+from .modeling.configuration_rope_decoder import RoPEDecoderConfig
+from .modeling.configuration_sparse_transformer import SparseTransformerConfig
+from .modeling.configuration_swin_transformer import SwinTransformerConfig
+from .modeling.configuration_transformer_xl import TransformerXLConfig
+from .modeling.configuration_vanilla_encoder import VanillaEncoderConfig
+from .modeling.configuration_vanilla_transformer import VanillaTransformerConfig
+from .modeling.configuration_xl_sparse import XLSparseConfig
+from .modeling.memory_segments import SegmentMemory
+from .modeling.modeling_compressive_transformer import (
+    CompressiveMemory,
+    CompressiveTransformerForCausalLM,
+    CompressiveTransformerForSequenceClassification,
+    CompressiveTransformerModel,
+    CompressiveTransformerPreTrainedModel,
+)
+from .modeling.modeling_image_transformer import (
+    ImageCache,
+    ImageTransformerForCausalLM,
+    ImageTransformerForSuperResolution,
+    ImageTransformerModel,
+    ImageTransformerPreTrainedModel,
+)
+from .modeling.modeling_rope_decoder import (
+    RoPEDecoder,
+    RoPEDecoderForCausalLM,
+    RoPEDecoderForSequenceClassification,
+    RoPEDecoderForTokenClassification,
+    RoPEDecoderModel,
+    RoPEDecoderPreTrainedModel,
+)
+from .modeling.modeling_sparse_transformer import (
+    SparseTransformerForCausalLM,
+    SparseTransformerForSequenceClassification,
+    SparseTransformerModel,
+    SparseTransformerPreTrainedModel,
+)
+from .modeling.modeling_swin_transformer import (
+    SwinTransformerBackbone,
+    SwinTransformerForImageClassification,
+    SwinTransformerForMaskedImageModeling,
+    SwinTransformerModel,
+    SwinTransformerPreTrainedModel,
+)
+from .modeling.modeling_transformer_xl import (
+    TransformerXLForCausalLM,
+    TransformerXLForSequenceClassification,
+    TransformerXLModel,
+    TransformerXLPreTrainedModel,
+)
+from .modeling.modeling_vanilla_encoder import (
+    VanillaEncoder,
+    VanillaEncoderForMaskedLM,
+    VanillaEncoderForSequenceClassification,
+    VanillaEncoderModel,
+    VanillaEncoderPreTrainedModel,
+)
+from .modeling.modeling_vanilla_transformer import (
+    VanillaTransformer,
+    VanillaTransformerForCausalLM,
+    VanillaTransformerForConditionalGeneration,
+    VanillaTransformerModel,
+    VanillaTransformerPreTrainedModel,
+)
+from .modeling.modeling_xl_sparse import (
+    SparseSegmentMemory,
+    XLSparseForCausalLM,
+    XLSparseForSequenceClassification,
+    XLSparseModel,
+    XLSparsePreTrainedModel,
+)
 from .peft_defaults import register_peft_defaults
 from .stock_models import set_attention_patterns
 
+__version__ = "0.1.0"
+
 register_all()
-globals().update(public_classes())
+old_paths.register()
+
+# What is imported when it is first used, since it needs accelerate.
+_LATER = {"RecurrentTrainer": ".recurrent_training"}
+
+
+def __getattr__(name: str):
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_LATER[name], __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LATER})
+
 
 __all__ = [
+    "Block1D",
+    "Block2D",
+    "CompressiveMemory",
+    "CompressiveTransformerConfig",
+    "CompressiveTransformerForCausalLM",
+    "CompressiveTransformerForSequenceClassification",
+    "CompressiveTransformerModel",
+    "CompressiveTransformerPreTrainedModel",
     "Fixed",
+    "FixedBlock",
+    "FixedSummary",
     "Full",
+    "ImageCache",
+    "ImageTransformerConfig",
+    "ImageTransformerForCausalLM",
+    "ImageTransformerForSuperResolution",
+    "ImageTransformerModel",
+    "ImageTransformerPreTrainedModel",
+    "Intersection",
     "Local",
+    "Pattern",
+    "PatternCache",
     "PerHead",
+    "RandomBlocks",
+    "RecurrentTrainer",
+    "RoPEDecoder",
+    "RoPEDecoderConfig",
+    "RoPEDecoderForCausalLM",
+    "RoPEDecoderForSequenceClassification",
+    "RoPEDecoderForTokenClassification",
+    "RoPEDecoderModel",
+    "RoPEDecoderPreTrainedModel",
+    "SegmentMemory",
+    "SparseSegmentMemory",
+    "SparseTransformerConfig",
+    "SparseTransformerForCausalLM",
+    "SparseTransformerForSequenceClassification",
+    "SparseTransformerModel",
+    "SparseTransformerPreTrainedModel",
     "Strided",
+    "SwinTransformerBackbone",
+    "SwinTransformerConfig",
+    "SwinTransformerForImageClassification",
+    "SwinTransformerForMaskedImageModeling",
+    "SwinTransformerModel",
+    "SwinTransformerPreTrainedModel",
+    "TransformerXLConfig",
+    "TransformerXLForCausalLM",
+    "TransformerXLForSequenceClassification",
+    "TransformerXLModel",
+    "TransformerXLPreTrainedModel",
     "Union",
+    "VanillaEncoder",
+    "VanillaEncoderConfig",
+    "VanillaEncoderForMaskedLM",
+    "VanillaEncoderForSequenceClassification",
+    "VanillaEncoderModel",
+    "VanillaEncoderPreTrainedModel",
+    "VanillaTransformer",
+    "VanillaTransformerConfig",
+    "VanillaTransformerForCausalLM",
+    "VanillaTransformerForConditionalGeneration",
+    "VanillaTransformerModel",
+    "VanillaTransformerPreTrainedModel",
+    "Window2D",
+    "XLSparseConfig",
+    "XLSparseForCausalLM",
+    "XLSparseForSequenceClassification",
+    "XLSparseModel",
+    "XLSparsePreTrainedModel",
     "block_sparse",
     "register_peft_defaults",
     "set_attention_patterns",
-    *public_classes(),
 ]

@@ -278,20 +278,20 @@ def test_bias_by_distance(pattern):
 
 
 def test_wrong_inputs():
-    def call(inputs, pattern=None):
+    def attend(inputs, pattern=None):
         where = (text(pattern or Local(3)), True, 1.0, 0, 0)
         attention.forward(*(x.to(DEVICE) for x in inputs), None, *where)
 
     with pytest.raises(
         ValueError, match=r"runs float16, bfloat16 and float32, got torch.float64; use 'eager' or 'sdpa'"
     ):
-        call(make_inputs(5, 5, dtype=torch.float64))
+        attend(make_inputs(5, 5, dtype=torch.float64))
     with pytest.raises(ValueError, match="head dimensions up to 128, got a head dimension of 136; use 'sdpa'"):
-        call(make_inputs(5, 5, dim=136))
+        attend(make_inputs(5, 5, dim=136))
     with pytest.raises(ValueError, match="head dimension of values of 136"):
-        call(make_inputs(5, 5, value_dim=136))
+        attend(make_inputs(5, 5, value_dim=136))
     with pytest.raises(ValueError, match="PerHead deals out 3 patterns"):
-        call(make_inputs(5, 5), PerHead([Local(3), Local(4), Local(5)]))
+        attend(make_inputs(5, 5), PerHead([Local(3), Local(4), Local(5)]))
     with pytest.raises(ValueError, match="counts the elements of one sequence in 32 bits"):
         call_module._check(*(torch.empty(1, 1 << 16, 1, 1 << 15, device="meta")[..., :8],) * 3)
 

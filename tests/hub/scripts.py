@@ -63,15 +63,24 @@ print(json.dumps(results))
 REMOTE = (
     CHECK
     + """
-import importlib.util
+import importlib.util, logging
 
 for package in ("hf_tfamily", "triton"):
     assert importlib.util.find_spec(package) is None, package
+
+said = []
+logging.getLogger().addHandler(listener := logging.Handler(logging.WARNING))
+listener.emit = lambda record: said.append([record.name, record.getMessage()])
 
 def run(name, repo, head):
     auto_class = getattr(transformers, head)
     model = auto_class.from_pretrained(repo, trust_remote_code=True)
     result = {"loaded": difference(name, model), "class": type(model).__module__}
+    result["default"] = model.config._attn_implementation
+    try:
+        model.set_attn_implementation("block_sparse")
+    except ImportError as error:
+        result["refused"] = str(error)
     if model.can_generate():
         inputs, _ = batch(name)
         ids = model.generate(inputs["input_ids"][:, :5], max_new_tokens=4, do_sample=False)
@@ -100,7 +109,7 @@ for name, (repo, head) in wanted.items():
         results[name] = run(name, repo, head)
     except Exception as error:
         results[name] = {"error": f"{type(error).__name__}: {error}"}
-print(json.dumps(results))
+print(json.dumps({**results, "said": said}))
 """
 )
 

@@ -89,7 +89,7 @@ def test_interval_and_step(pattern):
     assert bool((high.diff() >= 0).all())
     assert tuple(int(end) for end in pattern.interval(7)) == (int(low[7]), int(high[7]))
     query, key = torch.arange(LENGTH)[:, None], torch.arange(LENGTH)
-    expected = (key >= low[:, None]) & (key < high[:, None]) & ((query - key) % pattern.step == 0)
+    expected = (key >= low[:, None]) & (key < high[:, None]) & ((query - key) % pattern.key_step == 0)
     assert torch.equal(expected, table(pattern))
 
 
@@ -104,8 +104,8 @@ def test_in_columns(pattern):
     if pattern.in_columns is None:
         return
     query, key = torch.arange(LENGTH)[:, None], torch.arange(LENGTH)
-    same = (query - key) % pattern.step == 0
-    inside = pattern.in_columns.visible(0, query // pattern.step, key // pattern.step)
+    same = (query - key) % pattern.key_step == 0
+    inside = pattern.in_columns.visible(0, query // pattern.key_step, key // pattern.key_step)
     assert torch.equal(same & inside, table(pattern))
 
 

@@ -5,7 +5,6 @@ package does not know (somebody's own class) keeps its object, and is computed b
 """
 
 import json
-from collections import OrderedDict
 from dataclasses import fields
 from functools import lru_cache
 
@@ -14,8 +13,9 @@ import torch
 from ..modeling.attention import PROJECT, SEAM, VisibleKeys
 from ..modeling.attention_patterns import PATTERN_TYPES, Pattern, grid_of, pattern_from_dict, walk
 
-_FOREIGN: OrderedDict[str, "ForeignPattern"] = OrderedDict()
-_MOST_FOREIGN = 64
+# Patterns of other people's classes, which texts name by number: two classes may say the same of themselves, and one
+# may be defined anew. None is ever dropped, since a backward or a compiled graph may name it.
+_OTHERS: list[Pattern] = []
 
 
 class ForeignPattern(Pattern):
@@ -23,6 +23,7 @@ class ForeignPattern(Pattern):
 
     def __init__(self, theirs):
         self.theirs = theirs
+        self.type = f"foreign {theirs.type}"
 
     def visible(self, head, query, key):
         return self.theirs.visible(head, query, key)
@@ -54,21 +55,18 @@ def own_pattern(pattern) -> Pattern:
 
 @lru_cache(maxsize=256)
 def _own_pattern(theirs) -> Pattern:
-    if any(inner.type not in PATTERN_TYPES for inner in _inside(theirs)):
+    inner, known = getattr(theirs, "patterns", None), PATTERN_TYPES.get(theirs.type)
+    try:
+        if known is not None and inner is not None:
+            mine = known(tuple(own_pattern(pattern) for pattern in inner))
+        else:
+            mine = pattern_from_dict(theirs.to_dict())
+    except ValueError:  # of a type or with a field that is not known
         return ForeignPattern(theirs)
-    mine, grid = pattern_from_dict(theirs.to_dict()), _grid(theirs)
+    if mine.to_dict() != theirs.to_dict():
+        return ForeignPattern(theirs)
+    grid = getattr(theirs, "grid", None)
     return mine if grid is None else mine.bind(grid)
-
-
-def _inside(theirs):
-    """The pattern and every pattern inside it."""
-    yield theirs
-    for inner in getattr(theirs, "patterns", ()):
-        yield from _inside(inner)
-
-
-def _grid(theirs) -> tuple[int, ...] | None:
-    return next((inner.grid for inner in _inside(theirs) if getattr(inner, "grid", None) is not None), None)
 
 
 def own_mask(mask) -> VisibleKeys:
@@ -103,20 +101,20 @@ def to_text(pattern: Pattern) -> str:
 
 @lru_cache(maxsize=256)
 def _cached_text(pattern: Pattern) -> str:
-    foreign = any(isinstance(inner, ForeignPattern) for inner in walk(pattern))
     text = json.dumps([pattern.to_dict(), grid_of(pattern)], sort_keys=True)
-    if foreign:
-        text = f"foreign {len(_FOREIGN)} {text}"
-        _FOREIGN[text] = pattern
-        while len(_FOREIGN) > _MOST_FOREIGN:
-            _FOREIGN.popitem(last=False)
-    return text
+    if all(type(inner).__module__ == Pattern.__module__ for inner in walk(pattern)):
+        return text
+    if pattern not in _OTHERS:
+        _OTHERS.append(pattern)
+    return f"{_OTHERS.index(pattern)} {text}"
 
 
 @lru_cache(maxsize=256)
 def from_text(text: str) -> Pattern:
-    if text in _FOREIGN:
-        return _FOREIGN[text]
-    values, grid = json.loads(text)
+    number, described = text.split(" ", 1) if text[0].isdigit() else ("", text)
+    numbered = _OTHERS[int(number) :][:1] if number else []
+    if numbered and _cached_text(numbered[0]) == text:  # else the text is of another process
+        return numbered[0]
+    values, grid = json.loads(described)
     bare = pattern_from_dict(values)
     return bare if grid is None else bare.bind(grid)

@@ -61,7 +61,7 @@ class Layout(NamedTuple):
 def column_tiles(pattern: Pattern, extent: Extent) -> Iterator[Tile]:
     """Tokens whose positions agree modulo the step attend to each other (Child et al. 2019, section 4.3), all of them
     or as the pattern has it inside a column."""
-    step, inner = pattern.step, pattern.in_columns
+    step, inner = pattern.key_step, pattern.in_columns
     for first in range(min(step, extent.num_queries)):
         position = extent.first_query + first
         first_key = (position - extent.first_key) % step
@@ -427,7 +427,7 @@ def _view_groups(pattern: Pattern, heads: range, extent: Extent) -> list[Group] 
 
 def _groups_of_one(leaf: Pattern, heads: range, extent: Extent) -> list[Group] | None:
     """Those of a pattern that is a view by itself, but no part of a union of views."""
-    if leaf.step > 1 and leaf.in_columns is not None:
+    if leaf.key_step > 1 and leaf.in_columns is not None:
         return [Group(heads, parts_of(column_tiles(leaf, extent)))]
     return None if leaf.block_span(extent.first_query) is None else run_groups(leaf, heads, extent)
 
@@ -449,7 +449,7 @@ def _kind(leaf: Pattern) -> str | None:
         return "summary"
     if leaf.in_columns is not None and leaf.in_columns.is_full:
         return "column"
-    if leaf.interval(0) is None or leaf.step > 1:
+    if leaf.interval(0) is None or leaf.key_step > 1:
         return None
     if leaf.interval(0) == leaf.block_span(0):
         return "block"

@@ -94,8 +94,8 @@ class _Single(NamedTuple):
 def _leaves(pattern: Pattern) -> tuple[list[Pattern], Pattern | None] | None:
     """The near leaves of a union, and the far one; None if it is no such union."""
     leaves = pattern.parts
-    near = [leaf for leaf in leaves if leaf.interval(0) is not None and leaf.step == 1]
-    far = [leaf for leaf in leaves if leaf.summary_keys is not None or leaf.step > 1]
+    near = [leaf for leaf in leaves if leaf.interval(0) is not None and leaf.key_step == 1]
+    far = [leaf for leaf in leaves if leaf.summary_keys is not None or leaf.key_step > 1]
     if any(leaf.is_full for leaf in near):
         return near, None
     if len(far) > 1 or len(near) + len(far) < len(leaves):
@@ -147,13 +147,13 @@ def _far(far: Pattern, extent: Extent, before: Tensor, after: Tensor, left: bool
     """The far keys before the key `before` [T]; or (not left) those from the key `after` on."""
     end = torch.full_like(before, extent.num_keys)
     low, high = (torch.zeros_like(before), before) if left else (after, end)
-    if far.step > 1:
+    if far.key_step > 1:
         query = torch.arange(extent.num_queries)
         far_low, far_high = (end - extent.first_key for end in far.interval(query + extent.first_query))
         low, high = torch.maximum(low, far_low), torch.minimum(high, far_high)
-        first = (query + extent.distance) % far.step  # key of the query's column
-        low, high = (-(-(x - first).clamp(min=0) // far.step) for x in (low, high))
-        return _Single(far.step, (Source(low, torch.maximum(low, high)),))
+        first = (query + extent.distance) % far.key_step  # key of the query's column
+        low, high = (-(-(x - first).clamp(min=0) // far.key_step) for x in (low, high))
+        return _Single(far.key_step, (Source(low, torch.maximum(low, high)),))
     picked = _summary_tokens(far, extent)
     bounds = (_summaries_before(far, x, extent) for x in (low, high))
     return _Single(1, (Source(*bounds, picked, (len(picked),)),))

@@ -45,8 +45,8 @@ def view_of(pattern: Pattern, extent: Extent, query: Tensor, value: Tensor) -> V
     if kernel is None or extent.num_queries != extent.num_keys or extent.distance:
         return None
     columns = pattern.in_columns
-    if columns is not None and columns.is_full and extent.num_queries % pattern.step == 0:
-        return View(kernel, columns=pattern.step)
+    if columns is not None and columns.is_full and extent.num_queries % pattern.key_step == 0:
+        return View(kernel, columns=pattern.key_step)
     own, span = pattern.interval(0), pattern.block_span(0)
     if span is not None and own == span:
         block = span[1] - span[0]
