@@ -41,8 +41,9 @@ class SummaryKeys(NamedTuple):
 class Pattern:
     """Base of every pattern. A subclass is a frozen dataclass with a `type` name and a `visible` rule.
 
-    Facts hold for head-independent patterns (`for_head`), and for queries and keys at positions from 0 on. Those given
-    here claim nothing; a subclass overrides what it knows better. Tests hold every fact to `visible`.
+    Facts hold for head-independent patterns (`for_head`), and for queries and keys at positions from 0 on. A pattern
+    that tells none is read whole; one that tells `interval`, `period` and `reach` tells the others with them; a
+    subclass overrides what it knows better. Tests hold every fact to `visible`.
     """
 
     type: ClassVar[str]
@@ -129,7 +130,12 @@ class Pattern:
 
     def candidates(self, start: int, end: int, stop: int) -> torch.Tensor:
         """Ascending positions below `stop` among which are all keys that the queries [start, end) see."""
-        return torch.arange(min(self.first_key(start), stop), stop)
+        if self.summary_keys is not None:
+            keys = torch.arange(stop)
+            return keys[self.visible(0, start, keys)]
+        last = stop if self.interval(0) is None else min(self.interval(end - 1)[1], stop)
+        keys = torch.arange(min(self.first_key(start), last), last)
+        return keys if end - start >= self.key_step else keys[(keys - start) % self.key_step < end - start]
 
     def reads(self, query: torch.Tensor, first: torch.Tensor | int, count: int) -> torch.Tensor | None:
         """[R, J] positions among which are all keys of the past that queries [R, 1] see; J is the same for all queries.
@@ -137,7 +143,15 @@ class Pattern:
         There are `count` keys from position `first` on; positions may lie outside, else each is there once. None: read
         all.
         """
-        return None
+        if self.summary_keys is not None:
+            block, column, width = self.summary_keys
+            blocks = (first // block + _up_to(-(-count // block) + 1, query)) * block
+            return (blocks[:, :, None] + column + _up_to(width, query)[:, None]).flatten(1).expand(len(query), -1)
+        if self.interval(0) is None or self.is_full:
+            return None
+        if self.reach == math.inf:
+            return first + (query - first) % self.key_step + self.key_step * _up_to(-(-count // self.key_step), query)
+        return self.interval(query)[0] + self.key_step * _up_to(self.reach // self.key_step + 1, query)
 
     # Facts: what the past is needed for
 
@@ -153,15 +167,17 @@ class Pattern:
 
     def meets(self, distance: torch.Tensor) -> torch.Tensor:
         """[L] bool: can a query see a key at this distance, 0 or more, in its past? True where it is not known."""
-        return torch.ones_like(distance, dtype=torch.bool)
+        return (distance <= self.reach) & (distance % self.key_step == 0)
 
     def first_key(self, query):
         """No query at this position or a later one sees a key before the one returned; integers and tensors alike."""
-        return query * 0
+        if self.interval(query) is not None:
+            return _at_least(0, self.interval(query)[0])
+        return query * 0 if self.reach == math.inf else _at_least(0, query - self.reach)
 
     def last_query(self, key):
         """No query after the one returned sees `key`; integers and tensors alike."""
-        return key * 0 + FAR
+        return key + (FAR if self.reach == math.inf else self.reach)
 
     @property
     def num_positions(self) -> int | None:
@@ -243,25 +259,6 @@ class Local(Pattern):
     def reach(self) -> int:
         return (self.window - 1) * self.dilation
 
-    def meets(self, distance):
-        return self.visible(0, distance, 0)
-
-    def first_key(self, query):
-        return _at_least(0, query - self.reach)
-
-    def last_query(self, key):
-        return key + self.reach
-
-    def candidates(self, start, end, stop):
-        keys = torch.arange(min(self.first_key(start), stop), min(end + self.reach, stop))
-        if end - start >= self.dilation:
-            return keys
-        phase = (keys - start) % self.dilation
-        return keys[phase < end - start]
-
-    def reads(self, query, first, count):
-        return query - self.dilation * _up_to(min(self.window, count), query)
-
 
 @dataclass(frozen=True)
 class Strided(Pattern):
@@ -288,16 +285,6 @@ class Strided(Pattern):
     @property
     def is_full(self) -> bool:
         return self.stride == 1
-
-    def meets(self, distance):
-        return self.visible(0, distance, 0)
-
-    def candidates(self, start, end, stop):
-        keys = torch.arange(stop)
-        return keys[(keys - start) % self.stride < end - start]
-
-    def reads(self, query, first, count):
-        return first + (query - first) % self.stride + self.stride * _up_to(-(-count // self.stride), query)
 
 
 @dataclass(frozen=True)
@@ -327,21 +314,6 @@ class FixedBlock(Pattern):
     @property
     def reach(self) -> int:
         return self.block - 1
-
-    def meets(self, distance):
-        return distance < self.block
-
-    def first_key(self, query):
-        return query // self.block * self.block
-
-    def last_query(self, key):
-        return (key // self.block + 1) * self.block - 1
-
-    def candidates(self, start, end, stop):
-        return torch.arange(min(self.first_key(start), stop), min(self.last_query(end - 1) + 1, stop))
-
-    def reads(self, query, first, count):
-        return query // self.block * self.block + _up_to(self.block, query)
 
 
 @dataclass(frozen=True)
@@ -388,15 +360,6 @@ class FixedSummary(Pattern):
 
     def last_query(self, key):
         return key * 0 + FAR * self.visible(0, key, key)
-
-    def candidates(self, start, end, stop):
-        keys = torch.arange(stop)
-        return keys[self.visible(0, start, keys)]
-
-    def reads(self, query, first, count):
-        blocks = (first // self.block + _up_to(-(-count // self.block) + 1, query)) * self.block
-        summaries = self.first_column(0) + _up_to(self.summary, query)
-        return (blocks[:, :, None] + summaries[:, None]).flatten(1).expand(len(query), -1)
 
 
 @dataclass(frozen=True)
@@ -566,21 +529,6 @@ class Block1D(Pattern):
     @property
     def reach(self) -> int:
         return self.flange + self.block - 1
-
-    def meets(self, distance):
-        return distance <= self.reach
-
-    def first_key(self, query):
-        return _at_least(0, self.interval(query)[0])
-
-    def last_query(self, key):
-        return ((key + self.flange) // self.block + 1) * self.block - 1
-
-    def candidates(self, start, end, stop):
-        return torch.arange(min(self.first_key(start), stop), min(self.interval(end - 1)[1], stop))
-
-    def reads(self, query, first, count):
-        return self.interval(query)[0] + _up_to(self.flange + self.block, query)
 
 
 @dataclass(frozen=True)

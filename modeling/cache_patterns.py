@@ -144,7 +144,8 @@ class Ring:
 
     def start(self, step: Step) -> torch.Tensor:
         """Lowest position that the step's queries see in the ring, [R, 1]."""
-        return torch.stack([part.first_key(step.first) for part in self.parts]).amin(dim=0)
+        first = torch.stack([part.first_key(step.first) for part in self.parts]).amin(dim=0)
+        return torch.maximum(first, step.first - self.size + 1)
 
     def read_positions(self, step: Step) -> torch.Tensor:
         start = step.once(self.start)

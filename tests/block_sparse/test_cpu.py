@@ -119,7 +119,7 @@ def test_equals_dense(pattern, causal):
         Local(40),
         Union([Local(33), Strided(16)]),
         Fixed(64, 16, sub_blocks=4),
-        Fixed(128, 8),  # whose blocks are halved
+        Fixed(128, 8),
         Union([Strided(16), Strided(24)]),
     ],
     ids=str,

@@ -1,12 +1,15 @@
 """Every fact that a pattern tells is held to what it shows, for patterns drawn at random."""
 
 import math
+from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import hf_tfamily.modeling.attention_patterns as patterns_module
 from hf_tfamily.modeling.attention_patterns import (
     FAR,
     Block1D,
@@ -26,6 +29,7 @@ from hf_tfamily.modeling.attention_patterns import (
     distances_met,
     intersect,
 )
+from hf_tfamily.modeling.cache_patterns import PatternCache
 
 LENGTH = 60
 small = st.integers(1, 9)
@@ -231,6 +235,29 @@ def test_random_blocks_are_drawn_among_earlier_ones_without_repetition(block, co
     assert any(
         other.visible(0, 39 * block, key * block) != pattern.visible(0, 39 * block, key * block) for key in range(40)
     )
+
+
+def test_a_pattern_that_tells_its_reach_alone(monkeypatch):
+    """What follows from it is right, and a cache that keeps so many keys hands out no others."""
+    monkeypatch.setattr(patterns_module, "PATTERN_TYPES", dict(patterns_module.PATTERN_TYPES))
+
+    @dataclass(frozen=True)
+    class Odd(Pattern):
+        type: ClassVar[str] = "odd"
+        reach = 7
+
+        def visible(self, head, query, key):
+            return (abs(query - key) < 8) & ((query + key) % 2 == 0)
+
+    pattern, cache = Odd(), PatternCache([Odd()], 1)
+    assert pattern.first_key(20) == 13
+    assert pattern.last_query(20) == 27
+    for position in range(30):
+        seen = cache.announce(torch.zeros(1, 1, 1))[pattern]
+        keys, _ = cache.update(torch.full((1, 1, 1, 2), float(position)), torch.zeros(1, 1, 1, 2), 0)
+        if position:
+            shown = keys[0, 0, :, 0][seen.dense(keys.device)[0, 0, 0]]
+            assert shown.tolist() == [key for key in range(position + 1) if pattern.visible(0, position, key)]
 
 
 def test_a_taken_type_is_refused():

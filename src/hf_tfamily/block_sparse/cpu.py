@@ -53,8 +53,6 @@ def kernel_for(query: Tensor) -> Kernel:
 def _flash_forward(q, k, v, bias, causal, scale):
     if q.dtype == torch.float16:  # its range does not hold the bias
         q, k, v = (_cast(x, torch.float32) for x in (q, k, v))
-    elif q.dtype == torch.float32 and q.stride(2) > q.shape[1] * q.shape[3]:
-        q, k, v = (x.contiguous() for x in (q, k, v))  # tokens of a column share few sets of the cache
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         q, k, v, is_causal=causal, attn_mask=None if bias is None else bias.to(q.dtype), scale=scale
     )
@@ -225,26 +223,18 @@ def _forward(
     kv_offset: int,
 ) -> tuple[Tensor, Tensor]:
     """Output [B, T, H, Dv] and LSE [B, T, H]; the LSE is +inf where a query sees nothing."""
-    halved = query.dtype != torch.bfloat16  # whose forward does not gain
-    plan = _plan(query, key, pattern, causal, q_offset, kv_offset, halved)
+    plan = _plan(query, key, pattern, causal, q_offset, kv_offset)
     kernel = kernel_for(query)
     q, k, v = _prepare(plan, query, key, value)
-    whole = _whole_part(plan, key_valid, q, k, v)
-    if whole:
-        tiles = (_as_tiles(x, whole) for x in (q, k, v))
-        output, lse = (_from_tiles(x, q) for x in kernel.forward(*tiles, None, whole.causal, scale))
-    else:
-        output = q.new_empty((*q.shape[:3], v.shape[3]))
-        lse = q.new_empty(q.shape[:3], dtype=wide(q.dtype))
-        if not plan.complete:
-            output.zero_()
-            lse.fill_(MASKED)
+    output = q.new_empty((*q.shape[:3], v.shape[3]))
+    lse = q.new_empty(q.shape[:3], dtype=wide(q.dtype))
+    if not plan.complete:
+        output.zero_()
+        lse.fill_(MASKED)
     for group in plan.groups:
         keys = Keys(group, k, key_valid)
         of_queries, of_keys = [x[:, :, keys.heads] for x in (q, output, lse)], (keys.pick(k), keys.pick(v))
         for part in group.parts:
-            if part is whole:
-                continue
             for bias, tile_q, out, tile_lse, tile_k, tile_v in _tiles(part, keys, of_queries, of_keys):
                 part_out, part_lse = kernel.forward(tile_q, tile_k, tile_v, bias, part.causal, scale)
                 if part.writes:
@@ -274,19 +264,13 @@ def _backward(
     kv_offset: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value. P = exp(S - LSE) with the LSE over all parts, so each part stands alone."""
-    plan = _plan(query, key, pattern, causal, q_offset, kv_offset, halved=True)
+    plan = _plan(query, key, pattern, causal, q_offset, kv_offset)
     kernel = kernel_for(query)
     q, k, v = _prepare(plan, query, key, value)
     output, grad_output = (_widen(x, v.shape[3]) for x in (output, grad_output))
-    whole = _whole_part(plan, key_valid, q, k, v, output, grad_output)
-    if whole:
-        grad_out, *tiles = (_as_tiles(x, whole) for x in (grad_output, q, k, v, output, lse))
-        grads = kernel.backward(grad_out, *tiles, None, whole.causal, scale)
-        grad_q, grad_k, grad_v = map(_from_tiles, grads, (q, k, v))
-    else:
-        grad_q = torch.empty_like(q) if plan.complete else torch.zeros_like(q)
-        fresh = torch.empty_like if plan.complete_keys and q.shape[2] == k.shape[2] else torch.zeros_like
-        grad_k, grad_v = fresh(k), fresh(v)
+    grad_q = torch.empty_like(q) if plan.complete else torch.zeros_like(q)
+    fresh = torch.empty_like if plan.complete_keys and q.shape[2] == k.shape[2] else torch.zeros_like
+    grad_k, grad_v = fresh(k), fresh(v)
     delta, log2_lse, space = None, (lse * LOG2_E)[..., None], Space(lse)
     for group in plan.groups:
         keys = Keys(group, k, key_valid)
@@ -294,8 +278,6 @@ def _backward(
         of_queries = [x[:, :, keys.heads] for x in (q, output, lse, grad_output, grad_q)]
         of_keys = (keys.pick(k), keys.pick(v), group_grad_k, group_grad_v)
         for part in group.parts:
-            if part is whole:
-                continue
             if kernel.leaves_to_products(part):
                 delta = scaled_delta(grad_output, output, scale) if delta is None else delta
                 work = _work(keys, of_queries, of_keys, log2_lse, delta, scale, space)
@@ -355,7 +337,7 @@ def _backward_tiles(
             total.copy_(gradient) if part.writes_keys else _add_windows(total, gradient)
 
 
-def _plan(query: Tensor, key: Tensor, pattern: str, causal: bool, q_offset: int, kv_offset: int, halved: bool) -> Plan:
+def _plan(query: Tensor, key: Tensor, pattern: str, causal: bool, q_offset: int, kv_offset: int) -> Plan:
     return plan_attention(
         from_text(pattern),
         query.shape[1],
@@ -364,7 +346,6 @@ def _plan(query: Tensor, key: Tensor, pattern: str, causal: bool, q_offset: int,
         causal=causal,
         first_query=q_offset,
         first_key=kv_offset,
-        halved=halved and query.device.type == "cpu",
     )
 
 
@@ -438,31 +419,6 @@ def _view(x: Tensor, tokens: Tokens, tiles: int) -> Tensor:
     size = (x.shape[0], tiles, x.shape[2], tokens.count, *x.shape[3:])
     stride = (batch, tokens.step * token, head, tokens.stride * token, *rest)
     return x.as_strided(size, stride, x.storage_offset() + tokens.start * token)
-
-
-def _whole_part(plan: Plan, key_valid: Tensor | None, *tensors: Tensor) -> Part | None:
-    """The first part, if its tiles are all of queries, keys and values: what a kernel gives is then the result so far.
-
-    Not where results would be in another dtype, or batch entries [B, N, H, D] lie such that tiles are no views.
-    """
-    q, k, *_ = tensors
-    group = plan.groups[0] if plan.groups else None
-    if group is None or group.index is not None or len(group.heads) < q.shape[2] or key_valid is not None:
-        return None
-    part = group.parts[0]
-    in_a_row = all(len(x) == 1 or x.stride(0) == x.shape[1] * x.stride(1) for x in tensors)
-    fits = part.mask is None and part.divides(q.shape[1], k.shape[1])
-    return part if fits and in_a_row and q.dtype == wide(q.dtype) else None
-
-
-def _as_tiles(x: Tensor, part: Part) -> Tensor:
-    """[B, N, heads, ...] as the tiles [A, heads, N / tiles, ...] of a whole part."""
-    return x.reshape(len(x) * part.tiles, -1, *x.shape[2:]).transpose(1, 2)
-
-
-def _from_tiles(x: Tensor, like: Tensor) -> Tensor:
-    """Tiles [A, heads, I, ...] as [B, N, heads, ...]."""
-    return x.transpose(1, 2).reshape(*like.shape[:3], *x.shape[3:])
 
 
 def _pieces(views: list[Tensor], at_once: int) -> Iterator[tuple[Tensor, ...]]:

@@ -10,8 +10,6 @@ from typing import NamedTuple
 
 import torch
 
-# Queries from which the flash kernel of CPUs takes 64 and then 256 of them together, instead of 32.
-_TOGETHER = (192, 768)
 ALIGNED = 16  # products are faster where as many keys, or distances, as a multiple of this are scored
 
 
@@ -28,10 +26,6 @@ class Tokens:
     count: int
     stride: int
     step: int
-
-    def is_run(self, tiles: int) -> bool:
-        """Are `tiles` tiles all the tokens from the first on, in order?"""
-        return self.start == 0 and self.stride == 1 and (tiles == 1 or self.step == self.count)
 
     def indices(self, tiles: int) -> torch.Tensor:
         """The tokens of `tiles` tiles, [tiles, count]."""
@@ -56,11 +50,6 @@ class Part:
     writes: bool = False
     writes_keys: bool = False
     fresh_keys: range = range(0)
-
-    def divides(self, num_queries: int, num_keys: int) -> bool:
-        """Are the tiles of queries the sequence, cut into runs, and the tiles of keys as well?"""
-        pairs = (self.queries, num_queries), (self.keys, num_keys)
-        return all(tokens.is_run(self.tiles) and self.tiles * tokens.count == count for tokens, count in pairs)
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,34 +154,6 @@ def _part(run: list["Tile"]) -> Part:
         causal=first.causal,
         mask=first.mask,
     )
-
-
-def in_halves(group: Group) -> Group:
-    """The group with causal tiles cut in two, and what their later queries see of their earlier keys.
-
-    Only where the flash kernel of CPUs has less to do then: it hardly gains from causality, and takes fewer queries
-    together where tiles are small.
-    """
-    parts = [half for part in group.parts for half in (_halves(part) if _gains_from_halves(part) else [part])]
-    return replace(group, parts=tuple(parts))
-
-
-def _gains_from_halves(part: Part) -> bool:
-    count = part.queries.count
-    even = count % 2 == 0 and part.queries.stride == part.keys.stride == 1 and part.keys.count == count
-    in_a_row = part.tiles == 1 or part.queries.step == part.keys.step == count
-    return part.causal and even and in_a_row and any(limit / 2 <= count < limit for limit in _TOGETHER)
-
-
-def _halves(part: Part) -> list[Part]:
-    """Twice as many tiles, causal too, and what is left of every second one."""
-    half = part.queries.count // 2
-    queries, keys = (replace(tokens, count=half, step=half) for tokens in (part.queries, part.keys))
-    late, early = replace(part.queries, count=half, start=part.queries.start + half), replace(part.keys, count=half)
-    return [
-        replace(part, tiles=2 * part.tiles, queries=queries, keys=keys),
-        replace(part, queries=late, keys=early, causal=False),
-    ]
 
 
 def mark_writes(

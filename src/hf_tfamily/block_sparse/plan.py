@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 
 from ..modeling.attention_patterns import Full, Pattern, contains
-from .parts import ALIGNED, Extent, Group, Part, Tile, Tokens, aligned, in_halves, mark_writes, parts_of
+from .parts import ALIGNED, Extent, Group, Part, Tile, Tokens, aligned, mark_writes, parts_of
 
 _CHUNK = 32  # queries of a tile in a band: a window of w keys costs w + 31
 _EDGE = 256  # queries of the tile before the first whole window of a band
@@ -352,19 +352,16 @@ def plan_attention(
     causal: bool,
     first_query: int = 0,
     first_key: int = 0,
-    halved: bool = False,
 ) -> Plan:
     """The parts by which `num_queries` queries attend to `num_keys` keys under `pattern`.
 
-    Query i stands at position `first_query + i`, key j at `first_key + j`. If `halved`, small causal tiles are cut in
-    two for the flash kernel of CPUs. Cached, so that layers share one plan.
+    Query i stands at position `first_query + i`, key j at `first_key + j`. Cached, so that layers share one
+    plan.
     Raises ValueError if the pattern cannot be dealt out to `num_heads` heads.
     """
     pattern.check_heads(num_heads)
     extent = Extent(num_queries, num_keys, first_query, first_key, causal)
     groups = _groups(pattern, range(num_heads), extent)
-    if halved:
-        groups = map(in_halves, groups)
     groups, complete, complete_keys = mark_writes(groups, num_queries, num_keys, num_heads)
     return Plan(tuple(groups), complete, complete_keys)
 
