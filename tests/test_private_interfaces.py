@@ -27,8 +27,6 @@ OPERATORS = {
     "_scaled_dot_product_flash_attention_backward": "block_sparse on a GPU, views, backward",
     "_scaled_dot_product_cudnn_attention": "block_sparse on a GPU, views by cuDNN",
     "_scaled_dot_product_cudnn_attention_backward": "block_sparse on a GPU, views by cuDNN, backward",
-    # The gradient of a softmax from its result, in one pass over the scores.
-    "_softmax_backward_data": "Swin's windows in training on a CPU (windows.py)",
 }
 # What Transformers asks of models and tells them: its contract of version 5, though named with an underscore.
 METHODS = {
