@@ -13,7 +13,6 @@ MALLOC_MMAP_THRESHOLD_ of 268435456 where the environment does not set them, so 
 
 import copy
 import math
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from benchmarking import Benchmark, Measure
+from benchmarking import ALLOCATOR_NOTE, Benchmark, Measure, under_allocator
 from torch import nn
 from transformers import SwinConfig, SwinForImageClassification, ViTConfig, ViTForImageClassification
 
@@ -29,8 +28,6 @@ from hf_tfamily import plots
 from hf_tfamily.modeling.configuration_swin_transformer import SwinTransformerConfig
 from hf_tfamily.modeling.modeling_swin_transformer import SwinTransformerForImageClassification
 
-# glibc then keeps freed memory for whoever asks next (mallopt(3)); it reads this as a process starts.
-ALLOCATOR = {"MALLOC_TRIM_THRESHOLD_": "268435456", "MALLOC_MMAP_THRESHOLD_": "268435456"}
 OURS, FORWARD, BOTH = "ours", "forward", "forward + backward"
 # How many times faster than the fastest peer: (must, stretch).
 GOALS = {FORWARD: (0.95, 1.1), BOTH: (0.95, 1.2)}
@@ -62,7 +59,6 @@ class Setting:
         return text + (" Every model goes through torch.compile." if self.compiled else "")
 
 
-ALLOCATOR_NOTE = f"All run under {', '.join(f'{name}={os.environ.get(name)}' for name in ALLOCATOR)}."
 SETTINGS = [
     Setting(224, 8, torch.float32),
     Setting(512, 2, torch.float32),
@@ -322,12 +318,6 @@ def draw(sides: list[int], times: dict[str, list[Measure]], powers: dict[str, fl
     each.set_ylim(0, 2.5 * max(time.median / 1e3 / size for time, size in zip(times["ViT-S/16"], pixels)))
     whole.legend(frameon=False)
     plots.save(figure, path)
-
-
-def under_allocator() -> None:
-    """Start the script again under ALLOCATOR, once, unless its environment has it."""
-    if any(name not in os.environ for name in ALLOCATOR):
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**ALLOCATOR, **os.environ})
 
 
 def main() -> int:

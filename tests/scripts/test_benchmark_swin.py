@@ -4,6 +4,7 @@ import json
 import sys
 
 import benchmark_swin as script
+import benchmarking
 import pytest
 import torch
 
@@ -62,25 +63,28 @@ def test_kept_memory(run):
 
 @pytest.mark.parametrize(
     ("given", "wanted"),
-    [({}, script.ALLOCATOR), ({"MALLOC_TRIM_THRESHOLD_": "1"}, {**script.ALLOCATOR, "MALLOC_TRIM_THRESHOLD_": "1"})],
+    [
+        ({}, benchmarking.ALLOCATOR),
+        ({"MALLOC_TRIM_THRESHOLD_": "1"}, {**benchmarking.ALLOCATOR, "MALLOC_TRIM_THRESHOLD_": "1"}),
+    ],
 )
 def test_starts_again_once_under_one_allocator(monkeypatch, given, wanted):
     """What is set already stays; the second time there is nothing left to do."""
     started = []
-    monkeypatch.setattr(script.os, "environ", given)
-    monkeypatch.setattr(script.os, "execve", lambda *arguments: started.append(arguments))
-    script.under_allocator()
+    monkeypatch.setattr(benchmarking.os, "environ", given)
+    monkeypatch.setattr(benchmarking.os, "execve", lambda *arguments: started.append(arguments))
+    benchmarking.under_allocator()
     ((program, arguments, environment),) = started
     assert (program, arguments) == (sys.executable, [sys.executable, *sys.argv])
     assert environment == wanted
-    monkeypatch.setattr(script.os, "environ", environment)
-    script.under_allocator()
+    monkeypatch.setattr(benchmarking.os, "environ", environment)
+    benchmarking.under_allocator()
     assert len(started) == 1
 
 
 def test_every_timed_section_names_the_allocator():
     for note in (*(setting.note for setting in script.SETTINGS), script.SIDES_NOTE):
-        assert all(name in note for name in script.ALLOCATOR)
+        assert all(name in note for name in benchmarking.ALLOCATOR)
 
 
 def test_sides_are_drawn(run, tmp_path):
