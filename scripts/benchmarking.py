@@ -34,7 +34,10 @@ ROUNDS, MOST_ROUNDS, SECONDS = 7, 49, 3.0  # more rounds than the first, up to t
 
 
 def under_allocator() -> None:
-    """Start the script again under ALLOCATOR, once, unless its environment has it: nobody pays for mapping memory anew."""
+    """Start the script again under ALLOCATOR, once, unless its environment has it.
+
+    Nobody then pays for mapping memory anew at each call.
+    """
     if any(name not in os.environ for name in ALLOCATOR):
         os.execve(sys.executable, [sys.executable, *sys.argv], {**ALLOCATOR, **os.environ})
 

@@ -13,6 +13,7 @@ from hf_tfamily.modeling.attention_patterns import (
     Full,
     Local,
     PerHead,
+    RandomBlocks,
     Strided,
     Union,
 )
@@ -210,6 +211,27 @@ def test_heads_that_agree_are_planned_together():
     assert [group.heads for group in plan.groups] == [range(0, 7, 2), range(1, 8, 2)]
     plan = plan_attention(Fixed(16, 2, sub_blocks=4), 64, 64, num_heads=8, causal=True)
     assert {group.heads for group in plan.groups} == {range(8)}
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        Local(256, dilation=4),
+        Local(64, dilation=8),
+        RandomBlocks(64, 3),
+        RandomBlocks(128, 2),
+        RandomBlocks(64, 3, length=2048),
+    ],
+    ids=str,
+)
+def test_little_more_is_computed_than_seen(pattern):
+    """Causal tiles count half: kernels leave out what lies above their diagonal."""
+    length = 2048
+    plan = plan_attention(pattern, length, length, num_heads=1, causal=True)
+    parts = [part for group in plan.groups for part in group.parts]
+    computed = sum(part.tiles * part.queries.count * part.keys.count // (1 + part.causal) for part in parts)
+    seen = int(dense_mask(pattern, 1, length, length, causal=True).sum())
+    assert computed <= 1.5 * seen
 
 
 def test_heads_are_checked():

@@ -14,8 +14,8 @@ from hf_tfamily.modeling.attention_patterns import grid_of
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 OPERATORS = {
-    "attention": attention.forward_operator,
-    "attention_backward": attention.backward_operator,
+    "attention": attention.forward,
+    "attention_backward": attention.backward,
     "relative_attention": triton_relative.forward,
     "relative_attention_backward": triton_relative.backward,
 }

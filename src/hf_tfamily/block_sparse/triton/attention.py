@@ -89,20 +89,10 @@ def backward(
 
 def register_on(device: str) -> None:
     """Make this the operator's implementation on `device`."""
-    register_kernels(f"{NAMESPACE}::attention", device, forward_operator, backward_operator)
+    register_kernels(f"{NAMESPACE}::attention", device, forward, backward)
 
 
 def register_kernels(operator: str, device: str, forward: Callable, backward: Callable) -> None:
     """Of an operator and its backward, on `device`."""
     torch.library.register_kernel(operator, device, forward)
     torch.library.register_kernel(f"{operator}_backward", device, backward)
-
-
-def forward_operator(query, key, value, key_valid, pattern, causal, scale, q_offset, kv_offset):
-    return forward(query, key, value, key_valid, pattern, causal, scale, q_offset, kv_offset)
-
-
-def backward_operator(
-    grad_output, query, key, value, key_valid, output, lse, pattern, causal, scale, q_offset, kv_offset
-):
-    return backward(grad_output, query, key, value, key_valid, output, lse, pattern, causal, scale, q_offset, kv_offset)
