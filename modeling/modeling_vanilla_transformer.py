@@ -41,6 +41,7 @@ from .attention import (
 )
 from .attention_patterns import Full, patterns_for_layers
 from .cache_patterns import PatternCache, PatternCacheGenerationMixin
+from .causal_lm import CausalLMHead
 from .checks import check_embeddings, check_one_input, check_positions, check_some_token, check_token_ids
 from .configuration_vanilla_transformer import VanillaTransformerConfig
 from .positions import POSITION_SCHEMES, RelativeBiases
@@ -632,7 +633,7 @@ class VanillaTransformerDecoderModel(VanillaTransformerPreTrainedModel):
         return self.decoder(*args, **kwargs)
 
 
-class VanillaTransformerForCausalLM(VanillaTransformerPreTrainedModel, VanillaTransformerGenerationMixin):
+class VanillaTransformerForCausalLM(CausalLMHead, VanillaTransformerPreTrainedModel, VanillaTransformerGenerationMixin):
     """The decoder alone as a language model; with add_cross_attention it may attend to an encoder's states."""
 
     _tied_weights_keys = {"lm_head.weight": "model.decoder.embed_tokens.weight"}
@@ -677,19 +678,8 @@ class VanillaTransformerForCausalLM(VanillaTransformerPreTrainedModel, VanillaTr
             use_cache=use_cache,
             **kwargs,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
-        loss = None
-        if labels is not None or kwargs.get("shift_labels") is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
-        return CausalLMOutputWithCrossAttentions(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            cross_attentions=outputs.cross_attentions,
-        )
+        predicted = self.predict(outputs, labels, logits_to_keep, **kwargs)
+        return CausalLMOutputWithCrossAttentions(**predicted, cross_attentions=outputs.cross_attentions)
 
 
 def as_encoder_decoder(config: VanillaTransformerConfig, both: bool) -> VanillaTransformerConfig:
