@@ -530,6 +530,9 @@ class Block1D(Pattern):
     def reach(self) -> int:
         return self.flange + self.block - 1
 
+    def last_query(self, key):
+        return ((key + self.flange) // self.block + 1) * self.block - 1
+
 
 @dataclass(frozen=True)
 class Block2D(Pattern):
