@@ -315,6 +315,9 @@ class FixedBlock(Pattern):
     def reach(self) -> int:
         return self.block - 1
 
+    def last_query(self, key):
+        return self.interval(key)[1] - 1
+
 
 @dataclass(frozen=True)
 class FixedSummary(Pattern):
@@ -529,6 +532,9 @@ class Block1D(Pattern):
     @property
     def reach(self) -> int:
         return self.flange + self.block - 1
+
+    def last_query(self, key):
+        return self.interval(key + self.flange)[1] - 1
 
 
 @dataclass(frozen=True)
