@@ -315,6 +315,9 @@ class FixedBlock(Pattern):
     def reach(self) -> int:
         return self.block - 1
 
+    def last_query(self, key):
+        return self.interval(key)[1] - 1
+
 
 @dataclass(frozen=True)
 class FixedSummary(Pattern):
@@ -531,7 +534,7 @@ class Block1D(Pattern):
         return self.flange + self.block - 1
 
     def last_query(self, key):
-        return ((key + self.flange) // self.block + 1) * self.block - 1
+        return self.interval(key + self.flange)[1] - 1
 
 
 @dataclass(frozen=True)

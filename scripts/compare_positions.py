@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -39,9 +40,8 @@ MODEL = {
 LEARNING_RATE, WARMUP = 2e-3, 50
 RECALL_TOKENS, RECALL_DISTANCE = 16, 3
 START = 256
-COLOURS = dict(
-    zip(POSITION_ENCODINGS, ("#1f5fa8", "#d9730d", "#2b8a3e", "#c2255c", "#7048e8", "#0b7285", "#868e96"), strict=True)
-)
+PALETTE = ("#1f5fa8", "#d9730d", "#2b8a3e", "#c2255c", "#7048e8", "#0b7285", "#868e96", "#a07800", "#5c3d2e")
+COLOURS = dict(zip(POSITION_ENCODINGS, cycle(PALETTE)))
 
 Batch = tuple[torch.Tensor, torch.Tensor]  # ids [B, T], and what each place shall predict [B, T], -100 for nothing
 

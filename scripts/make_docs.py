@@ -28,6 +28,8 @@ DOCS = ROOT / "docs" / "systems"
 FOLDER = ROOT / "docs" / "pictures"
 MARK = "<!-- What follows is made by scripts/make_docs.py -->"
 PLACE = re.compile(r"\b(?:equations?|sections?|algorithms?|figures?) \d[\d.]*(?:(?:, | and | to )\d[\d.]*)*")
+# Shared files of modeling/ that carry out what a system's paper says.
+ALSO_READ = {"image_transformer": ("image_processing_tokens",)}
 # Patterns that a system is about, in the short form of `hf-tfamily show`.
 PICTURES = {
     "sparse_transformer": ("local:window=8", "strided:stride=8", "fixed:block=8,summary=2"),
@@ -47,14 +49,12 @@ def make_page(name: str, prefix: str) -> None:
 
 
 def _paper(name: str) -> str:
-    """A table of the places of the paper that the modeling file and those of the system's parts name."""
-    modeling = ROOT / "modeling"
-    files = [modeling / f"modeling_{name}.py", *sorted(modeling.glob(f"{name.partition('_')[0]}_*.py"))]
-    said = {path: list(_mentions(path)) for path in files}
-    links = [f"[modeling/{path.name}](../../modeling/{path.name})" for path in files if said[path]]
-    if not links:
+    """A table of the places of the paper that the modeling file, and shared files beside it, name."""
+    files = [ROOT / "modeling" / f"{stem}.py" for stem in (f"modeling_{name}", *ALSO_READ.get(name, ()))]
+    links = [f"[modeling/{path.name}](../../modeling/{path.name})" for path in files]
+    rows = [f"| {place} | `{where}` | {text} |" for path in files for place, where, text in _mentions(path)]
+    if not rows:
         return ""
-    rows = [f"| {place} | `{where}` | {text} |" for path in files for place, where, text in said[path]]
     return "\n".join(
         [
             "## From the paper to the code",

@@ -522,8 +522,8 @@ def test_cross_attentions_are_handed_out():
         ({"label_smoothing": -0.1}, "label_smoothing must be at least 0 and below 1, got -0.1"),
         ({"position_encoding": "rotory"}, "position_encoding='rotory' is unknown; did you mean 'rotary'"),
         (
-            {"position_encoding": "alibi"},
-            "Allowed: learned, learned_per_layer, none, relative, rotary, sin",
+            {"position_encoding": "unheard_of"},
+            f"Allowed: {', '.join(sorted(POSITION_ENCODINGS))}",
         ),
         ({"sinusoid_layout": "half"}, "sinusoid_layout='half' is unknown; did you mean 'halves'"),
         ({"hidden_act": "rellu"}, "did you mean 'relu'"),
