@@ -8,8 +8,8 @@ import pytest
 import traced_files
 
 MOST = {
-    "sparse_transformer under block_sparse": 9,
-    "sparse_transformer, generate() of two tokens": 13,
+    "sparse_transformer under block_sparse": 7,
+    "sparse_transformer, generate() of two tokens": 11,
     "transformer_xl with memory under block_sparse": 9,
     "swin_transformer": 5,
 }
