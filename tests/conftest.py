@@ -20,6 +20,7 @@ def seed():
 
 @pytest.fixture(autouse=True)
 def fresh_compiler(request):
-    """What earlier tests of the same worker compiled counts towards torch.compile's limit of recompilations."""
-    if "compile" in request.node.name:
+    """What earlier tests of the same worker compiled counts towards torch.compile's limit of recompilations, and makes
+    sizes symbols, for which Inductor's flex_attention on a CPU may write C++ that does not compile (torch 2.13)."""
+    if any(word in request.node.name for word in ("compile", "backends_agree")):
         torch.compiler.reset()
