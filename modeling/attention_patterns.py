@@ -930,9 +930,10 @@ def _reads_of_all(parts: Iterable[Pattern], query: torch.Tensor, first, count: i
         places = part.reads(query, first, count)
         if places is None:
             return None
+        shown = part.visible(0, query, places)
         for other in before:  # which has it in its own list
-            places = torch.where(other.visible(0, query, places), -1, places)
-        found.append(places)
+            shown = shown & ~other.visible(0, query, places)
+        found.append(torch.where(shown, places, -1))
         before.append(part)
     return torch.cat(found, dim=-1)
 

@@ -37,6 +37,7 @@ PATTERNS = [
     Block1D(8, 5),
     Union([Local(5), Strided(5)]),
     Intersection([Local(20), Strided(3)]),
+    Intersection([Union([Intersection([Strided(2), FixedSummary(2, 1)]), Local(1)])]),
     Intersection([Union([Local(3), Strided(5)]), Local(30)]),  # what both parts of the union show is read once
     PerHead([Local(5), Strided(5)]),
     PerHead([Local(3), Full()]),
