@@ -18,7 +18,8 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -40,6 +41,16 @@ def under_allocator() -> None:
     """
     if any(name not in os.environ for name in ALLOCATOR):
         os.execve(sys.executable, [sys.executable, *sys.argv], {**ALLOCATOR, **os.environ})
+
+
+@contextmanager
+def system_allocator() -> Iterator[None]:
+    """Processes started inside give freed memory back: where peaks are measured, what is kept would hide them."""
+    kept = {name: os.environ.pop(name) for name in ALLOCATOR if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(kept)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,10 @@
 """What benchmark scripts share: rows, checks, files."""
 
 import json
+import os
 import sys
 
+import benchmarking
 import pytest
 from benchmarking import Benchmark, Measure, Row, measure, page, shown
 
@@ -20,6 +22,14 @@ def run(monkeypatch, tmp_path):
         return bench.finish(), json.loads((tmp_path / "x.json").read_text())
 
     return run
+
+
+def test_peaks_are_measured_under_the_systems_allocator(monkeypatch):
+    for name, value in benchmarking.ALLOCATOR.items():
+        monkeypatch.setenv(name, value)
+    with benchmarking.system_allocator():
+        assert not any(name in os.environ for name in benchmarking.ALLOCATOR)
+    assert all(os.environ[name] == value for name, value in benchmarking.ALLOCATOR.items())
 
 
 def test_rows_say_how_many_times_better_we_are(run):
