@@ -59,8 +59,8 @@ SECTIONS = {
     "short sequences": "32 sequences of 1,024 tokens, float32; the peer is dense causal SDPA.",
     "relative bias": "Transformer-XL's scores by distance, float32, 4,096 tokens; the peer is the same without them.",
     "memory": "Peak memory beyond query, key, value (and the gradient of the output), outputs and gradients included, "
-    "float32 at 65,536 tokens, each in a process of its own, under the system's allocator as it is; one tensor is 1 KiB "
-    "a token. The peer is the goal.",
+    "float32 at 65,536 tokens, each in a process of its own, under the system's allocator as it is; one tensor is 1 "
+    "KiB a token. The peer is the goal.",
     "training step": "A Sparse Transformer of 12 layers, 256 wide, 4 heads, strided and local in turn (l = 128), "
     "float32, batch 1: loss and gradients. The peer is the same model with every layer dense, under sdpa.",
 }
