@@ -80,9 +80,12 @@ class VisibleKeys:
     def __getattr__(self, name: str):
         """Only for what is not there: a model that does not hand its mask on untouched."""
         raise AttributeError(
-            f"attn_implementation='block_sparse' makes no mask tensor, but this model reads {name!r} of its mask; "
-            "use 'eager' or 'sdpa'."
+            f"attn_implementation='block_sparse' makes no mask tensor, but this model reads {name!r} of its mask, "
+            "so it runs under no pattern."
         )
+
+    def __getitem__(self, index):
+        self.__getattr__(f"[{index}]")
 
     @property
     def is_plain(self) -> bool:
@@ -532,8 +535,29 @@ def choose_backend(asked: str | None, follows_patterns: bool) -> str | None:
     return "sdpa"
 
 
+def check_whole_rows() -> None:
+    """Rows are not dealt out to several processes: torch's context_parallel drops masks, so patterns and padding too.
+
+    Raises:
+        ValueError: if they are.
+    """
+    if _rows_are_dealt_out():
+        raise ValueError(
+            "Under torch's context_parallel each process holds a part of every row, and attention patterns, padding "
+            "and positions would be wrong; use data parallelism or FSDP, with gradient checkpointing for long rows."
+        )
+
+
+@torch.compiler.assume_constant_result
+def _rows_are_dealt_out() -> bool:
+    """context_parallel puts a function of its own in the place of PyTorch's attention."""
+    return nn.functional.scaled_dot_product_attention.__module__.startswith("torch.distributed")
+
+
 class PatternBackend:
     """For models of ours, before PreTrainedModel: block_sparse by default where patterns are set, and by name."""
+
+    _supports_context_parallel = False
 
     def follows_patterns(self) -> bool:
         return getattr(self.config, "attention_patterns", None) is not None
@@ -588,8 +612,9 @@ def lower_mask(seen: VisibleKeys, implementation: str, device: torch.device):
     """What `implementation` takes as attention_mask to show each query just the keys that `seen` says.
 
     Raises:
-        ValueError: if the implementation cannot run patterns, naming those that can.
+        ValueError: if the implementation cannot run patterns, naming those that can; under torch's context_parallel.
     """
+    check_whole_rows()
     if implementation == "sdpa" and (full_causal(seen) or sees_all(seen)):
         return None
     if implementation in ("eager", "sdpa"):

@@ -17,6 +17,7 @@ from transformers.dynamic_module_utils import get_relative_import_files
 
 from .auto import SYSTEMS
 from .card import THIS_FOLDER, folder_card
+from .modeling.attention import BLOCK_SPARSE
 
 MODELING = f"{__package__}.modeling."
 # What a Trainer leaves in a model's folder, none of which a reader of the model needs.
@@ -37,18 +38,25 @@ class Pushed(NamedTuple):
 
 
 def export(model: PreTrainedModel, folder: str | Path, processor: Any = None) -> None:
-    """Save `model` (a class of this package) and its processor or tokenizer into `folder`, with their code.
+    """Save `model` and its processor or tokenizer into `folder`, whole: a class of this package with its code, a stock
+    model under attention patterns with the backend that follows them.
 
-    The folder loads after `import hf_tfamily`, and where this package is not installed with `trust_remote_code=True`.
+    The folder loads after `import hf_tfamily`; one of this package's classes also where it is not installed, with
+    `trust_remote_code=True`.
+
+    Raises:
+        ValueError: for any other model, which `save_pretrained` saves whole.
     """
-    if not type(model).__module__.startswith(MODELING):
+    ours = type(model).__module__.startswith(MODELING)
+    if not ours and not getattr(model.config, "attention_patterns", None):
         raise ValueError(
-            f"{type(model).__name__} is no model of this package; models loaded as remote code save their own."
+            f"{type(model).__name__} is no model of this package and follows no attention patterns; save it with "
+            "save_pretrained. Models loaded as remote code save their own."
         )
     model.save_pretrained(folder)
     if processor is not None:
         processor.save_pretrained(folder)
-    for name, content in _code(Path(folder)).items():
+    for name, content in (_code(Path(folder)) if ours else _backend(Path(folder))).items():
         (Path(folder) / name).write_bytes(content)
 
 
@@ -123,6 +131,14 @@ def _code(folder: Path) -> dict[str, bytes]:
     return files | _sources(modules)
 
 
+def _backend(folder: Path) -> dict[str, bytes]:
+    """The config of a stock model under patterns that says its backend, which Transformers leaves out; else nothing."""
+    config = _read_json(folder / "config.json")
+    if _is_ours(config) or not config.get("attention_patterns"):
+        return {}
+    return {"config.json": _to_json({**config, "attn_implementation": BLOCK_SPARSE})}
+
+
 def _sources(modules: list[str]) -> dict[str, bytes]:
     """The modules of modeling/ and all that they reach."""
     import hf_tfamily.modeling
@@ -171,13 +187,14 @@ def _content(folder: Path, repo_id: str, with_code: bool) -> tuple[dict[str, Pat
     else:
         content = {name: path for name, path in content.items() if not name.endswith(".py")}
         content |= _without_auto_map(content)
+    content |= _backend(folder)
     return content | _card(folder, repo_id, with_code), left_out
 
 
 def _missing_code(folder: Path) -> dict[str, bytes]:
     """The code of a folder that was saved without; none for models of other packages."""
     config = _read_json(folder / "config.json")
-    if config.get("auto_map") or config["model_type"] not in {system.name for system in SYSTEMS}:
+    if config.get("auto_map") or not _is_ours(config):
         return {}
     return _code(folder)
 
@@ -195,7 +212,8 @@ def _without_auto_map(content: dict[str, Path]) -> dict[str, bytes]:
 def _card(folder: Path, repo_id: str, with_code: bool) -> dict[str, bytes]:
     """The folder's card, or one of the few facts in its config; it says how to load the repository by name."""
     path = folder / "README.md"
-    card = path.read_text(encoding="utf-8") if path.exists() else str(folder_card(folder, with_code))
+    has_code = with_code and _is_ours(_read_json(folder / "config.json"))
+    card = path.read_text(encoding="utf-8") if path.exists() else str(folder_card(folder, has_code))
     return {path.name: card.replace(THIS_FOLDER, repo_id).encode()}
 
 
@@ -245,6 +263,10 @@ def _reason(error: HfHubHTTPError) -> str:
         404: f"it is not there for this account ({said}).",
         412: f"somebody else committed there meanwhile; look at what changed, then push again ({said}).",
     }.get(error.response.status_code, f"{said} (status {error.response.status_code})")
+
+
+def _is_ours(config: dict) -> bool:
+    return config["model_type"] in {system.name for system in SYSTEMS}
 
 
 def _read_json(path: Path) -> dict:

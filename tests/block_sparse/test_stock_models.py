@@ -584,6 +584,18 @@ def test_one_half_of_a_composite_model_can_have_patterns():
 # What a forward pass refuses
 
 
+def test_parallel_heads_follow_their_own_patterns_or_are_refused():
+    """Of 4 heads a process may hold 2, numbered from 0: right for period 2, wrong for 4."""
+    attention = llama().model.layers[0].self_attn
+    query, key = torch.randn(1, 2, LENGTH, 8), torch.randn(1, 1, LENGTH, 8)
+    for pattern in (Fixed(6, 1, sub_blocks=2), PATTERNS["per head"][0]):
+        attention.config.attention_patterns = pattern.to_dict()
+        interface.block_sparse_attention_forward(attention, query, key, key, None)
+    attention.config.attention_patterns = Fixed(6, 1, sub_blocks=4).to_dict()
+    with pytest.raises(ValueError, match=r"period 4, which does not divide the 2 of 4 heads .* tensor parallelism"):
+        interface.block_sparse_attention_forward(attention, query, key, key, None)
+
+
 def under_pattern(build=llama, **changes):
     model = build()
     hf_tfamily.set_attention_patterns(model, Local(4))
@@ -592,16 +604,66 @@ def under_pattern(build=llama, **changes):
     return model.eval()
 
 
-def test_attention_dropout_is_refused_in_training_only():
-    model = LlamaForCausalLM(LlamaConfig(**TEXT, attention_dropout=0.1))
-    hf_tfamily.set_attention_patterns(model, Local(4))
-    model.eval()(tokens())
-    with pytest.raises(ValueError, match="dropout of attention weights; set it to 0"):
+def with_dropout(build):
+    """A model as `from_pretrained` gives it, whose config drops attention weights."""
+    config = build().config
+    for name, value in vars(type(config)()).items():
+        if name in ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob"):
+            setattr(config, name, value or 0.1)
+    return build.__globals__[type(build()).__name__](config)
+
+
+@pytest.mark.parametrize("build", [llama, gpt2, bert, vit, clip_vision, bart])
+def test_attention_dropout_is_refused_with_a_call_that_turns_it_off(build, tmp_path):
+    model = with_dropout(build)
+    before = model.config.to_dict()
+    with pytest.raises(ValueError, match=r"give set_attention_patterns\(model, patterns, attention_dropout=0\.0\)"):
+        hf_tfamily.set_attention_patterns(model, Local(4))
+    assert model.config.to_dict() == before
+    hf_tfamily.set_attention_patterns(model, Local(4), attention_dropout=0.0)
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path, attn_implementation="block_sparse")
+    inputs = (
+        {"pixel_values": torch.randn(2, 3, 20, 20)} if hasattr(model.config, "patch_size") else {"input_ids": tokens()}
+    )
+    for trained in (model.train(), again.train()):
+        trained(**inputs)
+
+
+def test_attention_dropout_that_appears_later_is_refused_in_training_only():
+    model = under_pattern()
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.1
+    model(tokens())
+    with pytest.raises(
+        ValueError, match=r"dropout of attention weights; set_attention_patterns\(.*attention_dropout=0"
+    ):
         model.train()(tokens())
+    with pytest.raises(ValueError, match=r"attention_dropout may be 0\.0 or None"):
+        hf_tfamily.set_attention_patterns(model, Local(4), attention_dropout=0.1)
+
+
+def test_no_message_sends_a_model_under_a_pattern_to_a_backend_that_ignores_it():
+    for arguments in ({"output_attentions": True}, {"attention_mask": torch.ones(2, 1, LENGTH, LENGTH)}):
+        with pytest.raises(ValueError, match=r"set_attention_patterns\(model, None\)") as error:
+            under_pattern()(tokens(), **arguments)
+        assert "sdpa" not in str(error.value)
+        assert "eager" not in str(error.value)
+
+
+def test_patterns_can_be_taken_away():
+    model, plain = under_pattern(), llama().eval()
+    plain.load_state_dict(model.state_dict())
+    hf_tfamily.set_attention_patterns(model, None)
+    assert "attention_patterns" not in model.config.to_dict()
+    ids = tokens()
+    close(model(ids).logits, plain(ids).logits)
+    model.set_attn_implementation("sdpa")
+    close(model(ids).logits, plain(ids).logits)
 
 
 def test_output_attentions_is_refused():
-    with pytest.raises(ValueError, match="eager"):
+    with pytest.raises(ValueError, match="does not support output_attentions"):
         under_pattern()(tokens(), output_attentions=True)
 
 
@@ -622,14 +684,7 @@ def test_masks_that_a_model_adds_to_are_refused():
 def test_masks_that_a_model_reads_are_refused():
     model = DogeForCausalLM(DogeConfig(**TEXT))
     hf_tfamily.set_attention_patterns(model, Local(4))
-    with pytest.raises(AttributeError, match="makes no mask tensor, but this model reads 'dtype' of its mask"):
-        model(tokens())
-
-
-@pytest.mark.parametrize("patterns", [None, [], {}])
-def test_missing_patterns_are_refused(patterns):
-    model = under_pattern(attention_patterns=patterns)
-    with pytest.raises(ValueError, match=r"needs config\.attention_patterns"):
+    with pytest.raises(AttributeError, match=r"makes no mask tensor, but this model reads .* of its mask"):
         model(tokens())
 
 
@@ -647,12 +702,18 @@ def test_softcapping_is_refused():
         model(tokens())
 
 
-def test_chunked_attention_is_refused():
-    config = Llama4TextConfig(**TEXT, head_dim=8, num_local_experts=2, attention_chunk_size=8)
-    config.attention_patterns = Local(4).to_dict()
-    model = Llama4ForCausalLM._from_config(config, attn_implementation="block_sparse")
-    with pytest.raises(ValueError, match=r"cannot combine a pattern with this model's own mask \(chunked_overlay\)"):
-        model(tokens())
+def test_chunks_are_cut_by_a_pattern():
+    config = Llama4TextConfig(**TEXT, head_dim=8, num_local_experts=2, attention_chunk_size=8, no_rope_layers=[1, 1])
+    ours, twin = pair(lambda: Llama4ForCausalLM(config), [Local(5)])
+    valid = padding("left")
+    chunked = tables([Local(5)], valid)
+    for table in chunked:
+        for row, first in enumerate((6, 0)):
+            for i in range(LENGTH):
+                for j in range(LENGTH):
+                    table[row if len(table) > 1 else 0, :, i, j] &= (i - first) // 8 == (j - first) // 8
+    TABLES.by_layer = {"all": chunked}
+    assert_equal(ours, twin, valid, input_ids=tokens(), attention_mask=valid)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from huggingface_hub import HfApi, ModelCard, constants
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
+from hf_tfamily import Local, set_attention_patterns
 from hf_tfamily.hub import PushError, export, push
 from hf_tfamily.modeling.image_processing_tokens import ImageTokenProcessor
 from hf_tfamily_cli import app
@@ -93,6 +94,25 @@ def test_models_of_other_packages_are_pushed_as_they_are(hub, tmp_path):
     push(tmp_path / "llama", "org/llama")
     names = {"config.json", "generation_config.json", "model.safetensors", "README.md"}
     assert hub.repositories["org/llama"].files.keys() == names
+
+
+def test_a_stock_model_under_a_pattern_is_loaded_under_it(hub, tmp_path):
+    """Its own `save_pretrained` leaves the backend out; `export` and `push` write it beside the patterns."""
+    model = LlamaForCausalLM(
+        LlamaConfig(vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=2)
+    ).eval()
+    with pytest.raises(ValueError, match="no model of this package and follows no attention patterns"):
+        export(model, tmp_path / "plain")
+    set_attention_patterns(model, Local(2))
+    ids = torch.randint(8, (1, 9))
+    export(model, tmp_path / "exported")
+    model.save_pretrained(tmp_path / "saved")
+    push(tmp_path / "saved", REPO)
+    for place in (tmp_path / "exported", REPO):
+        loaded = AutoModelForCausalLM.from_pretrained(place)
+        assert loaded.config._attn_implementation == "block_sparse"
+        torch.testing.assert_close(loaded(ids).logits, model(ids).logits)
+    assert "trust_remote_code" not in hub.repositories[REPO].files["README.md"].data.decode()
 
 
 def test_pickles_and_checkpoints_stay_here(hub, folder):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..modeling.attention import BLOCK_SPARSE as NAME
-from ..modeling.attention import VisibleKeys
+from ..modeling.attention import VisibleKeys, check_whole_rows
 from ..modeling.attention_patterns import Pattern
 from ..modeling.positions import rows_by_distance
 from .alignment import Tensors, attend_packed, attend_padded
@@ -19,7 +19,7 @@ from .cpu import block_sparse_attention
 from .decode import attend_masked, attend_one
 from .patterns import own_mask
 from .relative import relative_attention
-from .stock_masks import bind
+from .stock_masks import bind, check_local_heads
 from .windows import window_attention
 
 
@@ -52,10 +52,16 @@ def block_sparse_attention_forward(
         seen = own_mask(attention_mask)
     if seen is not None and _is_window(seen.pattern):
         return _attend_window(query, key, value, seen.extra, scaling, dropout, **kwargs), None
-    _refuse_unsupported(attention_mask, dropout if module.training else 0.0, {**kwargs, "return_lse": return_lse})
-    if seen is None or seen.awaits_pattern:  # a stock model's
+    check_whole_rows()
+    stock = seen is None or seen.awaits_pattern
+    under_pattern = stock and bool(getattr(module.config, "attention_patterns", None))
+    dropout = dropout if module.training else 0.0
+    _refuse_unsupported(attention_mask, dropout, {**kwargs, "return_lse": return_lse}, under_pattern)
+    if stock:
         is_causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
         seen = bind(seen, module, query, key, is_causal)
+    else:
+        check_local_heads(seen.pattern, seen.num_heads, query.shape[1])
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     bias = kwargs.get("position_bias")
     if bias is not None:
@@ -128,25 +134,37 @@ def attend_relative(seen: VisibleKeys, query: Tensor, key: Tensor, value: Tensor
     return _run(seen, (query, position_query), key, value, execute)[0]
 
 
-def _refuse_unsupported(attention_mask: Any, dropout: float, kwargs: dict[str, Any]) -> None:
+def _refuse_unsupported(attention_mask: Any, dropout: float, kwargs: dict[str, Any], under_pattern: bool) -> None:
+    """`under_pattern`: a stock model under a pattern, which every other backend would ignore."""
+
+    def has(field: str) -> bool:
+        return getattr(attention_mask, field, None) is not None
+
     bias = kwargs.get("position_bias")
-    reasons = {
-        "dropout of attention weights; set it to 0 in the config, or use 'eager' or 'sdpa'": dropout > 0,
-        "output_attentions; use 'eager'": kwargs.get("output_attentions"),
-        "softcap; set attn_logit_softcapping to None in the config, or use 'eager'": kwargs.get("softcap") is not None,
-        "attention sinks (s_aux); use 'eager'": kwargs.get("s_aux") is not None,
-        "a position_bias that is a tensor; use 'eager' or 'sdpa'": isinstance(bias, Tensor),
-        "scores by distance alone (DistanceBias); use 'eager' or 'sdpa'": hasattr(bias, "table"),
-        "return_lse beside a position_bias; use 'eager'": bias is not None and kwargs.get("return_lse"),
-        "global tokens; use 'eager', 'sdpa' or 'flex_attention'": getattr(attention_mask, "global_tokens", None)
-        is not None,
-        "masks that are tensors, whether given as a 4-D attention_mask or built by the model itself; "
-        "use 'eager' or 'sdpa'": isinstance(attention_mask, Tensor),
-        "a 4-D attention_mask; use 'eager' or 'sdpa'": getattr(attention_mask, "extra", None) is not None,
-    }
-    for reason, applies in reasons.items():
+    eager, or_sdpa, softcap = "use 'eager'", "use 'eager' or 'sdpa'", "set attn_logit_softcapping to None in the config"
+    masks = "masks that are tensors, whether given as a 4-D attention_mask or built by the model itself"
+    off = "set_attention_patterns(model, patterns, attention_dropout=0.0) turns it off"
+    refused = [
+        ("dropout of attention weights", off if under_pattern else f"set it to 0 in the config, or {or_sdpa}", dropout),
+        ("output_attentions", eager, kwargs.get("output_attentions")),
+        ("softcap", softcap if under_pattern else f"{softcap}, or {eager}", kwargs.get("softcap") is not None),
+        ("attention sinks (s_aux)", eager, kwargs.get("s_aux") is not None),
+        ("a position_bias that is a tensor", or_sdpa, isinstance(bias, Tensor)),
+        ("scores by distance alone (DistanceBias)", or_sdpa, hasattr(bias, "table")),
+        ("return_lse beside a position_bias", eager, bias is not None and kwargs.get("return_lse")),
+        (
+            "global tokens",
+            "use 'eager', 'sdpa' or 'flex_attention'",
+            getattr(attention_mask, "global_tokens", None) is not None,
+        ),
+        (masks, or_sdpa, isinstance(attention_mask, Tensor)),
+        ("a 4-D attention_mask", or_sdpa, getattr(attention_mask, "extra", None) is not None),
+    ]
+    for what, instead, applies in refused:
         if applies:
-            raise ValueError(f"attn_implementation='{NAME}' does not support {reason}.")
+            if under_pattern and "use 'eager'" in instead:
+                instead = "set_attention_patterns(model, None) takes the pattern away"
+            raise ValueError(f"attn_implementation='{NAME}' does not support {what}; {instead}.")
 
 
 def _attend_one(
@@ -184,6 +202,6 @@ def _seen_by_one(pattern: Pattern, query: int, first_key: int, num_keys: int) ->
 def _in_one_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Under autocast, models mix float32 (rotated queries, say) with the autocast dtype."""
     device = tensors[0].device.type
-    if torch.is_autocast_enabled(device):
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return tuple(tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors)
     return tensors

@@ -19,7 +19,7 @@ from ..modeling.attention_patterns import Full, Local, Pattern
 # of window and row, and so many pairs at random.
 ALL_PAIRS, ALL_CUSTOM_PAIRS = 2**12, 2**16
 MOST_AT_ENDS, RANDOM_PAIRS = 512, 2048
-REFUSAL = f"attn_implementation='{NAME}' cannot combine a pattern with this model's own mask ({{}}); use 'sdpa'."
+REFUSAL = f"attn_implementation='{NAME}' cannot follow this model's own mask ({{}}); only without a pattern others can."
 ERRORS = (IndexError, NotImplementedError, RuntimeError, TypeError, ValueError)
 
 
@@ -31,7 +31,7 @@ def window_pattern(size: int | None, causal: bool) -> Pattern:
     """Transformers' windows hold `size` keys where they are causal, else `size` on either side of the query's own."""
     if size is None:
         return Full()
-    return Local(size if causal else size + 1)
+    return Local(max(size, 1) if causal else size + 1)
 
 
 def verify(
@@ -41,8 +41,12 @@ def verify(
     use_vmap: bool,
     config: PreTrainedConfig | None,
     device: torch.device | str,
+    valid: Tensor | None = None,
 ) -> VisibleKeys:
     """`seen`, with the documents of packed rows, if the mask function shows the same.
+
+    Args:
+        valid: [B, past + T], the tokens that it must be the same for, where it counts from the first of each row.
 
     Raises:
         ValueError: if it does not.
@@ -60,6 +64,10 @@ def verify(
     heads = torch.tensor([0, last_head - 1 if isinstance(last_head, int) else 0], device=at)
     query, key = _pairs(said, ALL_CUSTOM_PAIRS if use_vmap else ALL_PAIRS, at)
     differ = _differences(said, mask_function, heads, query, key)
+    if valid is not None:
+        tokens = valid.to(at)
+        slots = (query + said.query_offset, (key + said.key_offset).clamp(max=tokens.shape[1] - 1))
+        differ = differ & tokens[:, None, slots[0]] & tokens[:, None, slots[1]]
     if bool(differ.any()):
         row, _, pair = differ.expand(said.batch_size, 2, -1).nonzero()[0].tolist()
         where = f"query {query[pair]}, key {key[pair]} of row {row}"
@@ -85,10 +93,11 @@ def _could_be_packed(seen: VisibleKeys) -> bool:
 
 
 def _documents(seen: VisibleKeys, mask_function: Callable, device) -> Tensor:
-    """Numbers [B or 1, T] of documents: one begins wherever a token does not see the token before."""
+    """Numbers [B or 1, T] of documents: one begins wherever a token does not see the token before, but for chunks."""
     slots = torch.arange(seen.query_length, device=device)
     follows = _evaluate(mask_function, seen, torch.zeros_like(slots[:1]), slots[1:], slots[:-1])[:, 0]
-    return nn.functional.pad((~follows).long().cumsum(dim=-1), (1, 0))
+    begins = ~follows & seen.pattern.visible(0, slots[1:], slots[:-1])
+    return nn.functional.pad(begins.long().cumsum(dim=-1), (1, 0))
 
 
 def _pairs(seen: VisibleKeys, limit: int, device) -> tuple[Tensor, Tensor]:
@@ -128,8 +137,8 @@ def _window_ends(seen: VisibleKeys) -> list[int]:
     """The distances on either side of where windows end."""
     if seen.pattern.is_full:
         return []
-    window = seen.pattern.window
-    return [sign * step for step in range(window - 2, window + 2) for sign in (-1, 1)]
+    size = seen.pattern.window if seen.pattern.type == "local" else seen.pattern.block
+    return [sign * step for step in range(size - 2, size + 2) for sign in (-1, 1)]
 
 
 def _at_steps(seen: VisibleKeys, queries: Tensor, steps: list[int]) -> tuple[Tensor, Tensor]:

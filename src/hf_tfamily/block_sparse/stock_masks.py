@@ -19,8 +19,18 @@ from transformers.masking_utils import causal_mask_function
 
 from ..modeling.attention import BLOCK_SPARSE as NAME
 from ..modeling.attention import VisibleKeys, with_padding
-from ..modeling.attention_patterns import Full, Intersection, Local, Pattern, intersect, pattern_from_dict
-from .mask_checks import refusal, tensors_have_values, verify, window_pattern
+from ..modeling.attention_patterns import (
+    FixedBlock,
+    Full,
+    Intersection,
+    Local,
+    Pattern,
+    intersect,
+    pattern_from_dict,
+)
+from .mask_checks import tensors_have_values, verify, window_pattern
+
+FULL = Full()
 
 
 def block_sparse_mask(
@@ -47,17 +57,17 @@ def block_sparse_mask(
         kwargs: `allow_is_bidirectional_skip` among them says that the mask is not causal.
 
     Raises:
-        ValueError: if the mask function shows anything but causality, window and documents.
+        ValueError: if the mask function shows anything but causality, windows, chunks and documents.
     """
     if getattr(attention_mask, "awaits_pattern", False):  # `generate` makes the masks of static caches beforehand
         return attention_mask
     if isinstance(q_offset, Tensor):  # a static cache's, which moves on before the mask is read
         q_offset = q_offset.clone() if q_length == 1 else int(q_offset)
     causal = "allow_is_bidirectional_skip" not in kwargs
-    if _is_chunked(local_size, config):
-        raise refusal("chunked_overlay")
+    valid = None if attention_mask is None else attention_mask.bool()
+    chunked = _is_chunked(local_size, config)
     seen = VisibleKeys(
-        window_pattern(local_size, causal),
+        FixedBlock(local_size) if chunked else window_pattern(local_size, causal),
         num_heads=1,
         causal=causal,
         batch_size=batch_size,
@@ -68,8 +78,14 @@ def block_sparse_mask(
         all_places=True,
         awaits_pattern=True,
     )
-    seen = verify(seen, mask_function, attention_mask is None, use_vmap, config, device)
-    return seen if _hides_nothing(attention_mask, seen) else with_padding(seen, attention_mask.bool())
+    if local_size == 0 and causal:  # in the configs of models whose layers have no windows, as it shows nothing
+        return replace(seen, key_valid=torch.zeros(batch_size, kv_length, dtype=torch.bool, device=device))
+    padded = seen if _hides_nothing(valid, seen) else with_padding(seen, valid)
+    if chunked and valid is not None:  # chunks count from the first token of each row
+        verify(padded, mask_function, False, use_vmap, config, device, valid)
+        return padded
+    seen = verify(seen, mask_function, valid is None, use_vmap, config, device)
+    return seen if padded.key_valid is None else padded
 
 
 def _is_chunked(local_size: int | None, config: PreTrainedConfig | None) -> bool:
@@ -88,23 +104,22 @@ def _hides_nothing(attention_mask: Tensor | None, seen: VisibleKeys) -> bool:
     return covers_keys and bool(attention_mask.all())
 
 
-def layer_pattern(
-    module: nn.Module, patterns: dict | list[dict] | None, num_heads: int, window: int | None = None
-) -> Pattern:
-    """The one of config.attention_patterns that holds for this layer of a stock model; cross-attention sees everything.
+def num_heads(attention: nn.Module) -> int:
+    """Of this module: encoders and decoders may differ."""
+    names = ("num_heads", "num_attention_heads")
+    own = (getattr(attention, name) for name in names if hasattr(attention, name))
+    return next(own, None) or attention.config.num_attention_heads
 
-    `window` is that of the model itself.
+
+def layer_pattern(module: nn.Module, patterns: dict | list[dict], own: Pattern = FULL) -> Pattern:
+    """The one of config.attention_patterns that holds for this layer of a stock model, and its `own` rule beside it;
+    cross-attention sees everything.
 
     Raises:
-        ValueError: if there is none, or it does not fit the layer.
+        ValueError: if it does not fit the layer.
     """
-    if not patterns:
-        raise ValueError(
-            f"attn_implementation='{NAME}' needs config.attention_patterns, such as "
-            f"{{'type': 'local', 'window': 64}}, got {patterns!r}; {{'type': 'full'}} is dense attention."
-        )
     if _is_cross_attention(module):
-        return Full()
+        return FULL
     if isinstance(patterns, dict):
         patterns = [patterns]
     layer_idx = getattr(module, "layer_idx", None) if len(patterns) > 1 else 0
@@ -113,22 +128,28 @@ def layer_pattern(
             f"{type(module).__name__} does not know its layer, so config.attention_patterns must be one pattern "
             f"for all layers, not {len(patterns)}."
         )
-    pattern = getattr(READ, _read(patterns[layer_idx % len(patterns)], window))
-    pattern.check_heads(num_heads)
+    pattern = getattr(READ, _read(patterns[layer_idx % len(patterns)], *_size(own)))
+    pattern.check_heads(num_heads(module))
     return pattern
 
 
 READ = SimpleNamespace()  # patterns by their text: torch.compile can neither read one nor take one, but find one here
 
 
+def _size(own: Pattern) -> tuple[int | None, int | None]:
+    """Of the window, or of the chunks, that a model's own rule has."""
+    return (own.window, None) if own.type == "local" else (None, own.block if own.type == "fixed_block" else None)
+
+
 @torch.compiler.assume_constant_result
-def _read(values: dict, window: int | None) -> str:
+def _read(values: dict, window: int | None, chunk: int | None) -> str:
     simplest = tensors_have_values()  # to find out which of two patterns contains the other
-    text = json.dumps([values, window, simplest], sort_keys=True)
+    text = json.dumps([values, window, chunk, simplest], sort_keys=True)
     if not hasattr(READ, text):
         pattern = pattern_from_dict(values)
-        if window is not None:
-            pattern = intersect(pattern, Local(window)) if simplest else Intersection((pattern, Local(window)))
+        if window or chunk:
+            both = pattern, Local(window) if window else FixedBlock(chunk)
+            pattern = intersect(*both) if simplest else Intersection(both)
         setattr(READ, text, pattern)
     return text
 
@@ -144,8 +165,8 @@ def _is_cross_attention(module: nn.Module) -> bool:
         return module.is_decoder and not getattr(module, "is_causal", True)
     if _takes_other_states(type(module)):
         raise ValueError(
-            f"attn_implementation='{NAME}' cannot tell whether {type(module).__name__} is self- or cross-attention; "
-            "use 'sdpa'."
+            f"attn_implementation='{NAME}' cannot tell whether {type(module).__name__} is self- or cross-attention, "
+            "so it runs under no pattern."
         )
     return False
 
@@ -160,19 +181,36 @@ def _arguments(module_class: type) -> tuple[str, ...]:
     return tuple(signature(module_class.forward).parameters)
 
 
-def bind(seen: VisibleKeys | None, module: nn.Module, query, key, is_causal: bool) -> VisibleKeys:
-    """Add the layer's pattern, which a mask made for a stock model still lacks."""
-    batch_size, num_heads, query_length, key_length = *query.shape[:3], key.shape[2]
-    if seen is not None and not seen.awaits_pattern:
-        return seen
-    window = None if seen is None or seen.pattern.is_full else seen.pattern.window
-    pattern = layer_pattern(module, getattr(module.config, "attention_patterns", None), num_heads, window)
+def bind(seen: VisibleKeys | None, module: nn.Module, query: Tensor, key: Tensor, is_causal: bool) -> VisibleKeys:
+    """Add the layer's pattern, if the config has any, to what a mask made for a stock model says.
+
+    Raises:
+        ValueError: if the pattern does not fit the layer, or the heads that this process holds of it.
+    """
+    batch_size, local_heads, query_length, key_length = *query.shape[:3], key.shape[2]
+    pattern = FULL if seen is None else seen.pattern
+    if patterns := getattr(module.config, "attention_patterns", None):
+        pattern = layer_pattern(module, patterns, pattern)
+        check_local_heads(pattern, num_heads(module), local_heads)
     if seen is None:
         past = key_length - query_length if is_causal else 0
-        return VisibleKeys(
-            pattern, num_heads, is_causal, batch_size, query_length, key_length, query_offset=past, all_places=True
-        )
-    seen = replace(seen, pattern=pattern, num_heads=num_heads, awaits_pattern=False)
-    if _is_cross_attention(module):  # queries and keys belong to two sequences
+        sizes = batch_size, query_length, key_length
+        return VisibleKeys(pattern, local_heads, is_causal, *sizes, query_offset=past, all_places=True)
+    seen = replace(seen, pattern=pattern, num_heads=local_heads, awaits_pattern=False)
+    if pattern.is_full and not seen.causal and seen.query_documents is None:  # in cross-attention, of two sequences
         return replace(seen, query_offset=0, key_offset=0, query_positions=None, key_positions=None)
     return seen
+
+
+def check_local_heads(pattern: Pattern, num_heads: int, local_heads: int) -> None:
+    """Under tensor parallelism a process holds `local_heads` of a layer's, and numbers them from 0.
+
+    Raises:
+        ValueError: if its heads would follow the patterns of others.
+    """
+    period = pattern.head_period
+    if local_heads != num_heads and local_heads % period:
+        raise ValueError(
+            f"{pattern!r} differs between heads with period {period}, which does not divide the {local_heads} of "
+            f"{num_heads} heads that a process holds under tensor parallelism; use fewer processes, or FSDP."
+        )
