@@ -23,7 +23,14 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .adaptive_softmax import AdaptiveEmbedding, AdaptiveSoftmax
-from .attention import BLOCK_SPARSE, PatternBackend, eager_attention_forward, lower_mask, visible_keys
+from .attention import (
+    BLOCK_SPARSE,
+    PatternBackend,
+    check_whole_rows,
+    eager_attention_forward,
+    lower_mask,
+    visible_keys,
+)
 from .attention_patterns import Full, Local
 from .causal_lm import kept_positions, next_tokens, num_targets
 from .checks import check_one_input, check_token_ids
@@ -276,6 +283,7 @@ class TransformerXLModel(TransformerXLPreTrainedModel):
         self, inputs_embeds: torch.Tensor, new_tokens: torch.Tensor | None, memory: SegmentMemory
     ) -> tuple[torch.Tensor | None, list[tuple]]:
         """Which keys are valid [B, S] (None if all), and for every layer the backend's mask and the distances."""
+        check_whole_rows()
         batch_size, length = inputs_embeds.shape[:2]
         valid = memory.valid_keys(new_tokens, batch_size, length)
         heads = self.config.num_attention_heads

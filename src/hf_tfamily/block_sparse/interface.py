@@ -152,13 +152,9 @@ def _refuse_unsupported(attention_mask: Any, dropout: float, kwargs: dict[str, A
         ("a position_bias that is a tensor", or_sdpa, isinstance(bias, Tensor)),
         ("scores by distance alone (DistanceBias)", or_sdpa, hasattr(bias, "table")),
         ("return_lse beside a position_bias", eager, bias is not None and kwargs.get("return_lse")),
-        (
-            "global tokens",
-            "use 'eager', 'sdpa' or 'flex_attention'",
-            getattr(attention_mask, "global_tokens", None) is not None,
-        ),
+        ("global tokens", "use 'eager', 'sdpa' or 'flex_attention'", has("global_tokens")),
         (masks, or_sdpa, isinstance(attention_mask, Tensor)),
-        ("a 4-D attention_mask", or_sdpa, getattr(attention_mask, "extra", None) is not None),
+        ("a 4-D attention_mask", or_sdpa, has("extra")),
     ]
     for what, instead, applies in refused:
         if applies:
