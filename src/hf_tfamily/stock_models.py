@@ -14,7 +14,7 @@ from .modeling.attention_patterns import Pattern, patterns_for_layers
 
 _INTERFACE = "ALL_ATTENTION_FUNCTIONS.get_interface("
 # Parts of the names of parameters that enter the scores.
-_OWN_TERMS = ("position_bias", "attention_bias", "bias_table", "sinks")
+_OWN_TERMS = ("position_bias", "attention_bias", "bias_table")
 
 
 def set_attention_patterns(
@@ -68,7 +68,7 @@ def _refuse_unfit(model: PreTrainedModel, attentions: list[nn.Module], attention
     reasons = {
         "{} knows patterns itself; set attention_patterns in the config that it is built from": [model] * has_field,
         "{} attends by its own code and would ignore the pattern": _ignoring(model) or ([] if attentions else [model]),
-        "{} adds terms of its own to the scores (position biases, sinks), which block_sparse cannot": [
+        "{} adds terms of its own to the scores (position biases), which block_sparse cannot": [
             attention for attention in attentions if _has_own_terms(attention)
         ],
         "{} caps its scores, which block_sparse cannot; set attn_logit_softcapping to None in the config": [

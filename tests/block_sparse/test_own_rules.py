@@ -17,6 +17,8 @@ from transformers import (
     Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    GptOssConfig,
+    GptOssForCausalLM,
     Llama4ForCausalLM,
     Llama4TextConfig,
     LlamaConfig,
@@ -69,6 +71,10 @@ DECODERS = {
     "qwen2 moe, windows off": (Qwen2MoeForCausalLM, Qwen2MoeConfig(**TEXT, **MOE)),
     "qwen2 moe": (Qwen2MoeForCausalLM, Qwen2MoeConfig(**TEXT, **MOE, **SLIDING)),
     "llama4": (Llama4ForCausalLM, Llama4TextConfig(**LLAMA4)),
+    "gpt oss": (
+        GptOssForCausalLM,
+        GptOssConfig(**TEXT, head_dim=8, sliding_window=WINDOW, num_local_experts=2, num_experts_per_tok=1),
+    ),
     "phi3": (Phi3ForCausalLM, Phi3Config(**TEXT, sliding_window=WINDOW)),
     "starcoder2": (Starcoder2ForCausalLM, Starcoder2Config(**TEXT, sliding_window=WINDOW)),
     "gpt2": (
@@ -85,6 +91,9 @@ def pair(model_class, config):
     """A model under block_sparse and its copy under eager."""
     torch.manual_seed(0)
     ours = model_class(copy.deepcopy(config)).eval()
+    for name, parameter in ours.named_parameters():
+        if name.endswith("sinks"):
+            torch.nn.init.normal_(parameter)
     twin = copy.deepcopy(ours)
     ours.set_attn_implementation("block_sparse")
     twin.set_attn_implementation("eager")

@@ -42,6 +42,7 @@ def block_sparse_attention_forward(
         position_bias (in kwargs): scores for distances as what they are computed from, positions.DistanceScores. Under
             a Window2D without a grid the batch is one of windows that are already cut: then the mask's `extra`
             [L, 1, T, T] holds for each picture's L, and the bias is a tensor [1, H, T, T].
+        s_aux (in kwargs): [H], a learned score for each head of a key without a value (attention sinks).
         return_lse: also return the log-sum-exp [B, H, T] of each query's scores, -inf where it sees nothing.
 
     Raises:
@@ -67,7 +68,11 @@ def block_sparse_attention_forward(
     if bias is not None:
         return attend_relative(seen, query, key, value, scaling, bias), None
     tensors = (tensor.transpose(1, 2) for tensor in _in_one_dtype(query, key, value))
-    return attend(seen, *tensors, scaling, return_lse)
+    sinks = kwargs.get("s_aux")
+    output, lse = attend(seen, *tensors, scaling, return_lse or sinks is not None)
+    if sinks is not None:
+        output, lse = with_sinks(output, lse, sinks)
+    return output, lse if return_lse else None
 
 
 def _is_window(pattern: Pattern) -> bool:
@@ -98,6 +103,22 @@ def attend(
         return attend_masked(seen.dense(query.device), query, key, value, scaling, with_lse)
     output, lse = _run(seen, (query,), key, value, execute)
     return output, lse.transpose(1, 2) if with_lse else None
+
+
+def with_sinks(output: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
+    """Outputs [B, T, H, Dv] and log-sum-exps [B, H, T] with one key more for each head, of score `sinks` [H] and no
+    value: weights are exp(score) / (exp(lse) + exp(sink)), so outputs shrink by sigmoid(lse - sink).
+
+    Raises:
+        ValueError: if there is not one sink for each head.
+    """
+    if sinks.shape != (output.shape[2],):
+        raise ValueError(
+            f"Sinks (s_aux) must have shape [{output.shape[2]}], one for each head, got {list(sinks.shape)}."
+        )
+    sinks = sinks.to(lse.dtype)[:, None]
+    share = torch.sigmoid(lse - sinks).transpose(1, 2)[..., None]
+    return output * share.to(output.dtype), torch.logaddexp(lse, sinks)
 
 
 def _run(seen: VisibleKeys, queries: Tensors, key: Tensor, value: Tensor, execute: Callable) -> Tensors:
@@ -148,7 +169,7 @@ def _refuse_unsupported(attention_mask: Any, dropout: float, kwargs: dict[str, A
         ("dropout of attention weights", off if under_pattern else f"set it to 0 in the config, or {or_sdpa}", dropout),
         ("output_attentions", eager, kwargs.get("output_attentions")),
         ("softcap", softcap if under_pattern else f"{softcap}, or {eager}", kwargs.get("softcap") is not None),
-        ("attention sinks (s_aux)", eager, kwargs.get("s_aux") is not None),
+        ("attention sinks (s_aux) beside a position_bias", eager, bias is not None and kwargs.get("s_aux") is not None),
         ("a position_bias that is a tensor", or_sdpa, isinstance(bias, Tensor)),
         ("scores by distance alone (DistanceBias)", or_sdpa, hasattr(bias, "table")),
         ("return_lse beside a position_bias", eager, bias is not None and kwargs.get("return_lse")),
