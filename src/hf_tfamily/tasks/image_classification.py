@@ -25,7 +25,9 @@ from transformers import (
 from .. import plots
 from ..data import LabelledImages
 from ..data.augmentation import Augmentation
+from ..data.pictures import open_picture
 from ..data.sequences import require
+from ..modeling.image_processing_tokens import in_mode
 from .base import Task
 
 PICTURES, PICTURE_COLUMNS = 32, 8
@@ -97,7 +99,7 @@ class ImageClassificationTask(Task):
         taken_for = [data.class_names[number] for number in logits.argmax(axis=-1)]
         names = [data.class_names[number] for number in labels]
         plots.captioned_pictures(
-            shown.eval["image"],
+            [in_mode(picture, "RGB") for picture in shown.eval["image"]],
             taken_for,
             [None if found == name else name for found, name in zip(taken_for, names)],
             folder / "samples.png",
@@ -109,8 +111,8 @@ class ImageClassificationTask(Task):
         """The likeliest classes of picture files."""
         if not pictures:
             raise ValueError("Give pictures to classify: --pictures FILE, as often as you like.")
-        image, names = require("PIL.Image"), model.config.id2label
-        pixels = processor([image.open(path).convert("RGB") for path in pictures], return_tensors="pt")["pixel_values"]
+        names = model.config.id2label
+        pixels = processor([open_picture(path) for path in pictures], return_tensors="pt")["pixel_values"]
         model.eval()
         shares = model(pixel_values=pixels.to(model.device, model.dtype)).logits.float().softmax(dim=-1).cpu()
         return [f"{path}: {_likeliest(row, names)}" for path, row in zip(pictures, shares)]
@@ -131,7 +133,7 @@ class HeldOutPixels:
     processor: Any
 
     def __call__(self, rows: dict[str, list]) -> dict[str, Any]:
-        pictures = [picture.convert("RGB") for picture in rows["image"]]
+        pictures = [in_mode(picture, "RGB") for picture in rows["image"]]
         return {"pixel_values": self.processor(pictures, return_tensors="pt")["pixel_values"], "labels": rows["label"]}
 
 
@@ -153,7 +155,7 @@ class TrainingPixels:
         return cls(data.processor, data.augmentation, data.size, len(data.class_names), label_smoothing)
 
     def __call__(self, rows: dict[str, list]) -> dict[str, torch.Tensor]:
-        pictures, ready = [picture.convert("RGB") for picture in rows["image"]], {}
+        pictures, ready = [in_mode(picture, "RGB") for picture in rows["image"]], {}
         if self.augmentation.needs_pictures:
             pictures = [self.augmentation.redraw(picture, self.size) for picture in pictures]
             ready = {"do_resize": False, "do_center_crop": False}
