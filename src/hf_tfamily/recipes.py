@@ -12,8 +12,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from transformers import TrainingArguments
+from transformers.activations import ACT2FN
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .data import check_data
@@ -23,7 +25,6 @@ from .recipe_yaml import read_yaml
 from .value_types import annotations_of, check_value
 
 SECTIONS = ("model", "data", "training")
-DTYPES = ("float32", "float64", "float16", "bfloat16")
 
 
 class RecipeError(ValueError):
@@ -186,12 +187,17 @@ def _check_model(model: dict[str, Any], name: str) -> None:
         if aliases.get(key, key) != key and aliases[key] in keys:
             raise RecipeError(f"{name}: model.{key} and model.{aliases[key]} are two names of one field; keep one.")
     _check_types({aliases.get(key, key): value for key, value in keys.items()}, config_class, f"{name}: model.")
-    _check_dtype(keys.get("dtype"), name)
+    _check_names(keys, name)
 
 
-def _check_dtype(value: str | None, name: str) -> None:
-    if value is not None and value not in DTYPES:
-        raise RecipeError(f"{name}: model.dtype must be one of {', '.join(DTYPES)}, got {value!r}.")
+def _check_names(model: dict[str, Any], name: str) -> None:
+    """Values that are names of things in torch and Transformers, which otherwise say no more than KeyError."""
+    dtype, activation = model.get("dtype"), model.get("hidden_act")
+    found = getattr(torch, str(dtype), None)
+    if dtype is not None and not (isinstance(found, torch.dtype) and found.is_floating_point and found.itemsize > 1):
+        raise RecipeError(f"{name}: model.dtype must be float32, float64, float16 or bfloat16, got {dtype!r}.")
+    if activation is not None and activation not in ACT2FN:
+        raise RecipeError(f"{name}: model.hidden_act cannot be {activation!r}{nearest(str(activation), ACT2FN)}")
 
 
 def _check_data(data: dict[str, Any], name: str) -> None:

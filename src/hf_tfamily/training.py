@@ -67,11 +67,13 @@ def train(
     is_main = arguments.process_index == 0
     if is_main:
         run.check(recipe, resume, overwrite)
+    with _blaming(recipe, "model"):
+        config = AutoConfig.for_model(**recipe.model)  # before data are read, which may take long
     with arguments.main_process_first(local=False), _blaming(recipe, "data"):
         data = load_data(recipe.data)
     set_seed(arguments.seed)
     with _blaming(recipe, "model"):
-        model = task.build_model(AutoConfig.for_model(**recipe.model), data)
+        model = task.build_model(config, data)
         model = model if weights is None else _with_weights(model, weights)
     with _blaming(recipe, "training"):
         trainer = task.build_trainer(model, arguments, data)

@@ -28,6 +28,7 @@ def open_picture(file: str | Path, mode: str = "RGB") -> Any:
     """
     try:
         with require("PIL.Image").open(file) as picture:
+            picture.load()
             return in_mode(picture, mode)
     except FAULTS as error:
         raise ValueError(f"{file} cannot be read as a picture: {_reason(error)}") from error
