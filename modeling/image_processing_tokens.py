@@ -244,8 +244,8 @@ class ImageTokenProcessor(BaseImageProcessor):
         mode, picture = PIL_MODES[self.channels], upright(picture)
         if picture.mode != mode:
             raise ValueError(
-                f"Pictures must be of mode {mode!r}, got {picture.mode!r}; use in_mode(image, {mode!r}), which stands "
-                f"beside this class in {__name__}."
+                f"Pictures must be of mode {mode!r}, got {picture.mode!r}; use image.convert({mode!r}), or where parts "
+                f"are transparent in_mode(image, {mode!r}), which stands beside this class in {__name__}."
             )
         return (np.asarray(picture, np.int64) * (self.levels - 1) + 127) // 255
 

@@ -7,6 +7,7 @@ A recipe's keys are checked when it is read: those of `model` against the config
 """
 
 from collections.abc import Iterable
+from copy import deepcopy
 from dataclasses import dataclass, fields
 from importlib import resources
 from pathlib import Path
@@ -71,7 +72,7 @@ def load_recipe(name_or_path: str | Path, overrides: Iterable[str] = ()) -> Reci
     """
     name = str(name_or_path)
     content = _check_layout(name, _parse(_read(name), name))
-    overrides = list(overrides)
+    overrides, own_data = list(overrides), deepcopy(content["data"])
     for override in overrides:
         _apply(override, content)
     _check_model(content["model"], name)
@@ -80,8 +81,8 @@ def load_recipe(name_or_path: str | Path, overrides: Iterable[str] = ()) -> Reci
     _check_types(content["training"], TrainingArguments, f"{name}: training.")
     if any(override.startswith("model.") for override in overrides):
         content["parameters"] = None
-    if changes := [override for override in overrides if override.startswith("data.")]:
-        _say_that_data_changed(content, name, changes)
+    if content["data"] != own_data:
+        _say_that_data_changed(content, name, [override for override in overrides if override.startswith("data.")])
     return Recipe(name=name, **{**content, "notes": tuple(content.get("notes", ()))})
 
 
@@ -122,6 +123,8 @@ def _check_layout(name: str, content: Any) -> dict[str, Any]:
     for section in SECTIONS:
         if not isinstance(content[section], dict):
             raise RecipeError(f"{name}: {section} must be a mapping, got {content[section]!r}.")
+    if not isinstance(content.get("notes", []), list):
+        raise RecipeError(f"{name}: notes must be a list, got {content['notes']!r}.")
     _check_types(content, Recipe, f"{name}: ")
     return content
 

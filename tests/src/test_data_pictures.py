@@ -136,7 +136,7 @@ def test_the_token_processor_takes_pictures_as_they_are_opened(name, tmp_path):
 
 
 def test_the_token_processor_names_what_converts():
-    with pytest.raises(ValueError, match=r"mode 'RGB', got 'RGBA'; use in_mode\(image, 'RGB'\)"):
+    with pytest.raises(ValueError, match=r"mode 'RGB', got 'RGBA'; .* in_mode\(image, 'RGB'\)"):
         ImageTokenProcessor(SIZE, SIZE, 3)(Image.new("RGBA", (SIZE, SIZE)))
 
 

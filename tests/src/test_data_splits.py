@@ -96,6 +96,19 @@ def test_published_splits_that_lack_classes_are_taken_with_a_warning(monkeypatch
         assert len(load_data({"source": "hub_labelled_images", "dataset": "x"}).eval) == 1
 
 
+def test_rows_on_both_sides_are_named(folder, tmp_path):
+    with pytest.warns(UserWarning, match=r"12 rows of train\[9:21\] are trained on as well \(train\)"):
+        hub_source("hub_images", folder, label_column=None, train_split="train", eval_split="train[9:21]")
+    (tmp_path / "train.txt").write_text("a line\n" * 10)
+    with pytest.warns(UserWarning, match=r"1 rows of train\[8:\] are trained on as well \(train\[:9\]\)"):
+        load_data(
+            {
+                **{"source": "hub_text", "dataset": str(tmp_path), "length": 2},
+                **{"train_split": "train[:9]", "eval_split": "train[8:]"},
+            }
+        )
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -37,9 +37,17 @@ def load_part(dataset: str, name: str | None, split: str, revision: str | None) 
         raise ValueError(f"{dataset}, split {split}, cannot be read: {error.__cause__ or error}") from error
 
 
-def load_texts(dataset: str, name: str | None, split: str, revision: str | None, column: str) -> list[str]:
+def load_text_parts(
+    dataset: str, name: str | None, revision: str | None, column: str, train_split: str, eval_split: str
+) -> tuple[list[str], list[str]]:
+    """The texts to train on, and those that are held out; see `texts_of`."""
+    train, held_out = (load_part(dataset, name, split, revision) for split in (train_split, eval_split))
+    _warn_of_common_rows(train, dataset, train_split, eval_split)
+    return texts_of(train, column, dataset), texts_of(held_out, column, dataset)
+
+
+def texts_of(part: "Dataset", column: str, dataset: str) -> list[str]:
     """The texts of one split, in order, without byte order marks. Raises ValueError if there is no such column."""
-    part = load_part(dataset, name, split, revision)
     if column not in part.column_names:
         raise ValueError(f"{dataset} has no column {column!r}; it has {', '.join(part.column_names)}.")
     return [text.removeprefix("\ufeff") for text in part[column]]
@@ -72,6 +80,7 @@ def load_parts(
         eval_split = default_eval_split if eval_split is None else eval_split
         train, held_out = (load_part(dataset, name, split, revision) for split in (train_split, eval_split))
         _check_classes(train, held_out, dataset, train_split, eval_split, label_column)
+        _warn_of_common_rows(train, dataset, train_split, eval_split)
         where = (f"{dataset}, split {train_split}", f"{dataset}, split {eval_split}")
         return HubParts(train, held_out, where, f"train: {train_split}; held out: {eval_split}")
     if eval_split is not None:
@@ -132,6 +141,19 @@ def _check_classes(train, held_out, dataset: str, train_split: str, eval_split: 
         )
     if label_column is not None:
         warnings.warn(f"{dataset}: {said}.", stacklevel=2)
+
+
+def _warn_of_common_rows(part: "Dataset", dataset: str, train_split: str, eval_split: str) -> None:
+    """Slices may overlap, so that what is held out is trained on."""
+    sizes = {split: info.num_examples for split, info in (part.info.splits or {}).items()}
+    if not sizes or "[" not in train_split + eval_split:
+        return
+    instruction = require("datasets").ReadInstruction
+    train, held_out = (instruction.from_spec(split).to_absolute(sizes) for split in (train_split, eval_split))
+    pairs = [(one, other) for one in train for other in held_out if one.splitname == other.splitname]
+    common = sum(max(0, min(one.to, other.to) - max(one.from_, other.from_)) for one, other in pairs)
+    if common:
+        warnings.warn(f"{dataset}: {common} rows of {eval_split} are trained on as well ({train_split}).", stacklevel=2)
 
 
 def _lack(here: np.ndarray, there: np.ndarray, names: list[str]) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .hub_parts import load_texts
+from .hub_parts import load_text_parts
 from .sequences import LoadedData
 from .text import BIBLE_EVAL_BOOKS, BIBLE_LICENCE, BYTE_START, bible_parts, byte_tokenizer, cut_text
 from .text_lines import read_text_bytes
@@ -157,7 +157,7 @@ def hub_word_stream(
         length: words in a segment.
         train_split, eval_split: splits in load_dataset's notation. Slices go by order, so that texts stay whole.
     """
-    train, held_out = (load_texts(dataset, name, split, revision, text_column) for split in (train_split, eval_split))
+    train, held_out = load_text_parts(dataset, name, revision, text_column, train_split, eval_split)
     counts = Counter(word for line in train for word in line.split())
     counts[END_OF_LINE] += len(train)
     vocabulary = {word: i for i, (word, _) in enumerate(counts.most_common())}

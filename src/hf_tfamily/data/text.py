@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .hub_parts import load_texts
+from .hub_parts import load_part, load_text_parts, texts_of
 from .sequences import TokenSequences, require, token_dataset, with_start
 from .text_lines import read_text_bytes
 
@@ -98,15 +98,14 @@ def hub_text(
             rows are sorted by what they are about, a slice is about something else.
         sizes, eval_part: as in `text_file`: cut `train_split` instead of using `eval_split`, where sizes are given.
     """
-
-    def read(split: str) -> bytes:
-        return separator.join(load_texts(dataset, name, split, revision, text_column)).encode()
-
     licence = "see the data set's own page"
     if sizes is not None:
-        return _split_text(read(train_split), length, sizes, eval_part, description=dataset, licence=licence)
+        whole = separator.join(texts_of(load_part(dataset, name, train_split, revision), text_column, dataset)).encode()
+        return _split_text(whole, length, sizes, eval_part, description=dataset, licence=licence)
+    parts = load_text_parts(dataset, name, revision, text_column, train_split, eval_split)
+    train, held_out = (separator.join(texts).encode() for texts in parts)
     description = f"{dataset} in windows of {length} bytes; train: {train_split}; held out: {eval_split}"
-    return _text_data(read(train_split), read(eval_split), length, description, licence)
+    return _text_data(train, held_out, length, description, licence)
 
 
 def bible_parts(eval_books: tuple[str, ...]) -> tuple[bytes, bytes]:
