@@ -55,7 +55,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    yaml_implicit_resolvers = _without_own_tags(yaml.SafeDumper.yaml_implicit_resolvers)
+    """Quotes what either version of YAML would not read as text."""
 
 
 _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.integer)

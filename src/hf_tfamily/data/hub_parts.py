@@ -50,7 +50,11 @@ def texts_of(part: "Dataset", column: str, dataset: str) -> list[str]:
     """The texts of one split, in order, without byte order marks. Raises ValueError if there is no such column."""
     if column not in part.column_names:
         raise ValueError(f"{dataset} has no column {column!r}; it has {', '.join(part.column_names)}.")
-    return [text.removeprefix("\ufeff") for text in part[column]]
+    texts = list(part[column])
+    for row, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise ValueError(f"{dataset} holds {text!r} in row {row} of {column!r}, which is no text.")
+    return [text.removeprefix("\ufeff") for text in texts]
 
 
 def load_parts(
