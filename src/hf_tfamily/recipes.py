@@ -109,7 +109,7 @@ def _parse(text: str, where: str) -> Any:
     try:
         return read_yaml(text)
     except yaml.YAMLError as error:
-        raise RecipeError(f"{where}: not readable as YAML: {error}") from error
+        raise RecipeError(f"{where}: not readable as YAML: {' '.join(str(error).split())}") from error
 
 
 def _check_layout(name: str, content: Any) -> dict[str, Any]:

@@ -96,6 +96,15 @@ def test_published_splits_that_lack_classes_are_taken_with_a_warning(monkeypatch
         assert len(load_data({"source": "hub_labelled_images", "dataset": "x"}).eval) == 1
 
 
+def test_labels_that_are_kept_back_are_no_matter_where_none_are_asked_for(monkeypatch):
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+    rows = {"image": [Image.new("RGB", (4, 4))] * 4, "label": [None, 0, -1, None]}
+    part = datasets.Dataset.from_dict(rows, features=features)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: part)
+    data = hub_source("hub_images", "x", label_column=None, train_split="train[:2]", eval_split="train[2:]")
+    assert (len(data.train), data.class_names) == (4, None)
+
+
 def test_rows_on_both_sides_are_named(folder, tmp_path):
     with pytest.warns(UserWarning, match=r"12 rows of train\[9:21\] are trained on as well \(train\)"):
         hub_source("hub_images", folder, label_column=None, train_split="train", eval_split="train[9:21]")

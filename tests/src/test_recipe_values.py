@@ -58,6 +58,10 @@ def test_keys_that_are_given_twice_are_refused_by_name_and_line(tmp_path, text, 
     assert message in refused(tmp_path / "mine.yaml")
 
 
+def test_what_is_no_yaml_is_said_in_one_line():
+    assert "not readable as YAML" in refused(DIGITS, "model.hidden_size=[1")
+
+
 def test_keys_given_twice_on_the_command_line():
     assert "the key 'window' is given twice" in refused(DIGITS, "model.attention_patterns.0={window: 1, window: 2}")
 

@@ -175,7 +175,8 @@ def _class_column(part: "Dataset", asked: str | None) -> str | None:
 
 
 def _labels(part: "Dataset", column: str) -> np.ndarray:
-    return np.asarray(part.with_format("numpy").select_columns([column])[:][column])
+    """Numbers of classes, -1 where there is none."""
+    return part.select_columns([column]).with_format("arrow")[:][column].fill_null(-1).to_numpy()
 
 
 def _text_files(dataset: str) -> list[Path]:
