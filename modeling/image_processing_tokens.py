@@ -14,11 +14,49 @@ from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.processing_utils import ImagesKwargs
 
 try:
-    from PIL import Image
+    from PIL import Image, ImageOps
 except ImportError:  # ids in, ids out works without; pictures do not
     Image = None
 
 PIL_MODES = {1: "L", 3: "RGB"}
+ORIENTATION = 0x0112  # EXIF's tag
+GROUND = "white"  # behind what is transparent
+
+
+def upright(picture):
+    """A PIL picture turned as its EXIF orientation says, with 8 bits a channel: 16-bit grey is scaled, not clipped.
+
+    Raises ValueError for grey values that are neither 8 nor 16 bits (modes I and F).
+    """
+    if picture.getexif().get(ORIENTATION, 1) != 1:
+        picture = ImageOps.exif_transpose(picture)
+    if picture.mode == "F" or picture.mode.startswith("I"):
+        return _grey_of_8_bits(picture)
+    return picture
+
+
+def in_mode(picture, mode: str):
+    """A PIL picture as models see it: `upright`, transparent parts on white, converted to `mode` ("RGB" or "L")."""
+    picture = upright(picture)
+    if picture.mode == mode and not picture.has_transparency_data:
+        return picture
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, GROUND), picture)
+    return picture.convert(mode)
+
+
+def _grey_of_8_bits(picture):
+    """Modes I;16 and I hold 0 to 65,535; floating-point numbers are taken where they are whole brightnesses."""
+    values = np.asarray(picture)
+    highest = 255 if picture.mode == "F" else 65535
+    if values.min() < 0 or values.max() > highest or (picture.mode == "F" and (values != np.rint(values)).any()):
+        raise ValueError(
+            f"A picture of mode {picture.mode!r} must hold whole numbers from 0 to {highest}, got values from "
+            f"{values.min()} to {values.max()}; save it with 8 or 16 bits."
+        )
+    levels = values if picture.mode == "F" else (values.astype(np.int64) + 128) // 257
+    return Image.fromarray(levels.astype(np.uint8))
 
 
 def raster_order(height: int, width: int, channels: int, block: list[int] | None = None) -> np.ndarray:
@@ -55,6 +93,8 @@ class ImageTokenProcessorKwargs(ImagesKwargs, total=False):
 
 class ImageTokenProcessor(BaseImageProcessor):
     """Turns images into token ids and ids into images; nothing is resized, converted or clipped.
+
+    Pictures (PIL) are turned as their EXIF orientation says, and 16-bit grey is scaled to 8 bits.
 
     Args:
         height, width: size of the images in pixels.
@@ -201,9 +241,12 @@ class ImageTokenProcessor(BaseImageProcessor):
 
     def _picture_levels(self, picture) -> np.ndarray:
         """The nearest levels of a PIL image's 0 ... 255."""
-        mode = PIL_MODES[self.channels]
+        mode, picture = PIL_MODES[self.channels], upright(picture)
         if picture.mode != mode:
-            raise ValueError(f"Pictures must be of mode {mode!r}, got {picture.mode!r}; use image.convert({mode!r}).")
+            raise ValueError(
+                f"Pictures must be of mode {mode!r}, got {picture.mode!r}; use image.convert({mode!r}), or where parts "
+                f"are transparent in_mode(image, {mode!r}), which stands beside this class in {__name__}."
+            )
         return (np.asarray(picture, np.int64) * (self.levels - 1) + 127) // 255
 
     def _check_levels(self, values: np.ndarray, what: str) -> None:

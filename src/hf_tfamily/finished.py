@@ -12,6 +12,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from .data import load_data
 from .recipes import Recipe, load_recipe
 from .tasks import Task, task_of
+from .value_types import check_arguments
 
 RECIPE_FILE = "recipe.yaml"
 
@@ -55,7 +56,9 @@ def evaluate(
         overrides: as in `load_finished`.
         options: what the model's task takes beyond (its `evaluation_options`).
     """
-    check_options(options, task_in(folder).evaluation_options, "evaluated")
+    task = task_in(folder)
+    check_options(options, task.evaluation_options, "evaluated")
+    check_arguments(task.evaluate, options)
     finished = load_finished(folder, overrides)
     data = load_data(finished.recipe.data)
     return finished.task.evaluate(finished.model, data, batch_size=batch_size, progress=progress, **options)

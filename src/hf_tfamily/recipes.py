@@ -3,22 +3,27 @@
     recipe = load_recipe("sparse_transformer/digits", ["model.num_hidden_layers=4", "training.max_steps=100"])
 
 A recipe's keys are checked when it is read: those of `model` against the config class of its `model_type`, those of
-`data` against the source's parameters, those of `training` against `TrainingArguments`.
+`data` against the source's parameters, those of `training` against `TrainingArguments`; values against their types.
 """
 
-import re
 from collections.abc import Iterable
+from copy import deepcopy
 from dataclasses import dataclass, fields
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from transformers import TrainingArguments
+from transformers.activations import ACT2FN
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .data import check_data
+from .data.text_lines import read_text
 from .modeling.attention_patterns import nearest
+from .recipe_yaml import read_yaml
+from .value_types import annotations_of, check_value
 
 SECTIONS = ("model", "data", "training")
 
@@ -67,14 +72,17 @@ def load_recipe(name_or_path: str | Path, overrides: Iterable[str] = ()) -> Reci
     """
     name = str(name_or_path)
     content = _check_layout(name, _parse(_read(name), name))
-    overrides = list(overrides)
+    overrides, own_data = list(overrides), deepcopy(content["data"])
     for override in overrides:
         _apply(override, content)
     _check_model(content["model"], name)
     _check_data(content["data"], name)
     _check_keys(content["training"], [f.name for f in fields(TrainingArguments)], f"{name}: training")
+    _check_types(content["training"], TrainingArguments, f"{name}: training.")
     if any(override.startswith("model.") for override in overrides):
         content["parameters"] = None
+    if content["data"] != own_data:
+        _say_that_data_changed(content, name, [override for override in overrides if override.startswith("data.")])
     return Recipe(name=name, **{**content, "notes": tuple(content.get("notes", ()))})
 
 
@@ -86,32 +94,22 @@ def _read(name: str) -> str:
     if name in list_recipes():
         return (_configs() / f"{name}.yaml").read_text(encoding="utf-8")
     if Path(name).is_file():
-        return Path(name).read_text(encoding="utf-8")
+        return _read_file(name)
     raise RecipeError(f"No recipe and no file is called {name!r}{nearest(name, list_recipes())}")
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2 where PyYAML reads 1.1: 1e-3 is a number, and `no` and `on` are words."""
-
-    yaml_implicit_resolvers = {
-        letter: [(tag, rule) for tag, rule in rules if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float")]
-        for letter, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|True|false|False)$"), list("tTfF"))
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?((\.\d+|\d+\.\d*)([eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.(inf|Inf)|\.(nan|NaN))$"),
-    list("-+0123456789."),
-)
+def _read_file(name: str) -> str:
+    try:
+        return read_text(name)
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
 
 
 def _parse(text: str, where: str) -> Any:
     try:
-        return yaml.load(text, Loader=_Loader)
+        return read_yaml(text)
     except yaml.YAMLError as error:
-        raise RecipeError(f"{where}: not readable as YAML: {error}") from error
+        raise RecipeError(f"{where}: not readable as YAML: {' '.join(str(error).split())}") from error
 
 
 def _check_layout(name: str, content: Any) -> dict[str, Any]:
@@ -127,7 +125,19 @@ def _check_layout(name: str, content: Any) -> dict[str, Any]:
             raise RecipeError(f"{name}: {section} must be a mapping, got {content[section]!r}.")
     if not isinstance(content.get("notes", []), list):
         raise RecipeError(f"{name}: notes must be a list, got {content['notes']!r}.")
+    _check_types(content, Recipe, f"{name}: ")
     return content
+
+
+def _say_that_data_changed(content: dict[str, Any], name: str, changes: list[str]) -> None:
+    """Title and notes, which a model's card shows, were written about the recipe's own data."""
+    said = ", ".join(changes)
+    content["title"] = f"The model of {name} with {said}"
+    content["reference"] = f"changed from: {content['reference']}" if content.get("reference") else ""
+    first = f"Data are not those of {name}, which was changed by {said}."
+    if content.get("notes"):
+        first += " The notes that follow were written for the recipe's own."
+    content["notes"] = [first, *content.get("notes", ())]
 
 
 def _apply(override: str, content: dict[str, Any]) -> None:
@@ -174,7 +184,23 @@ def _check_model(model: dict[str, Any], name: str) -> None:
         )
     config_class = CONFIG_MAPPING[model_type]
     keys.pop("num_labels", None)  # every config takes it, and none has a field for it
-    _check_keys(keys, [*(f.name for f in fields(config_class)), *config_class.attribute_map], f"{name}: model")
+    aliases = config_class.attribute_map
+    _check_keys(keys, [*(f.name for f in fields(config_class)), *aliases], f"{name}: model")
+    for key in keys:
+        if aliases.get(key, key) != key and aliases[key] in keys:
+            raise RecipeError(f"{name}: model.{key} and model.{aliases[key]} are two names of one field; keep one.")
+    _check_types({aliases.get(key, key): value for key, value in keys.items()}, config_class, f"{name}: model.")
+    _check_names(keys, name)
+
+
+def _check_names(model: dict[str, Any], name: str) -> None:
+    """Values that are names of things in torch and Transformers, which otherwise say no more than KeyError."""
+    dtype, activation = model.get("dtype"), model.get("hidden_act")
+    found = getattr(torch, str(dtype), None)
+    if dtype is not None and not (isinstance(found, torch.dtype) and found.is_floating_point and found.itemsize > 1):
+        raise RecipeError(f"{name}: model.dtype must be float32, float64, float16 or bfloat16, got {dtype!r}.")
+    if activation is not None and activation not in ACT2FN:
+        raise RecipeError(f"{name}: model.hidden_act cannot be {activation!r}{nearest(str(activation), ACT2FN)}")
 
 
 def _check_data(data: dict[str, Any], name: str) -> None:
@@ -182,6 +208,17 @@ def _check_data(data: dict[str, Any], name: str) -> None:
         check_data(data)
     except ValueError as error:
         raise RecipeError(f"{name}: {error}") from error
+
+
+def _check_types(values: dict[str, Any], fields_of: type, where: str) -> None:
+    """Values are what the fields of a data class are annotated as, or their defaults."""
+    hints, defaults = annotations_of(fields_of), {field.name: field.default for field in fields(fields_of)}
+    try:
+        for key, value in values.items():
+            if key in hints and not (type(value) is type(defaults.get(key)) and value == defaults.get(key)):
+                check_value(value, hints[key], f"{where}{key}")
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
 
 
 def _check_keys(keys: Iterable[str], allowed: Iterable[str], where: str) -> None:

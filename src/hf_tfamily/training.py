@@ -13,7 +13,6 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import torch
-import yaml
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import ProgressCallback
@@ -25,9 +24,13 @@ from .data.sequences import require
 from .finished import RECIPE_FILE
 from .hub import export
 from .pattern_views import config_panels
+from .recipe_yaml import write_yaml
 from .recipes import Recipe, RecipeError, load_recipe
 from .recurrent_training import RecurrentTrainer as RecurrentTrainer
 from .tasks import Task, task_of
+
+# What a run's working folder holds beside the files of loggers.
+WORKING_FILES = ("finished", "replaced-*", "checkpoint-*", "tmp-checkpoint-*", "recipe.*", "trainer_state.json")
 
 
 class RunError(ValueError):
@@ -64,11 +67,13 @@ def train(
     is_main = arguments.process_index == 0
     if is_main:
         run.check(recipe, resume, overwrite)
+    with _blaming(recipe, "model"):
+        config = AutoConfig.for_model(**recipe.model)  # before data are read, which may take long
     with arguments.main_process_first(local=False), _blaming(recipe, "data"):
         data = load_data(recipe.data)
     set_seed(arguments.seed)
     with _blaming(recipe, "model"):
-        model = task.build_model(AutoConfig.for_model(**recipe.model), data)
+        model = task.build_model(config, data)
         model = model if weights is None else _with_weights(model, weights)
     with _blaming(recipe, "training"):
         trainer = task.build_trainer(model, arguments, data)
@@ -138,17 +143,29 @@ class RunFolder:
         return str(whole[-1]) if whole else None
 
     def publish(self, write) -> None:
-        """Let `write(folder)` fill a folder, and make it `output` by a rename; then the working files go."""
+        """Let `write(folder)` fill a folder, and make it `output` by a rename; then the working files go.
+
+        What loggers wrote into the working folder, such as TensorBoard's `runs`, is copied along.
+        """
         finished = self.partial / "finished"
         shutil.rmtree(finished, ignore_errors=True)
         finished.mkdir()
         write(finished)
+        self._copy_logs(finished)
         if self.output.exists():
             self.output.rename(self.partial / f"replaced-{time.time_ns()}")
         finished.rename(self.output)
         # Without its recipe a partial folder is rubbish, so a kill between these two lines leaves nothing to resume.
         (self.partial / RECIPE_FILE).unlink()
         shutil.rmtree(self.partial)
+
+    def _copy_logs(self, finished: Path) -> None:
+        """Everything in `partial` that is neither ours nor the Trainer's."""
+        for path in self.partial.iterdir():
+            if any(path.match(pattern) for pattern in WORKING_FILES) or (finished / path.name).exists():
+                continue
+            copy = shutil.copytree if path.is_dir() else shutil.copy2
+            copy(path, finished / path.name)
 
 
 class Stopwatch(TrainerCallback):
@@ -239,7 +256,7 @@ def recipe_yaml(recipe: Recipe) -> str:
     content = {key: value for key, value in asdict(recipe).items() if key != "name" and value not in (None, "", ())}
     if recipe.notes:
         content["notes"] = list(recipe.notes)
-    return f"# {recipe.name}\n" + yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120)
+    return f"# {recipe.name}\n" + write_yaml(content)
 
 
 def _differences(recorded: Recipe, asked: Recipe) -> str:

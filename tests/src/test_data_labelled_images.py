@@ -96,8 +96,7 @@ def folder(tmp_path):
 
 
 def from_folder(folder, **arguments):
-    split = {"train_split": "train[:75%]", "eval_split": "train[75%:]"}
-    return load_data({"source": "hub_labelled_images", "dataset": str(folder), **split, **arguments})
+    return load_data({"source": "hub_labelled_images", "dataset": str(folder), "eval_share": 0.25, **arguments})
 
 
 def test_an_image_folder_is_a_data_set(folder):
@@ -116,7 +115,7 @@ def test_an_image_folder_is_a_data_set(folder):
     [
         ({"label_column": "kind"}, "has no column 'kind'; it has image, label"),
         ({"label_column": "image"}, "holds no classes"),
-        ({"size": 300}, "size must be at least 1, and at most resize=256, got 300"),
+        ({"size": 300, "resize": 256}, "size must be at least 1, and at most resize=256, got 300"),
         ({"size": 0, "resize": None}, "size must be at least 1"),
         ({"augmentation": {"flip": 2}}, "flip must be a probability"),
     ],

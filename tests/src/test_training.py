@@ -203,3 +203,16 @@ def test_two_processes(micro_file, tmp_path, launcher):
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     assert done.stdout.count("Held-out bits per dimension") == 1
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["processes"] == 2
+
+
+def test_what_loggers_wrote_is_kept(micro, tmp_path):
+    """TensorBoard's files, and whatever else somebody's callback puts into the working folder."""
+    run = RunFolder(tmp_path / "run")
+    run.open(micro, resume=False)
+    for name in ("runs/now/events.out.tfevents.1", "emissions.csv", "checkpoint-2/model.safetensors"):
+        (run.partial / name).parent.mkdir(parents=True, exist_ok=True)
+        (run.partial / name).write_text(name)
+    run.publish(lambda folder: (folder / "config.json").write_text("{}"))
+    left = {path.relative_to(run.output).as_posix() for path in run.output.rglob("*") if path.is_file()}
+    assert left == {"config.json", "runs/now/events.out.tfevents.1", "emissions.csv"}
+    assert not run.partial.exists()

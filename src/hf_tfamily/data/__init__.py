@@ -12,11 +12,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..modeling.attention_patterns import nearest
+from ..value_types import annotations_of, check_value
 from .audio import audio_files, mu_law_decode, mu_law_encode, write_wav
+from .augmentation import Augmentation
 from .enlargement import EnlargementPairs, photo_enlargements
 from .images import digits, fashion_mnist, hub_images, photo_crops
 from .labelled_images import LabelledImages, digit_classes, emoji, fashion_mnist_classes, hub_labelled_images
 from .masked import MaskedTexts, bible_masked
+from .pictures import open_picture
 from .sequences import LoadedData, MissingPackageError, NextTokenCollator, TokenSequences
 from .streams import SegmentCollator, StreamDataset, TextStreams, bible_stream, hub_word_stream, text_file_stream
 from .text import bible, byte_tokenizer, hub_text, text_file
@@ -47,18 +50,22 @@ def load_data(data: Mapping[str, Any]) -> LoadedData:
 
 
 def check_data(data: Mapping[str, Any]) -> None:
-    """Raise ValueError unless `data` names a source and fits its parameters; nothing is loaded."""
+    """Raise ValueError unless `data` names a source and fits its parameters and their types; nothing is loaded."""
     arguments = dict(data)
     source = str(arguments.pop("source", None))
     if source not in SOURCES:
         raise ValueError(f"Unknown data source {source!r}{nearest(source, SOURCES)}")
     parameters = inspect.signature(SOURCES[source]).parameters
+    hints = annotations_of(SOURCES[source])
     for key in arguments:
         if key not in parameters:
             raise ValueError(f"Data source {source!r} has no argument {key!r}{nearest(str(key), parameters)}")
+        check_value(arguments[key], hints[key], f"Data source {source!r}: {key}")
     for key, parameter in parameters.items():
         if parameter.default is parameter.empty and key not in arguments:
             raise ValueError(f"Data source {source!r} needs the argument {key!r}.")
+    if "augmentation" in parameters:
+        Augmentation.of(arguments.get("augmentation"))
 
 
 __all__ = [
@@ -79,5 +86,6 @@ __all__ = [
     "load_data",
     "mu_law_decode",
     "mu_law_encode",
+    "open_picture",
     "write_wav",
 ]

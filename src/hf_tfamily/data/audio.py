@@ -4,6 +4,8 @@ Mu-law (ITU-T G.711's curve, here its continuous form with mu = 255) spends the 
 8 bits do for music.
 """
 
+import re
+import struct
 import wave
 from pathlib import Path
 
@@ -13,6 +15,9 @@ from .sequences import TokenSequences, token_dataset, with_start
 
 MU = 255
 SOUND_START = 256
+PCM, EXTENSIBLE = 0x0001, 0xFFFE  # kinds of wav file
+KINDS = {0x0002: "ADPCM", 0x0003: "floating-point numbers", 0x0006: "A-law", 0x0007: "mu-law", 0x0055: "MP3"}
+UNKNOWN_SIZES = (0xFFFFFFFF, 0x7FFFFFFF)  # of programs that write to a pipe: the samples go on to the end of the file
 
 
 def mu_law_encode(samples: np.ndarray) -> np.ndarray:
@@ -45,9 +50,9 @@ def audio_files(
         length: samples in an example; what does not fill a window at the end of a file is left out.
         sample_rate: samples a second that every file must have; that of the first file if None.
         eval_files: number of files to hold out, the last by name.
-        pattern: which files of the folder to take.
+        pattern: which files of the folder to take; capital and small letters are the same, so that a.WAV is one.
     """
-    files = sorted(Path(path).glob(pattern))
+    files = _files(path, pattern)
     if not 1 <= eval_files < len(files):
         raise ValueError(
             f"Found {len(files)} files {pattern!r} in {path!r}, of which eval_files={eval_files} are to be held out; "
@@ -70,15 +75,56 @@ def audio_files(
     )
 
 
+def _files(path: str, pattern: str) -> list[Path]:
+    """The files that fit, in capital or small letters, sorted by name."""
+    either_case = re.sub("[a-zA-Z]", lambda letter: f"[{letter[0].lower()}{letter[0].upper()}]", pattern)
+    return sorted(Path(path).glob(pattern if "[" in pattern else either_case))
+
+
 def read_wav(file: str | Path) -> tuple[np.ndarray, int]:
-    """Samples [n] in [-1, 1], the mean of the channels, and the number of them in a second."""
-    try:
-        with wave.open(str(file), "rb") as sound:
-            channels, width, rate = sound.getnchannels(), sound.getsampwidth(), sound.getframerate()
-            content = sound.readframes(sound.getnframes())
-    except (wave.Error, EOFError) as error:
-        raise ValueError(f"{file} is no wav file of whole-number samples: {error}") from error
-    return _pcm_samples(content, width, file).reshape(-1, channels).mean(axis=1), rate
+    """Samples [n] in [-1, 1], the mean of the channels, and the number of them in a second.
+
+    Plain wav files and those of WAVE_FORMAT_EXTENSIBLE, of whole numbers in 8 to 32 bits. Raises ValueError, naming the
+    file, on other kinds and on what is cut off.
+    """
+    chunks = _chunks(Path(file).read_bytes(), file)
+    if "fmt " not in chunks or "data" not in chunks or len(chunks["fmt "]) < 16:
+        raise ValueError(f"{file} is no wav file of whole-number samples: its format or its samples are missing.")
+    kind, channels, rate, _, frame, bits = struct.unpack("<HHIIHH", chunks["fmt "][:16])
+    if kind == EXTENSIBLE and len(chunks["fmt "]) >= 26:
+        kind = int.from_bytes(chunks["fmt "][24:26], "little")  # the first two bytes of the sub-format
+    if kind != PCM:
+        what = KINDS.get(kind, f"kind {kind:#06x}")
+        raise ValueError(
+            f"{file} is no wav file of whole-number samples but of {what}; make it one: "
+            f"ffmpeg -i {file} -c:a pcm_s16le new.wav"
+        )
+    if not 8 <= bits <= 32 or not channels or not rate or frame != channels * -(-bits // 8):
+        raise ValueError(
+            f"{file} has samples of {bits} bits in frames of {frame} bytes for {channels} channels at {rate} Hz; "
+            "8, 16, 24 and 32 bits can be read."
+        )
+    if len(chunks["data"]) % frame:
+        raise ValueError(f"{file} is cut off: it ends inside a sample.")
+    return _pcm_samples(chunks["data"], frame // channels, file).reshape(-1, channels).mean(axis=1), rate
+
+
+def _chunks(content: bytes, file: str | Path) -> dict[str, bytes]:
+    """The parts of a RIFF file up to the samples, by name. Raises ValueError if it is none, or shorter than it says."""
+    if content[:4] != b"RIFF" or content[8:12] != b"WAVE":
+        raise ValueError(f"{file} is no wav file of whole-number samples: it does not begin like one.")
+    chunks, place = {}, 12
+    while place + 8 <= len(content) and "data" not in chunks:
+        name, size = struct.unpack("<4sI", content[place : place + 8])
+        found = content[place + 8 : place + 8 + size]
+        if len(found) < size and not (name == b"data" and size in UNKNOWN_SIZES):
+            raise ValueError(
+                f"{file} is cut off: its part {name.decode('latin-1')!r} should have {size:,} bytes and has "
+                f"{len(found):,}."
+            )
+        chunks[name.decode("latin-1")] = found
+        place += 8 + size + size % 2
+    return chunks
 
 
 def write_wav(file: str | Path, levels: np.ndarray, sample_rate: int) -> None:

@@ -6,12 +6,15 @@ Shapes: B pictures, C channels, H height, W width, K classes.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from ..modeling.attention_patterns import nearest
+from ..value_types import annotations_of, check_value
 from .rand_augment import rand_augment
 
 BICUBIC = 3  # of PIL
@@ -44,6 +47,16 @@ class Augmentation:
     erase: float = 0.0
     mixup: float = 0.0
     cutmix: float = 0.0
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any] | None) -> "Augmentation":
+        """The augmentation that a recipe describes. Raises ValueError on unknown names and values of other types."""
+        known = annotations_of(cls)
+        for name, value in (settings or {}).items():
+            if name not in known:
+                raise ValueError(f"augmentation has no {name!r}{nearest(str(name), known)}")
+            check_value(value, known[name], f"augmentation: {name}")
+        return cls(**settings or {})
 
     def __post_init__(self):
         if self.resized_crop is not None and not 0 < self.resized_crop <= 1:

@@ -1,13 +1,16 @@
 """Pictures as token sequences: each source gives arrays of levels [n, H, W, C], an ImageTokenProcessor the ids."""
 
 import gzip
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..modeling.image_processing_tokens import PIL_MODES, ImageTokenProcessor
+from ..modeling.image_processing_tokens import PIL_MODES, ImageTokenProcessor, in_mode
+from .hub_parts import load_parts
+from .pictures import check_pictures
 from .sequences import TokenSequences, require, token_dataset
 
 PHOTO_LICENCE = "single photos have their own terms, in the documentation of skimage.data and of sklearn.datasets"
@@ -130,7 +133,7 @@ def hub_images(
     image_column: str = "image",
     label_column: str | None = None,
     train_split: str = "train",
-    eval_split: str = "test",
+    eval_split: str | None = None,
     height: int = 32,
     width: int = 32,
     channels: int = 3,
@@ -139,6 +142,8 @@ def hub_images(
     block: list[int] | None = None,
     name: str | None = None,
     revision: str | None = None,
+    eval_share: float | None = None,
+    seed: int = 0,
 ) -> TokenSequences:
     """Any image data set that `datasets.load_dataset` reads: a Hub name such as uoft-cs/cifar10, or a local folder.
 
@@ -146,14 +151,22 @@ def hub_images(
         dataset, name, revision: as in load_dataset.
         image_column: column of images; they must be height x width, with `channels` channels, unless `fit`.
         label_column: column of classes, whose start tokens begin the sequences; None for one start token.
-        train_split, eval_split: splits in load_dataset's notation, such as "train[:48000]" and "train[48000:]".
-        fit: convert pictures to grey or RGB, cut out the largest centred part with the right proportions, and average
-            it down (box filter).
+        train_split, eval_split: splits in load_dataset's notation, such as "train[:48000]" and "train[48000:]"; "test"
+            is held out if eval_split and eval_share are None. Slices go by order, in a folder that of file names.
+        eval_share: instead of eval_split, hold out this share of train_split (of each class, where there are classes).
+        seed: draws the held-out pictures of eval_share.
+        fit: convert pictures to grey or RGB, transparent parts on white, cut out the largest centred part with the
+            right proportions, and average it down (box filter).
         block: as in `photo_crops`.
     """
-    datasets = require("datasets")
-    parts = [datasets.load_dataset(dataset, name, split=s, revision=revision) for s in (train_split, eval_split)]
+    found = load_parts(
+        *(dataset, name, revision, train_split, eval_split),
+        **{"default_eval_split": "test", "eval_share": eval_share, "seed": seed, "label_column": label_column},
+    )
+    parts = (found.train, found.eval)
     check_columns(parts[0], [image_column, label_column], dataset)
+    for part, where in zip(parts, found.names):
+        check_pictures(part, image_column, where)
     class_names = _class_names(parts[0], label_column)
     order = "raster" if block is None else "blocks"
     processor = ImageTokenProcessor(height, width, channels, levels, len(class_names), order, block)
@@ -177,7 +190,7 @@ def hub_images(
         num_values=levels,
         dims=processor.num_values,
         class_names=class_names or None,
-        description=f"{dataset} at {height}x{width}x{channels}; train: {train_split}; held out: {eval_split}",
+        description=f"{dataset} at {height}x{width}x{channels}; {found.how}",
         licence=parts[0].info.license or "see the data set's own page",
     )
 
@@ -252,7 +265,10 @@ def _read_idx(file: Path) -> np.ndarray:
     """The array in a gzipped idx file: 0, 0, 8 (bytes), number of axes, their lengths as big-endian int32, the data."""
     if not file.is_file():
         raise FileNotFoundError(f"The file {file} is missing; data.path must hold all four idx files of Fashion-MNIST.")
-    content = gzip.decompress(file.read_bytes())
+    try:
+        content = gzip.decompress(file.read_bytes())
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{file} is no whole gzip file: {error}") from error
     axes = content[3] if content[:3] == b"\0\0\x08" else 0
     header = 4 + 4 * axes
     shape = np.frombuffer(content[4:header], ">i4")
@@ -291,5 +307,5 @@ def _class_names(part, label_column: str | None) -> tuple[str, ...]:
 def _fit(picture, processor: ImageTokenProcessor):
     """A PIL image in the processor's mode; its largest centred part with these proportions, averaged to the size."""
     ops, image = require("PIL.ImageOps"), require("PIL.Image")
-    picture = picture.convert(PIL_MODES[processor.channels])
+    picture = in_mode(picture, PIL_MODES[processor.channels])
     return ops.fit(picture, (processor.width, processor.height), method=image.Resampling.BOX)

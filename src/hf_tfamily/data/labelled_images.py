@@ -7,14 +7,17 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from transformers import ViTImageProcessorPil
 
 from .augmentation import Augmentation
+from .hub_parts import load_parts
 from .images import FASHION_MNIST_CLASSES, FASHION_MNIST_PATH, check_columns, read_fashion_mnist
+from .pictures import check_pictures
 from .sequences import LoadedData, require
+from .text_lines import read_text, split_lines
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -131,29 +134,41 @@ def hub_labelled_images(
     image_column: str = "image",
     label_column: str = "label",
     train_split: str = "train",
-    eval_split: str = "validation",
+    eval_split: str | None = None,
     size: int = 224,
-    resize: int | None = 256,
+    resize: int | Literal["auto"] | None = "auto",
     augmentation: dict[str, Any] | None = None,
     name: str | None = None,
     revision: str | None = None,
+    eval_share: float | None = None,
+    seed: int = 0,
 ) -> LabelledImages:
     """Any data set of pictures and classes that `datasets.load_dataset` reads: a Hub name, or a local image folder.
 
     Args:
         dataset, name, revision: as in load_dataset; a folder with a folder of pictures for each class is a dataset.
-        image_column: column of pictures, of any size; they become RGB.
+        image_column: column of pictures, of any size; they become RGB, transparent parts white.
         label_column: column of classes (datasets.ClassLabel).
-        train_split, eval_split: splits in load_dataset's notation, such as "train[:90%]" and "train[90%:]".
+        train_split, eval_split: splits in load_dataset's notation; "validation" is held out if eval_split and
+            eval_share are None. Slices such as "train[90%:]" go by order, in a folder that of the classes, and are
+            refused where one part lacks classes of the other.
+        eval_share: instead of eval_split, hold out this share of each class of train_split.
+        seed: draws the held-out pictures of eval_share.
         size: height and width that the model sees.
-        resize: held-out pictures' shorter side is made so long before the middle is cut out; if None, pictures are
-            squeezed to the size. Training pictures too, unless the augmentation cuts out parts of its own.
+        resize: held-out pictures' shorter side is made so long before the middle is cut out; "auto" for 256/224 of the
+            size, as is usual for 224; if None, pictures are squeezed to the size. Training pictures too, unless the
+            augmentation cuts out parts of its own.
         augmentation: fields of `Augmentation`.
     """
-    datasets = require("datasets")
+    changes = Augmentation.of(augmentation)
+    resize = size * 256 // 224 if resize == "auto" else resize
     if not 1 <= size <= (resize or size):
         raise ValueError(f"size must be at least 1, and at most resize={resize}, got {size}.")
-    parts = [datasets.load_dataset(dataset, name, split=s, revision=revision) for s in (train_split, eval_split)]
+    found = load_parts(
+        *(dataset, name, revision, train_split, eval_split),
+        **{"default_eval_split": "validation", "eval_share": eval_share, "seed": seed, "label_column": label_column},
+    )
+    parts = (found.train, found.eval)
     check_columns(parts[0], [image_column, label_column], dataset)
     class_names = tuple(getattr(parts[0].features[label_column], "names", None) or ())
     if not class_names:
@@ -161,12 +176,13 @@ def hub_labelled_images(
             f"The column {label_column!r} of {dataset} holds no classes (datasets.ClassLabel); "
             "name another label_column, or give the data set one with class_encode_column."
         )
-    for part, split in zip(parts, (train_split, eval_split)):
-        _check_labels(part, label_column, len(class_names), f"{dataset}, split {split}")
+    for part, where in zip(parts, found.names):
+        _check_labels(part, label_column, len(class_names), where)
+        check_pictures(part, image_column, where)
     train, held_out = (
         part.select_columns([image_column, label_column])
         .rename_columns({image_column: "image", label_column: "label"})
-        .cast_column("image", datasets.Image())
+        .cast_column("image", require("datasets").Image())
         for part in parts
     )
     return LabelledImages(
@@ -175,8 +191,8 @@ def hub_labelled_images(
         class_names=class_names,
         size=(size, size),
         processor=_processor(size, size, resize, IMAGENET_MEAN, IMAGENET_STD),
-        augmentation=Augmentation(**augmentation or {}),
-        description=f"{dataset} at {size}x{size}; train: {train_split}; held out: {eval_split}",
+        augmentation=changes,
+        description=f"{dataset} at {size}x{size}; {found.how}",
         licence=parts[0].info.license or "see the data set's own page",
     )
 
@@ -195,7 +211,7 @@ def _small_pictures(train, held_out, class_names, augmentation, description, lic
         class_names=class_names,
         size=(height, width),
         processor=_processor(height, width, None, HALF, HALF),
-        augmentation=Augmentation(**augmentation or {}),
+        augmentation=Augmentation.of(augmentation),
         description=description,
         licence=licence,
     )
@@ -249,7 +265,7 @@ def _check_emoji_files(font: str, listing: str) -> None:
 def _emoji_of_list(listing: str) -> Iterator[tuple[str, str]]:
     """(group, emoji) of every emoji in Unicode's list that is written in full."""
     group = ""
-    for line in Path(listing).read_text(encoding="utf-8").splitlines():
+    for line in split_lines(read_text(listing)):
         if line.startswith("# group: "):
             group = line.removeprefix("# group: ")
         code_points, _, status = line.partition("#")[0].partition(";")

@@ -12,8 +12,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .sequences import LoadedData, require
+from .hub_parts import load_text_parts
+from .sequences import LoadedData
 from .text import BIBLE_EVAL_BOOKS, BIBLE_LICENCE, BYTE_START, bible_parts, byte_tokenizer, cut_text
+from .text_lines import read_text_bytes
 
 END_OF_LINE, UNKNOWN_WORD = "<eos>", "<unk>"
 IGNORED = -100
@@ -116,7 +118,7 @@ def text_file_stream(
     eval_part: str = "validation",
     own_bytes: bool = False,
 ) -> TextStreams:
-    """The bytes of a file, cut into a training, a validation and a test part, in this order.
+    """The bytes of a file, cut into a training, a validation and a test part, in this order; see `text_file`.
 
     Args:
         path: the file; enwik8, say, with sizes=[90000000, 5000000, 5000000].
@@ -128,7 +130,7 @@ def text_file_stream(
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"There is no text file {path!r}; give one with data.path=...")
-    content = Path(path).read_bytes()
+    content = read_text_bytes(path)
     train, held_out, cut = cut_text(content, sizes, eval_part)
     description = f"the file {path} in segments of {length} bytes, {cut}"
     alphabet = sorted(set(content) | {ord("\n")}) if own_bytes else None
@@ -153,17 +155,9 @@ def hub_word_stream(
         dataset, name, revision: as in load_dataset.
         text_column: column of texts, whose words stand between spaces.
         length: words in a segment.
-        train_split, eval_split: splits in load_dataset's notation.
+        train_split, eval_split: splits in load_dataset's notation. Slices go by order, so that texts stay whole.
     """
-    datasets = require("datasets")
-
-    def lines(split: str) -> list[str]:
-        part = datasets.load_dataset(dataset, name, split=split, revision=revision)
-        if text_column not in part.column_names:
-            raise ValueError(f"{dataset} has no column {text_column!r}; it has {', '.join(part.column_names)}.")
-        return list(part[text_column])
-
-    train, held_out = lines(train_split), lines(eval_split)
+    train, held_out = load_text_parts(dataset, name, revision, text_column, train_split, eval_split)
     counts = Counter(word for line in train for word in line.split())
     counts[END_OF_LINE] += len(train)
     vocabulary = {word: i for i, (word, _) in enumerate(counts.most_common())}

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
+from .hub_parts import load_part, load_text_parts, texts_of
 from .sequences import TokenSequences, require, token_dataset, with_start
+from .text_lines import read_text_bytes
 
 BYTE_START = 256
 PARTS = ("train", "validation", "test")
@@ -60,6 +62,8 @@ def text_file(
 ) -> TokenSequences:
     """The bytes of a file, cut into a training, a validation and a test part, in this order.
 
+    Bytes are what they are in any encoding but UTF-16 and UTF-32, which are refused; UTF-8's byte order mark goes.
+
     Args:
         path: the file; enwik8, say, with sizes=[90000000, 5000000, 5000000].
         length: bytes in an example; what does not fill a window at the end of a part is left out.
@@ -69,7 +73,7 @@ def text_file(
     if not Path(path).is_file():
         raise FileNotFoundError(f"There is no text file {path!r}; give one with data.path=...")
     return _split_text(
-        Path(path).read_bytes(), length, sizes, eval_part, description=f"the file {path}", licence="unknown"
+        read_text_bytes(path), length, sizes, eval_part, description=f"the file {path}", licence="unknown"
     )
 
 
@@ -90,22 +94,18 @@ def hub_text(
     Args:
         dataset, name, revision: as in load_dataset.
         text_column: column of texts, which are joined by `separator`.
-        train_split, eval_split: splits in load_dataset's notation.
+        train_split, eval_split: splits in load_dataset's notation. Slices go by order, so that texts stay whole: where
+            rows are sorted by what they are about, a slice is about something else.
         sizes, eval_part: as in `text_file`: cut `train_split` instead of using `eval_split`, where sizes are given.
     """
-    datasets = require("datasets")
-
-    def read(split: str) -> bytes:
-        part = datasets.load_dataset(dataset, name, split=split, revision=revision)
-        if text_column not in part.column_names:
-            raise ValueError(f"{dataset} has no column {text_column!r}; it has {', '.join(part.column_names)}.")
-        return separator.join(part[text_column]).encode()
-
     licence = "see the data set's own page"
     if sizes is not None:
-        return _split_text(read(train_split), length, sizes, eval_part, description=dataset, licence=licence)
+        whole = separator.join(texts_of(load_part(dataset, name, train_split, revision), text_column, dataset)).encode()
+        return _split_text(whole, length, sizes, eval_part, description=dataset, licence=licence)
+    parts = load_text_parts(dataset, name, revision, text_column, train_split, eval_split)
+    train, held_out = (separator.join(texts).encode() for texts in parts)
     description = f"{dataset} in windows of {length} bytes; train: {train_split}; held out: {eval_split}"
-    return _text_data(read(train_split), read(eval_split), length, description, licence)
+    return _text_data(train, held_out, length, description, licence)
 
 
 def bible_parts(eval_books: tuple[str, ...]) -> tuple[bytes, bytes]:

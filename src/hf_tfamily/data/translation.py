@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .sequences import LoadedData, require
+from .text_lines import read_text, split_lines
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -87,7 +88,7 @@ def translation_files(
     vocab_size: int = 37000,
     max_length: int = 256,
 ) -> TranslationPairs:
-    """Pairs of lines of two files, and of two others that are held out.
+    """Pairs of lines of two files, and of two others that are held out. LF, CRLF and CR end lines, and nothing else.
 
     Args:
         source_file, target_file: files whose line n says the same in two languages.
@@ -146,7 +147,7 @@ def _help_pages(source: Path, target: Path) -> Iterator[list[Pair]]:
 
 def _paragraphs(page: Path) -> dict[str, str]:
     """Id -> text without its markup."""
-    found = PARAGRAPH.findall(page.read_text(encoding="utf-8"))
+    found = PARAGRAPH.findall(read_text(page))
     return {name: " ".join(html.unescape(TAG.sub("", body)).split()) for _, name, body in found}
 
 
@@ -158,7 +159,7 @@ def _line_pairs(source: str, target: str) -> list[Pair]:
             raise FileNotFoundError(
                 f"There is no file {path!r}; say in data.source_file and its like where the lines are."
             )
-        sides.append(Path(path).read_text(encoding="utf-8").splitlines())
+        sides.append(split_lines(read_text(path)))
     if len(sides[0]) != len(sides[1]):
         raise ValueError(f"{source} has {len(sides[0])} lines and {target} {len(sides[1])}; they do not pair up.")
     pairs = [(one.strip(), other.strip()) for one, other in zip(*sides)]

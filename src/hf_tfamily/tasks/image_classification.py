@@ -24,8 +24,10 @@ from transformers import (
 
 from .. import plots
 from ..data import LabelledImages
-from ..data.augmentation import Augmentation
+from ..data.augmentation import BICUBIC, Augmentation
+from ..data.pictures import open_picture
 from ..data.sequences import require
+from ..modeling.image_processing_tokens import in_mode
 from .base import Task
 
 PICTURES, PICTURE_COLUMNS = 32, 8
@@ -97,7 +99,7 @@ class ImageClassificationTask(Task):
         taken_for = [data.class_names[number] for number in logits.argmax(axis=-1)]
         names = [data.class_names[number] for number in labels]
         plots.captioned_pictures(
-            shown.eval["image"],
+            [in_mode(picture, "RGB") for picture in shown.eval["image"]],
             taken_for,
             [None if found == name else name for found, name in zip(taken_for, names)],
             folder / "samples.png",
@@ -109,8 +111,8 @@ class ImageClassificationTask(Task):
         """The likeliest classes of picture files."""
         if not pictures:
             raise ValueError("Give pictures to classify: --pictures FILE, as often as you like.")
-        image, names = require("PIL.Image"), model.config.id2label
-        pixels = processor([image.open(path).convert("RGB") for path in pictures], return_tensors="pt")["pixel_values"]
+        names = model.config.id2label
+        pixels = processor([open_picture(path) for path in pictures], return_tensors="pt")["pixel_values"]
         model.eval()
         shares = model(pixel_values=pixels.to(model.device, model.dtype)).logits.float().softmax(dim=-1).cpu()
         return [f"{path}: {_likeliest(row, names)}" for path, row in zip(pictures, shares)]
@@ -120,7 +122,8 @@ class ImageClassificationTask(Task):
         return (
             f"The image processor beside the model turns any picture into RGB of {height}x{width} pixels. "
             '`pipeline("image-classification", model=...)` takes files and pictures, and names classes: '
-            f"{len(data.class_names)} of them, such as {', '.join(data.class_names[:5])}."
+            f"{len(data.class_names)} of them, such as {', '.join(data.class_names[:5])}. "
+            "Files of transparent parts or 16 bits are opened by `hf_tfamily.data.open_picture(file)`, as in training."
         )
 
 
@@ -131,7 +134,7 @@ class HeldOutPixels:
     processor: Any
 
     def __call__(self, rows: dict[str, list]) -> dict[str, Any]:
-        pictures = [picture.convert("RGB") for picture in rows["image"]]
+        pictures = [in_mode(picture, "RGB") for picture in rows["image"]]
         return {"pixel_values": self.processor(pictures, return_tensors="pt")["pixel_values"], "labels": rows["label"]}
 
 
@@ -153,8 +156,10 @@ class TrainingPixels:
         return cls(data.processor, data.augmentation, data.size, len(data.class_names), label_smoothing)
 
     def __call__(self, rows: dict[str, list]) -> dict[str, torch.Tensor]:
-        pictures, ready = [picture.convert("RGB") for picture in rows["image"]], {}
+        pictures, ready = [in_mode(picture, "RGB") for picture in rows["image"]], {}
         if self.augmentation.needs_pictures:
+            if self.augmentation.resized_crop is None:
+                pictures = [cut_like(self.processor, picture) for picture in pictures]
             pictures = [self.augmentation.redraw(picture, self.size) for picture in pictures]
             ready = {"do_resize": False, "do_center_crop": False}
         pixels = self.processor(pictures, return_tensors="pt", **ready)["pixel_values"]
@@ -162,6 +167,17 @@ class TrainingPixels:
         shares = shares + self.label_smoothing / self.num_classes
         pixels, shares = self.augmentation.mix(self.augmentation.change(pixels), shares)
         return {"pixel_values": pixels, "labels": shares}
+
+
+def cut_like(processor: Any, picture: Any) -> Any:
+    """A PIL picture as large as the processor makes it, and the same part of it."""
+    edge = processor.size.get("shortest_edge")
+    if edge is None:
+        return picture.resize((processor.size["width"], processor.size["height"]), BICUBIC)
+    scale, crop = edge / min(picture.size), processor.crop_size
+    picture = picture.resize((max(edge, int(picture.width * scale)), max(edge, int(picture.height * scale))), BICUBIC)
+    left, top = (picture.width - crop["width"]) // 2, (picture.height - crop["height"]) // 2
+    return picture.crop((left, top, left + crop["width"], top + crop["height"]))
 
 
 def cross_entropy_of_shares(outputs, labels: torch.Tensor, num_items_in_batch=None) -> torch.Tensor:

@@ -27,6 +27,7 @@ from transformers import (
 from .. import plots
 from ..data import EnlargementPairs
 from ..data.enlargement import shrink
+from ..data.pictures import open_picture
 from ..data.sequences import require
 from ..modeling.image_processing_tokens import PIL_MODES, ImageTokenProcessor
 from ..trivial_predictors import evenly_spread, residual_bits
@@ -130,7 +131,7 @@ class SuperResolutionTask(Task):
         image, ops = require("PIL.Image"), require("PIL.ImageOps")
         height, width = model.config.source_image_size
         small = ImageTokenProcessor(height, width, processor.channels)
-        opened = [image.open(path).convert(PIL_MODES[processor.channels]) for path in pictures]
+        opened = [open_picture(path, PIL_MODES[processor.channels]) for path in pictures]
         smalls = [ops.fit(picture, (width, height), method=image.Resampling.BOX) for picture in opened]
         values = small(smalls, return_tensors="pt")["input_ids"][:, 1:]
         _draw(enlargements(model, processor, values, smalls, (temperature,), seed=None), output)

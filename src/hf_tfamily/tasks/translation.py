@@ -24,6 +24,7 @@ from transformers import (
 
 from ..data import TranslationPairs
 from ..data.sequences import require
+from ..data.text_lines import split_lines
 from .base import Task, check_sizes, num_positions
 
 SAMPLES, BEAMS, LENGTH_PENALTY, EXTRA_TOKENS = 12, 4, 0.6, 50
@@ -95,7 +96,7 @@ class TranslationTask(Task):
             raise ValueError("There is no tokenizer beside this model to read lines with.")
         if sys.stdin.isatty():
             print("Lines to translate, and Ctrl-D at the end:", file=sys.stderr)
-        lines = [line.strip() for line in sys.stdin]
+        lines = [line.strip() for line in split_lines(sys.stdin.read().removeprefix("\ufeff"))]
         made = translate(model, processor, [line for line in lines if line])
         return [next(made) if line else "" for line in lines]
 
