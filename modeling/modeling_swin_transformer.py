@@ -31,6 +31,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .attention import BLOCK_SPARSE, PatternBackend, VisibleKeys, eager_attention_forward
 from .attention_patterns import Window2D, patterns_for_layers
 from .checks import check_labels, check_patch_mask, check_pixels
+from .classification import classification_loss
 from .configuration_swin_transformer import SwinTransformerConfig, pair
 
 
@@ -471,7 +472,10 @@ class SwinTransformerPreTrainedModel(PatternBackend, PreTrainedModel):
     def _init_weights(self, module):
         """Normal with the config's deviation, the bias tables too; mask tokens and positions are 0 at first."""
         super()._init_weights(module)
-        if isinstance(module, WindowPositionBias):
+        if isinstance(module, UnusedNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, WindowPositionBias):
             init.trunc_normal_(module.relative_position_bias_table, std=self.config.initializer_range)
         elif isinstance(module, SwinTransformerEmbeddings):
             for parameter in (module.mask_token, module.position_embeddings):
@@ -550,6 +554,7 @@ class SwinTransformerForImageClassification(SwinTransformerPreTrainedModel):
 
     def __init__(self, config: SwinTransformerConfig):
         super().__init__(config)
+        self.loss_function = classification_loss
         self.swin = SwinTransformerModel(config)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels) if config.num_labels > 0 else nn.Identity()
         self.post_init()
@@ -573,7 +578,7 @@ class SwinTransformerForImageClassification(SwinTransformerPreTrainedModel):
         loss = None
         if labels is not None:
             check_labels(labels, logits, self.config.problem_type)
-            loss = self.loss_function(labels, logits, self.config, **kwargs)
+            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config, **kwargs)
         return SwinTransformerImageClassifierOutput(
             loss=loss,
             logits=logits,
@@ -649,6 +654,7 @@ class SwinTransformerBackbone(BackboneMixin, SwinTransformerPreTrainedModel):
         super().__init__(config)
         self.num_features = [config.embed_dim, *config.stage_widths]
         self.swin = SwinTransformerModel(config, add_pooling_layer=False, for_detection=True)
+        self.swin.layernorm = UnusedNorm(config.hidden_size)
         self.hidden_states_norms = nn.ModuleDict(
             {stage: nn.LayerNorm(width) for stage, width in zip(self.out_features, self.channels)}
         )
@@ -673,6 +679,18 @@ class SwinTransformerBackbone(BackboneMixin, SwinTransformerPreTrainedModel):
         return BackboneOutput(
             feature_maps=feature_maps, hidden_states=outputs.reshaped_hidden_states, attentions=outputs.attentions
         )
+
+
+class UnusedNorm(nn.Module):
+    """The norm before a classifier, where there is none: checkpoints keep its tensors, and nothing waits for gradients."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.register_buffer("weight", torch.ones(width))
+        self.register_buffer("bias", torch.zeros(width))
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        return states
 
 
 def _to_map(states: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:

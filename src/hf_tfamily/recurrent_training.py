@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 from transformers.cache_utils import Cache
 
 from .data.streams import SegmentCollator
+from .label_smoothing import smooth_inside
 from .stream_evaluation import has_memory
 
 
@@ -25,7 +26,7 @@ class RecurrentTrainer(Trainer):
     """A Trainer that hands a model's memory (`past_key_values`) from batch to batch.
 
     Training begins every epoch with an empty memory; evaluation and prediction begin with one of their own and leave
-    that of training as it is. Checkpoints contain the memory of every process, so that a resumed run equals one that
+    that of training as it is. With label_smoothing_factor the model smooths its own loss, in training. Checkpoints contain the memory of every process, so that a resumed run equals one that
     was not interrupted. Data sets are StreamDatasets, or others in the same order.
     """
 
@@ -36,6 +37,7 @@ class RecurrentTrainer(Trainer):
                 f"{type(self.model).__name__} has no memory (no config.mem_len); use transformers.Trainer."
             )
         check_arguments(self.args)
+        smooth_inside(self)
         self.memory: Cache | None = None
         self.add_callback(_ForgetAtEpochs(self))
 

@@ -88,12 +88,13 @@ class StreamDataset(torch.utils.data.Dataset):
 class SegmentCollator:
     """Items of a StreamDataset -> input_ids, and what follows each as shift_labels and labels, all [B, length].
 
-    Models go by shift_labels where they are given; the Trainer counts targets only where there are labels.
+    Models go by shift_labels where they are given; the Trainer counts targets only where there are labels. The batch
+    says that no targets are smoothed; label_smoothing.SmoothingCollator says otherwise.
     """
 
     def __call__(self, items: Sequence[dict[str, np.ndarray]]) -> dict[str, torch.Tensor]:
         batch = {name: torch.from_numpy(np.stack([item[name] for item in items])) for name in ("input_ids", "labels")}
-        return {**batch, "shift_labels": batch["labels"]}
+        return {**batch, "shift_labels": batch["labels"], "label_smoothing": 0.0}
 
 
 def bible_stream(length: int = 128, eval_books: Iterable[str] = BIBLE_EVAL_BOOKS) -> TextStreams:
