@@ -823,7 +823,7 @@ class MixtureOutput(nn.Module):
         return nn.Linear(config.hidden_size, num_parameters(config.num_mixtures, config.num_channels), bias=False)
 
     def check_loss(self, labels: torch.Tensor | None, num_items_in_batch, label_smoothing: float) -> None:
-        """Raise ValueError for label smoothing, inside or outside the model: start tokens have no probability to share."""
+        """Raise ValueError for label smoothing, by the model or a Trainer: start tokens have no probability."""
         if label_smoothing:
             raise ValueError(
                 f"label_smoothing={label_smoothing} is for output='categorical': a mixture of logistics is smooth over "

@@ -682,7 +682,7 @@ class SwinTransformerBackbone(BackboneMixin, SwinTransformerPreTrainedModel):
 
 
 class UnusedNorm(nn.Module):
-    """The norm before a classifier, where there is none: checkpoints keep its tensors, and nothing waits for gradients."""
+    """The norm before a classifier, where there is none: checkpoints have it, and nothing waits for its gradient."""
 
     def __init__(self, width: int):
         super().__init__()

@@ -26,8 +26,9 @@ class RecurrentTrainer(Trainer):
     """A Trainer that hands a model's memory (`past_key_values`) from batch to batch.
 
     Training begins every epoch with an empty memory; evaluation and prediction begin with one of their own and leave
-    that of training as it is. With label_smoothing_factor the model smooths its own loss, in training. Checkpoints contain the memory of every process, so that a resumed run equals one that
-    was not interrupted. Data sets are StreamDatasets, or others in the same order.
+    that of training as it is. Checkpoints contain the memory of every process, so that a resumed run equals one that
+    was not interrupted. Data sets are StreamDatasets, or others in the same order. What label_smoothing_factor asks for
+    the model does itself, in training alone.
     """
 
     def __init__(self, *args, data_collator=None, **kwargs):
