@@ -163,8 +163,8 @@ def own_smoothing(model: PreTrainedModel, labels: torch.Tensor | None, batch: di
     if labels is None and (smoothing is not None or counted is not None):
         raise ValueError(
             "This batch came without its labels. The Trainer takes them out where it computes the loss by itself "
-            f"(label_smoothing_factor, compute_loss_func), and moves them by one even where "
-            f"shift_labels has done so. {INSIDE}"
+            "(label_smoothing_factor, compute_loss_func), and moves them by one even where shift_labels has done so. "
+            + INSIDE
         )
     if not model.training:
         return 0.0
@@ -172,9 +172,8 @@ def own_smoothing(model: PreTrainedModel, labels: torch.Tensor | None, batch: di
 
 
 def check_loss_is_inside(labels: torch.Tensor | None, num_items_in_batch: torch.Tensor | int | None, why: str) -> None:
-    """Raise ValueError where a Trainer counted labels and took them out to compute a loss; `why` says what is lost."""
+    """Raise ValueError where a Trainer counted labels and took them out to compute a loss; `why` it must not."""
     if labels is None and num_items_in_batch is not None:
         raise ValueError(
-            f"label_smoothing_factor and compute_loss_func make the Trainer compute the loss by itself, but {why}. "
-            f"{INSIDE}"
+            f"label_smoothing_factor and compute_loss_func make the Trainer compute the loss by itself, but {why}"
         )

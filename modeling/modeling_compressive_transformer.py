@@ -23,7 +23,7 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.output_capturing import capture_outputs
 
 from .attention import eager_attention_forward
-from .causal_lm import IGNORED, check_loss_is_inside, num_targets
+from .causal_lm import IGNORED, INSIDE, check_loss_is_inside, num_targets
 from .configuration_compressive_transformer import CompressiveTransformerConfig
 from .memory_segments import HiddenStateLayer, KeyValueLayer, MemoryLayer, SegmentMemory, check_same_kind
 from .modeling_transformer_xl import (
@@ -551,7 +551,9 @@ def with_compression_loss(
     """
     if outputs.compression_losses is None or config.compression_loss is None:
         return loss
-    check_loss_is_inside(targets, num_items_in_batch, "the compression learns by a loss that only the model has")
+    check_loss_is_inside(
+        targets, num_items_in_batch, f"the compression learns by a loss that only the model has. {INSIDE}"
+    )
     if targets is None:
         return None
     weights = (targets != IGNORED).flatten(start_dim=1).sum(dim=1) if targets.ndim > 1 else targets != IGNORED

@@ -829,7 +829,11 @@ class MixtureOutput(nn.Module):
                 f"label_smoothing={label_smoothing} is for output='categorical': a mixture of logistics is smooth over "
                 "values already. Set it, or label_smoothing_factor, to 0."
             )
-        check_loss_is_inside(labels, num_items_in_batch, "a mixture of logistics has a loss of its own, not smoothed")
+        check_loss_is_inside(
+            labels,
+            num_items_in_batch,
+            "a mixture of logistics has its own, unsmoothed: set label_smoothing_factor=0 and no compute_loss_func.",
+        )
 
     def forward(
         self, layer: nn.Linear, hidden_states, ids, first: int, kept, targets, enlarged=None, label_smoothing=0.0

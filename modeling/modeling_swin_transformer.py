@@ -646,7 +646,10 @@ class SwinTransformerForMaskedImageModeling(SwinTransformerPreTrainedModel):
 
 
 class SwinTransformerBackbone(BackboneMixin, SwinTransformerPreTrainedModel):
-    """Feature maps of the stages that `config.out_features` names, each with a norm of its own, for detectors."""
+    """Feature maps of the stages that `config.out_features` names, each with a norm of its own, for detectors.
+
+    Stages after the last that is named get no gradient: distributed training needs find_unused_parameters=True then.
+    """
 
     _keys_to_ignore_on_load_missing = [r"swin\.layernorm\..*"]
 

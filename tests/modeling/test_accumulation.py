@@ -43,7 +43,8 @@ def step(case: Case, micro_batches: int, folder, processes: int = 1) -> tuple[fl
 
 def assert_equal(found, expected):
     assert found[0] == pytest.approx(expected[0], abs=1e-5, rel=1e-5)
-    assert expected[1] and found[1].keys() == expected[1].keys()
+    assert expected[1]
+    assert found[1].keys() == expected[1].keys()
     assert max(gradient.abs().max() for gradient in expected[1].values()) > 1e-3
     for name, gradient in expected[1].items():
         torch.testing.assert_close(found[1][name], gradient, rtol=1e-4, atol=1e-5, msg=name)
