@@ -31,7 +31,16 @@ class SmoothingCollator:
 
 
 def smooth_inside(trainer: Trainer) -> None:
-    """Let the model of `trainer` do what label_smoothing_factor asks for; nothing where there is another loss."""
+    """Let the model of `trainer` do what label_smoothing_factor asks for; nothing where there is another loss.
+
+    Raises:
+        ValueError: if the model has no logits of ids to smooth.
+    """
     if trainer.label_smoother is not None and trainer.compute_loss_func is None:
+        if getattr(trainer.model.config, "output", None) == "logistic_mixture":
+            raise ValueError(
+                f"label_smoothing_factor={trainer.args.label_smoothing_factor} is for output='categorical': a mixture "
+                "of logistics is smooth over values already. Set it to 0."
+            )
         trainer.data_collator = SmoothingCollator(trainer.data_collator, trainer.args.label_smoothing_factor)
         trainer.label_smoother = None

@@ -192,7 +192,10 @@ def test_models_smooth_by_themselves(name, tmp_path):
 @pytest.mark.parametrize("kind", ["CausalLM", "Seq2SeqLM"])
 def test_a_mixture_of_logistics_refuses(kind, tmp_path):
     case = CASES[f"image_transformer-mixture-{kind}"]
+    batch = SmoothingCollator(case.collate, SMOOTHING)(case.rows)
     with pytest.raises(ValueError, match=r"label_smoothing=0\.1 is for output='categorical'"):
+        case.build().train()(**batch)
+    with pytest.raises(ValueError, match=r"label_smoothing_factor=0\.1 is for output='categorical'"):
         train(case.build(), case.rows, tmp_path, collate=case.collate, inside=True)
 
 
