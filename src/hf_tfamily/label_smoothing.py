@@ -27,7 +27,10 @@ class SmoothingCollator:
     label_smoothing: float
 
     def __call__(self, examples: list) -> dict[str, Any]:
-        return {**self.collate(examples), "label_smoothing": self.label_smoothing}
+        batch = {**self.collate(examples), "label_smoothing": self.label_smoothing}
+        if "shift_labels" in batch:
+            batch.setdefault("labels", batch["shift_labels"])  # the Trainer counts targets only beside labels
+        return batch
 
 
 def smooth_inside(trainer: Trainer) -> None:

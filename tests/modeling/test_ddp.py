@@ -67,6 +67,15 @@ def test_a_compressive_classifier_evaluates_classes_alone():
     assert trained.loss > plain.loss + 0.01
 
 
+def test_a_compressive_classifier_with_a_frozen_compression():
+    """As its page has it: then nothing but the classes trains."""
+    case = CASES["compressive_transformer-single_label_classification"]
+    model = case.build()
+    for block in model.model.layers:
+        block.compression.requires_grad_(False)
+    two_steps(model, case.collate(case.rows))
+
+
 @pytest.mark.parametrize("stages", [["stage2"], ["stage1", "stage2"], ["stem", "stage1", "stage2"]])
 def test_backbones(stages):
     config = tiny_config("swin_transformer", out_features=stages)

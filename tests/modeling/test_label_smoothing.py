@@ -154,6 +154,28 @@ def test_under_peft(name, tmp_path):
     assert first_loss(peft.get_peft_model(case.build(), adapter), case.rows, tmp_path) == close(expected)
 
 
+def test_prompt_tuning_smooths_inside(tmp_path):
+    """The Trainer looks for the name of another class there, for Llama's too, and would not move labels."""
+    peft = pytest.importorskip("peft")
+    case = CASES["rope_decoder-CausalLM"]
+    batch = case.collate(case.rows)
+    model = peft.get_peft_model(case.build(), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    expected = written_out(logits_of(model, batch)[:, 3:-1], batch["labels"][:, 1:])
+    assert first_loss(model, case.rows, tmp_path, inside=True) == close(expected)
+
+
+def test_a_collator_without_labels(tmp_path):
+    """The Trainer would have nothing to smooth."""
+    case = CASES["rope_decoder-next_token"]
+
+    def collate(rows):
+        batch = case.collate(rows)
+        return {key: batch[key] for key in ("input_ids", "shift_labels")}
+
+    expected = first_loss(case.build(), case.rows, tmp_path, collate=case.collate, inside=True)
+    assert first_loss(case.build(), case.rows, tmp_path, collate=collate, inside=True) == close(expected)
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused_by_name_where_the_trainer_cannot(name, tmp_path):
     case = CASES[name]
