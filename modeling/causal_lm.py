@@ -61,6 +61,7 @@ class CausalLMHead(ShiftedLabels):
             labels: [B, T] ids to predict, shifted inside: position t predicts labels[t + 1]; -100 is ignored. For
                 inputs that begin with a start token give `shift_labels` instead, where t predicts shift_labels[t].
             logits_to_keep: compute logits [B, T, V] for the last so many positions only (0: all), or for these indices.
+            kwargs: `num_items_in_batch` and `label_smoothing` of the loss, see `label_smoothed_loss`.
 
         The other arguments are those of `model`.
         """
@@ -163,8 +164,8 @@ def own_smoothing(model: PreTrainedModel, labels: torch.Tensor | None, batch: di
     if labels is None and (smoothing is not None or counted is not None):
         raise ValueError(
             "This batch came without its labels. The Trainer takes them out where it computes the loss by itself "
-            "(label_smoothing_factor, compute_loss_func), and moves them by one even where shift_labels has done so. "
-            + INSIDE
+            "(label_smoothing_factor, compute_loss_func), and smoothing moves them by one even where shift_labels has done "
+            f"so. {INSIDE} For a compute_loss_func leave counted_targets out of the batch."
         )
     if not model.training:
         return 0.0

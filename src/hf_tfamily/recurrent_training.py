@@ -46,6 +46,8 @@ class RecurrentTrainer(Trainer):
         if self.memory is None and model.training:
             self.memory = empty_memory(self.accelerator.unwrap_model(model), inputs["input_ids"])
         inputs = {**inputs, "past_key_values": self.memory, "use_cache": True}
+        if self.compute_loss_func is not None:
+            inputs.pop("counted_targets", None)  # a loss of one's own is given labels and moves none
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         self.memory = outputs["past_key_values"]
         return (loss, outputs) if return_outputs else loss

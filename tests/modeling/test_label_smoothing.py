@@ -249,6 +249,23 @@ def test_recurrent_trainer(name, tmp_path):
     assert found == [close(loss) for loss in expected]
 
 
+def test_recurrent_trainer_with_a_loss_of_ones_own(tmp_path):
+    """It is given the labels of a StreamDataset, which nobody moves."""
+    streams = StreamDataset(np.arange(200) % (VOCABULARY - 6), ROWS, 8, VOCABULARY - 5)
+    case = CASES["transformer_xl-CausalLM"]
+    batch = SegmentCollator()([streams[row] for row in range(ROWS)])
+    logits = logits_of(case.build(), {"input_ids": batch["input_ids"]})
+
+    def smoothed(outputs, labels, num_items_in_batch=None):
+        return torch.tensor(written_out(outputs.logits.detach(), labels), requires_grad=True) * 1.0
+
+    class Trained(RecurrentTrainer):
+        def __init__(self, **kwargs):
+            super().__init__(**kwargs, compute_loss_func=smoothed)
+
+    assert first_loss(case.build(), streams, tmp_path, Trained) == close(written_out(logits, batch["shift_labels"]))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The table of names
 
