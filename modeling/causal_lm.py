@@ -164,8 +164,8 @@ def own_smoothing(model: PreTrainedModel, labels: torch.Tensor | None, batch: di
     if labels is None and (smoothing is not None or counted is not None):
         raise ValueError(
             "This batch came without its labels. The Trainer takes them out where it computes the loss by itself "
-            "(label_smoothing_factor, compute_loss_func), and smoothing moves them by one even where shift_labels has done "
-            f"so. {INSIDE} For a compute_loss_func leave counted_targets out of the batch."
+            "(label_smoothing_factor, compute_loss_func), and smoothing moves them by one even beside shift_labels. "
+            f"{INSIDE} For a compute_loss_func leave counted_targets out of the batch."
         )
     if not model.training:
         return 0.0
