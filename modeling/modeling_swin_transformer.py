@@ -472,10 +472,7 @@ class SwinTransformerPreTrainedModel(PatternBackend, PreTrainedModel):
     def _init_weights(self, module):
         """Normal with the config's deviation, the bias tables too; mask tokens and positions are 0 at first."""
         super()._init_weights(module)
-        if isinstance(module, UnusedNorm):
-            init.ones_(module.weight)
-            init.zeros_(module.bias)
-        elif isinstance(module, WindowPositionBias):
+        if isinstance(module, WindowPositionBias):
             init.trunc_normal_(module.relative_position_bias_table, std=self.config.initializer_range)
         elif isinstance(module, SwinTransformerEmbeddings):
             for parameter in (module.mask_token, module.position_embeddings):
@@ -684,13 +681,12 @@ class SwinTransformerBackbone(BackboneMixin, SwinTransformerPreTrainedModel):
         )
 
 
-class UnusedNorm(nn.Module):
+class UnusedNorm(nn.LayerNorm):
     """The norm before a classifier, where there is none: checkpoints have it, and nothing waits for its gradient."""
 
-    def __init__(self, width: int):
-        super().__init__()
-        self.register_buffer("weight", torch.ones(width))
-        self.register_buffer("bias", torch.zeros(width))
+    def register_parameter(self, name: str, param: nn.Parameter) -> None:
+        """Loading a checkpoint puts new parameters in place, which are frozen here like the first."""
+        super().register_parameter(name, param.requires_grad_(False))
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         return states
