@@ -103,13 +103,12 @@ def test_causal_models_learn_the_next_token(name, tmp_path):
     assert model.eval()(ids, use_cache=False).logits[0, -1].argmax() == 23
 
 
-@pytest.mark.parametrize("steps", [1, 4])
 @pytest.mark.parametrize("name", [*(f"{name}-CausalLM" for name in PLAIN), "transformer_xl-adaptive"])
-def test_causal_losses_equal_those_written_out(name, steps, tmp_path):
+def test_causal_losses_equal_those_written_out(name, tmp_path):
     case = CASES[name]
     batch = case.collate(case.rows)
     expected = written_out(logits_of(case.build(), batch)[:, :-1], batch["labels"][:, 1:])
-    options = {"per_device_train_batch_size": ROWS // steps, "gradient_accumulation_steps": steps}
+    options = {"per_device_train_batch_size": ROWS // 4, "gradient_accumulation_steps": 4}
     assert first_loss(case.build(), case.rows, tmp_path, **options) == close(expected)
 
 
