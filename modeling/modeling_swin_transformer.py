@@ -654,7 +654,7 @@ class SwinTransformerBackbone(BackboneMixin, SwinTransformerPreTrainedModel):
         super().__init__(config)
         self.num_features = [config.embed_dim, *config.stage_widths]
         self.swin = SwinTransformerModel(config, add_pooling_layer=False, for_detection=True)
-        self.swin.layernorm = UnusedNorm(config.hidden_size)
+        self.swin.layernorm = UnusedLayerNorm(config.hidden_size)
         self.hidden_states_norms = nn.ModuleDict(
             {stage: nn.LayerNorm(width) for stage, width in zip(self.out_features, self.channels)}
         )
@@ -681,7 +681,7 @@ class SwinTransformerBackbone(BackboneMixin, SwinTransformerPreTrainedModel):
         )
 
 
-class UnusedNorm(nn.LayerNorm):
+class UnusedLayerNorm(nn.LayerNorm):
     """The norm before a classifier, where there is none: checkpoints have it, and nothing waits for its gradient."""
 
     def register_parameter(self, name: str, param: nn.Parameter) -> None:
