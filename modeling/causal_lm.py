@@ -1,24 +1,47 @@
-"""What causal language models share: from hidden states to the next token's logits and loss.
+"""What language models share: from hidden states to the next token's logits, and the losses of tokens.
 
 Shapes: B batch, T new tokens, V ids.
 """
 
 import torch
-from torch.nn.functional import pad
+from torch.nn.functional import cross_entropy, pad
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 
 IGNORED = -100
+INSIDE = (
+    "Set label_smoothing_factor=0 and let the model smooth: "
+    "data_collator=hf_tfamily.label_smoothing.SmoothingCollator(collator, 0.1)."
+)
 
 
-class CausalLMHead:
+class ShiftedLabels:
+    """A model whose position t predicts labels[t + 1]. It stands before the PreTrainedModel among a class's bases.
+
+    The Trainer's label smoothing moves labels by one only for the class names in a table of Transformers; here a class
+    enters its own. The key is no model type, so nothing is ever looked up by it.
+    """
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if issubclass(cls, PreTrainedModel):
+            MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault(cls.__name__, cls.__name__)
+
+
+class CausalLMHead(ShiftedLabels):
     """The `forward` of a model whose `lm_head` turns the hidden states of its `model` into logits of the next token.
 
     It stands before the PreTrainedModel among a class's bases. Where `model` takes more arguments than these, `forward`
     is written out and ends with `predict`.
     """
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.loss_function = next_token_loss
 
     @can_return_tuple
     def forward(
@@ -38,6 +61,7 @@ class CausalLMHead:
             labels: [B, T] ids to predict, shifted inside: position t predicts labels[t + 1]; -100 is ignored. For
                 inputs that begin with a start token give `shift_labels` instead, where t predicts shift_labels[t].
             logits_to_keep: compute logits [B, T, V] for the last so many positions only (0: all), or for these indices.
+            kwargs: `num_items_in_batch` and `label_smoothing` of the loss, see `label_smoothed_loss`.
 
         The other arguments are those of `model`.
         """
@@ -53,13 +77,20 @@ class CausalLMHead:
         return self.predict(outputs, labels, logits_to_keep, **kwargs)
 
     def predict(
-        self, outputs: BaseModelOutputWithPast, labels, logits_to_keep: int | torch.Tensor, **kwargs
+        self,
+        outputs: BaseModelOutputWithPast,
+        labels,
+        logits_to_keep: int | torch.Tensor,
+        **kwargs,
     ) -> CausalLMOutputWithPast:
         """Logits of the hidden states that are kept, and their loss where there are `labels` or `shift_labels`."""
+        smoothing = own_smoothing(self, labels, kwargs)
         logits = self.lm_head(outputs.last_hidden_state[:, kept_positions(logits_to_keep)])
         loss = None
         if labels is not None or kwargs.get("shift_labels") is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=logits.shape[-1], label_smoothing=smoothing, **kwargs
+            )
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -86,3 +117,64 @@ def num_targets(targets: torch.Tensor, num_items_in_batch: torch.Tensor | int | 
     if num_items_in_batch is None:
         return (targets != IGNORED).sum()
     return num_items_in_batch.to(targets.device) if torch.is_tensor(num_items_in_batch) else num_items_in_batch
+
+
+def next_token_loss(
+    logits: torch.Tensor, labels: torch.Tensor | None, shift_labels: torch.Tensor | None = None, **kwargs
+) -> torch.Tensor:
+    """`label_smoothed_loss` of logits [B, T, V] to `shift_labels` [B, T], or to `labels` [B, T] moved by one."""
+    return label_smoothed_loss(logits, next_tokens(labels, shift_labels), **kwargs)
+
+
+def label_smoothed_loss(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    label_smoothing: float = 0.0,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    ignore_index: int = IGNORED,
+    **kwargs,
+) -> torch.Tensor:
+    """Cross-entropy of logits [B, T, V] to labels [B, T] of the same positions, in float32.
+
+    Args:
+        label_smoothing: probability that the targets spread evenly over all V ids (Szegedy et al. 2016).
+        num_items_in_batch: what the sum is divided by, where a batch is read in several steps; the number of labels
+            that are not ignore_index if None.
+    """
+    losses = cross_entropy(
+        logits.float().flatten(0, -2),
+        labels.to(logits.device).flatten(),
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        reduction="sum",
+    )
+    return losses / num_targets(labels, num_items_in_batch)
+
+
+def own_smoothing(model: PreTrainedModel, labels: torch.Tensor | None, batch: dict, default: float = 0.0) -> float:
+    """How much a model smooths its loss: in training, what the batch says as `label_smoothing`, or `default`.
+
+    Args:
+        batch: arguments of `forward`; `label_smoothing` and `counted_targets` are taken out.
+
+    Raises:
+        ValueError: if a batch with either has no labels, because a Trainer took them to compute a loss of its own.
+    """
+    smoothing, counted = batch.pop("label_smoothing", None), batch.pop("counted_targets", None)
+    if labels is None and (smoothing is not None or counted is not None):
+        raise ValueError(
+            "This batch came without its labels. The Trainer takes them out where it computes the loss by itself "
+            "(label_smoothing_factor, compute_loss_func), and smoothing moves them by one even beside shift_labels. "
+            f"{INSIDE} For a compute_loss_func leave counted_targets out of the batch."
+        )
+    if not model.training:
+        return 0.0
+    return default if smoothing is None else smoothing
+
+
+def check_loss_is_inside(labels: torch.Tensor | None, num_items_in_batch: torch.Tensor | int | None, why: str) -> None:
+    """Raise ValueError where a Trainer counted labels and took them out to compute a loss; `why` it must not."""
+    if labels is None and num_items_in_batch is not None:
+        raise ValueError(
+            f"label_smoothing_factor and compute_loss_func make the Trainer compute the loss by itself, but {why}"
+        )

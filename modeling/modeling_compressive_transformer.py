@@ -13,13 +13,17 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    SequenceClassifierOutputWithPast,
+)
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.output_capturing import capture_outputs
 
 from .attention import eager_attention_forward
-from .causal_lm import num_targets
+from .causal_lm import IGNORED, INSIDE, check_loss_is_inside, num_targets
 from .configuration_compressive_transformer import CompressiveTransformerConfig
 from .memory_segments import HiddenStateLayer, KeyValueLayer, MemoryLayer, SegmentMemory, check_same_kind
 from .modeling_transformer_xl import (
@@ -313,8 +317,8 @@ class NoLoss(nn.Module):
         super().__init__()
 
     def forward(self, block, hidden_states: torch.Tensor, evicted: Evicted, compressed: torch.Tensor) -> torch.Tensor:
-        """A scalar."""
-        return hidden_states.new_zeros(())
+        """[B], a loss of each row."""
+        return hidden_states.new_zeros(len(hidden_states))
 
 
 class AutoEncoding(NoLoss):
@@ -387,7 +391,7 @@ class CompressiveTransformerBlock(TransformerXLBlock):
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """Output [B, T, hidden]; compressed slots [B, E / c, hidden]; attention that keys got [B, S], where there are
-        weights; the compression loss, in training."""
+        weights; the compression loss [B], in training."""
         output, weights = self.transform(
             hidden_states, past_states, attention_mask, positions, biases, memory, **kwargs
         )
@@ -408,18 +412,31 @@ class CompressiveTransformerBlock(TransformerXLBlock):
             return self.compression_loss(self, hidden_states, evicted, compressed)
         # Parameters without a gradient would stop distributed training before the memory is full.
         learned = [*self.compression.parameters(), *self.compression_loss.parameters()]
-        return hidden_states.new_zeros(()) + sum(0.0 * parameter.sum() for parameter in learned)
+        return hidden_states.new_zeros(len(hidden_states)) + sum(0.0 * parameter.sum() for parameter in learned)
 
 
 @dataclass
 class CompressiveTransformerOutput(BaseModelOutputWithPast):
-    """As every decoder's, and the compression loss, summed over layers and averaged over segments; in training only."""
+    """As every decoder's, and the compression loss, summed over layers and averaged over segments; in training only.
+
+    Attributes:
+        compression_losses: [B] of each row.
+        compression_loss: their mean.
+    """
+
+    compression_loss: torch.FloatTensor | None = None
+    compression_losses: torch.FloatTensor | None = None
+
+
+@dataclass
+class CompressiveTransformerCausalLMOutput(CausalLMOutputWithPast):
+    """As every decoder's, and the compression loss, of which `loss` contains config.compression_loss_weight times."""
 
     compression_loss: torch.FloatTensor | None = None
 
 
 @dataclass
-class CompressiveTransformerCausalLMOutput(CausalLMOutputWithPast):
+class CompressiveTransformerSequenceClassifierOutput(SequenceClassifierOutputWithPast):
     """As every decoder's, and the compression loss, of which `loss` contains config.compression_loss_weight times."""
 
     compression_loss: torch.FloatTensor | None = None
@@ -463,16 +480,18 @@ class CompressiveTransformerModel(CompressiveTransformerPreTrainedModel, Transfo
         memory.advance(length, valid_after)
         return CompressiveTransformerOutput(
             last_hidden_state=self.dropout(hidden_states),
-            compression_loss=sum(losses) if self.training else None,
+            compression_losses=sum(losses) if self.training else None,
         )
 
     @staticmethod
     def join(outputs: list[CompressiveTransformerOutput], memory: CompressiveMemory | None):
         """The outputs of consecutive segments as those of one input."""
-        losses = [output.compression_loss for output in outputs]
-        mean = None if losses[0] is None else sum(losses) / len(losses)
         joined = TransformerXLModel.join(outputs, memory)
-        return CompressiveTransformerOutput(**{**joined, "compression_loss": mean})
+        if outputs[0].compression_losses is None:
+            return CompressiveTransformerOutput(**joined)
+        losses = sum(output.compression_losses for output in outputs) / len(outputs)
+        losses = {"compression_loss": losses.mean(), "compression_losses": losses}
+        return CompressiveTransformerOutput(**{**joined, **losses})
 
     def check_backend(self) -> None:
         """Raise ValueError for an attention implementation that the distances or the compression cannot do with."""
@@ -490,13 +509,9 @@ class CompressiveTransformerForCausalLM(CompressiveTransformerPreTrainedModel, T
 
     model_class = CompressiveTransformerModel
 
-    def _loss(self, outputs: CompressiveTransformerOutput, logits, targets: torch.Tensor, **kwargs) -> torch.Tensor:
-        """The compression loss counts as much as the share that this batch has in `num_items_in_batch`."""
-        loss = super()._loss(outputs, logits, targets, **kwargs)
-        if outputs.compression_loss is None:
-            return loss
-        share = num_targets(targets, None) / num_targets(targets, kwargs.get("num_items_in_batch"))
-        return loss + self.config.compression_loss_weight * share * outputs.compression_loss
+    def _loss(self, outputs: CompressiveTransformerOutput, logits, targets, smoothing, **kwargs) -> torch.Tensor | None:
+        loss = super()._loss(outputs, logits, targets, smoothing, **kwargs)
+        return with_compression_loss(loss, outputs, targets, self.config, **kwargs)
 
     def _output(self, loss, logits, outputs: CompressiveTransformerOutput) -> CompressiveTransformerCausalLMOutput:
         output = super()._output(loss, logits, outputs)
@@ -508,10 +523,42 @@ class CompressiveTransformerForSequenceClassification(
 ):
     """The decoder with a linear layer on each row's last token, the rightmost that is not config.pad_token_id.
 
-    Its loss is that of the classes alone: the compression stays as language modelling trained it.
+    In training its loss contains the compression loss.
     """
 
     model_class = CompressiveTransformerModel
+
+    def _loss(self, outputs: CompressiveTransformerOutput, logits, labels, **kwargs) -> torch.Tensor | None:
+        loss = super()._loss(outputs, logits, labels, **kwargs)
+        return with_compression_loss(loss, outputs, labels, self.config, **kwargs)
+
+    def _output(self, loss, logits, outputs: CompressiveTransformerOutput):
+        output = super()._output(loss, logits, outputs)
+        return CompressiveTransformerSequenceClassifierOutput(**output, compression_loss=outputs.compression_loss)
+
+
+def with_compression_loss(
+    loss: torch.Tensor | None,
+    outputs: CompressiveTransformerOutput,
+    targets: torch.Tensor | None,
+    config: CompressiveTransformerConfig,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    **kwargs,
+) -> torch.Tensor | None:
+    """A head's loss and, in training, the compression loss; each row weighs as much as it has targets [B, ...].
+
+    So rows weigh the same however a batch is cut into micro-batches, of which `num_items_in_batch` counts the targets.
+    """
+    if outputs.compression_losses is None or config.compression_loss is None:
+        return loss
+    check_loss_is_inside(
+        targets, num_items_in_batch, f"the compression learns by a loss that only the model has. {INSIDE}"
+    )
+    if targets is None:
+        return None
+    weights = (targets != IGNORED).flatten(start_dim=1).sum(dim=1) if targets.ndim > 1 else targets != IGNORED
+    compression_loss = (weights * outputs.compression_losses).sum() / num_targets(targets, num_items_in_batch)
+    return loss + config.compression_loss_weight * compression_loss
 
 
 def frozen(module: nn.Module, states: torch.Tensor) -> torch.Tensor:
@@ -521,12 +568,12 @@ def frozen(module: nn.Module, states: torch.Tensor) -> torch.Tensor:
 
 
 def _mean_square(error: torch.Tensor, valid: torch.Tensor | None = None) -> torch.Tensor:
-    """Of the slots [B, E] that are valid, of an error [B, E, ...]."""
+    """[B], of each row's slots [B, E] that are valid, of an error [B, E, ...]."""
     error = error.square()
     if valid is None:
-        return error.mean()
+        return error.flatten(1).mean(dim=1)
     per_slot = error.flatten(2).mean(dim=-1)
-    return (per_slot * valid).sum() / valid.sum().clamp(min=1)
+    return (per_slot * valid).sum(dim=1) / valid.sum(dim=1).clamp(min=1)
 
 
 __all__ = [

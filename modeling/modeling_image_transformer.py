@@ -34,7 +34,15 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .attention import PatternBackend, cross_attention_mask, eager_attention_forward, layer_masks, new_positions
 from .attention_patterns import Block2D, patterns_for_layers
 from .cache_patterns import PatternCache, PatternCacheGenerationMixin
-from .causal_lm import IGNORED, kept_positions, next_tokens, num_targets
+from .causal_lm import (
+    IGNORED,
+    ShiftedLabels,
+    check_loss_is_inside,
+    kept_positions,
+    next_tokens,
+    num_targets,
+    own_smoothing,
+)
 from .checks import check_counted, check_embeddings, check_one_input, check_positions, check_targets, check_token_ids
 from .configuration_image_transformer import ImageTransformerConfig
 from .mixture_of_logistics import (
@@ -780,12 +788,24 @@ class CategoricalOutput(nn.Module):
         """The linear layer from hidden states to logits."""
         return nn.Linear(config.hidden_size, config.vocab_size)
 
-    def forward(self, layer: nn.Linear, hidden_states, ids, first, kept, targets, enlarged=None):
-        """Logits [B, T, V] and what each target [B, T] costs in nats; arguments as of MixtureOutput."""
+    def check_loss(self, labels: torch.Tensor | None, num_items_in_batch, label_smoothing: float) -> None:
+        """Any loss of logits will do."""
+
+    def forward(self, layer: nn.Linear, hidden_states, ids, first, kept, targets, enlarged=None, label_smoothing=0.0):
+        """Logits [B, T, V] and what each target [B, T] costs in nats; arguments as of MixtureOutput.
+
+        With label_smoothing the targets spread over all V ids.
+        """
         logits = layer(hidden_states[:, kept])
         if targets is None:
             return logits, None
-        nats = cross_entropy(logits.float().transpose(1, 2), targets[:, kept], ignore_index=IGNORED, reduction="none")
+        nats = cross_entropy(
+            logits.float().transpose(1, 2),
+            targets[:, kept],
+            ignore_index=IGNORED,
+            label_smoothing=label_smoothing,
+            reduction="none",
+        )
         return logits, nats
 
 
@@ -802,7 +822,22 @@ class MixtureOutput(nn.Module):
         """The linear layer from hidden states to the parameters of mixtures."""
         return nn.Linear(config.hidden_size, num_parameters(config.num_mixtures, config.num_channels), bias=False)
 
-    def forward(self, layer: nn.Linear, hidden_states, ids, first: int, kept, targets, enlarged=None):
+    def check_loss(self, labels: torch.Tensor | None, num_items_in_batch, label_smoothing: float) -> None:
+        """Raise ValueError for label smoothing, by the model or a Trainer: start tokens have no probability."""
+        if label_smoothing:
+            raise ValueError(
+                f"label_smoothing={label_smoothing} is for output='categorical': a mixture of logistics is smooth over "
+                "values already. Set it, or label_smoothing_factor, to 0."
+            )
+        check_loss_is_inside(
+            labels,
+            num_items_in_batch,
+            "a mixture of logistics has its own, unsmoothed: set label_smoothing_factor=0 and no compute_loss_func.",
+        )
+
+    def forward(
+        self, layer: nn.Linear, hidden_states, ids, first: int, kept, targets, enlarged=None, label_smoothing=0.0
+    ):
         """
         Args:
             layer: what `new_layer` made.
@@ -894,7 +929,7 @@ class ImageTransformerGenerationMixin(PatternCacheGenerationMixin):
         return self.lm_head if self.config.output == "categorical" else None
 
 
-class ImageTransformerForCausalLM(ImageTransformerPreTrainedModel, ImageTransformerGenerationMixin):
+class ImageTransformerForCausalLM(ShiftedLabels, ImageTransformerPreTrainedModel, ImageTransformerGenerationMixin):
     """The decoder with a distribution of the next value (section 3.4); for images without a source."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embedding.embed_tokens.weight"}
@@ -931,9 +966,11 @@ class ImageTransformerForCausalLM(ImageTransformerPreTrainedModel, ImageTransfor
             Logits [B, T, V] of the next id. A mixture's are log-probabilities; in training with labels it works out
             those of the labels alone, and hands out no logits.
         """
+        smoothing = own_smoothing(self, labels, kwargs)
         targets = next_tokens(labels, kwargs.pop("shift_labels", None))
         check_targets(targets, self.output.num_targets)
         num_items = kwargs.pop("num_items_in_batch", None)
+        self.output.check_loss(targets, num_items, smoothing)
         first = 0 if past_key_values is None else past_key_values.get_seq_length()
         ids = None if input_ids is None else with_recent(input_ids, past_key_values, self.config.num_channels)
         outputs = self.model(
@@ -946,7 +983,9 @@ class ImageTransformerForCausalLM(ImageTransformerPreTrainedModel, ImageTransfor
             **kwargs,
         )
         kept = kept_positions(logits_to_keep)
-        logits, nats = self.output(self.lm_head, outputs.last_hidden_state, ids, first, kept, targets)
+        logits, nats = self.output(
+            self.lm_head, outputs.last_hidden_state, ids, first, kept, targets, label_smoothing=smoothing
+        )
         return CausalLMOutputWithPast(
             loss=None if nats is None else nats.sum() / num_targets(targets[:, kept], num_items),
             logits=logits,
@@ -1016,10 +1055,12 @@ class ImageTransformerForSuperResolution(ImageTransformerPreTrainedModel, ImageT
             labels: [B, T] values to predict, aligned with decoder_input_ids; -100 is ignored.
             encoder_outputs: what the encoder returned before, instead of input_ids.
         """
+        smoothing = own_smoothing(self, labels, kwargs)
         check_targets(labels, self.output.num_targets)
         if decoder_input_ids is None:
             decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
         num_items = kwargs.pop("num_items_in_batch", None)
+        self.output.check_loss(labels, num_items, smoothing)
         if encoder_outputs is None:
             if input_ids is None:
                 raise ValueError("Give input_ids, the values of the image to enlarge, or encoder_outputs.")
@@ -1037,7 +1078,9 @@ class ImageTransformerForSuperResolution(ImageTransformerPreTrainedModel, ImageT
             enlarged=enlarged,
             **kwargs,
         )
-        logits, nats = self.output(self.lm_head, outputs.last_hidden_state, ids, first, slice(None), labels, enlarged)
+        logits, nats = self.output(
+            self.lm_head, outputs.last_hidden_state, ids, first, slice(None), labels, enlarged, smoothing
+        )
         return Seq2SeqLMOutput(
             loss=None if nats is None else nats.sum() / num_targets(labels, num_items),
             logits=logits,

@@ -14,11 +14,7 @@ from torch import nn
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
-from transformers.modeling_layers import (
-    GenericForSequenceClassification,
-    GenericForTokenClassification,
-    GradientCheckpointingLayer,
-)
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.processing_utils import Unpack
@@ -31,6 +27,7 @@ from .attention_patterns import Full, patterns_for_layers
 from .cache_patterns import PatternCacheGenerationMixin
 from .causal_lm import CausalLMHead
 from .checks import check_embeddings, check_one_input, check_token_ids
+from .classification import SequenceClassificationHead, TokenClassificationHead
 from .configuration_rope_decoder import RoPEDecoderConfig
 from .positions import ROTARY_LAYOUTS, RotaryEmbedding
 
@@ -233,24 +230,21 @@ class RoPEDecoderForCausalLM(CausalLMHead, RoPEDecoderPreTrainedModel, PatternCa
         self.post_init()
 
 
-# The generic heads look their base model up by Auto class, which a checkpoint's own code is not registered with.
-class RoPEDecoderForSequenceClassification(GenericForSequenceClassification, RoPEDecoderPreTrainedModel):
+class RoPEDecoderForSequenceClassification(SequenceClassificationHead, RoPEDecoderPreTrainedModel):
     """The decoder with a linear layer on each row's last token, the rightmost that is not config.pad_token_id."""
 
     def __init__(self, config: RoPEDecoderConfig):
-        RoPEDecoderPreTrainedModel.__init__(self, config)
-        self.num_labels = config.num_labels
+        super().__init__(config)
         self.model = RoPEDecoderModel(config)
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
         self.post_init()
 
 
-class RoPEDecoderForTokenClassification(GenericForTokenClassification, RoPEDecoderPreTrainedModel):
+class RoPEDecoderForTokenClassification(TokenClassificationHead, RoPEDecoderPreTrainedModel):
     """The decoder with a linear layer on every token."""
 
     def __init__(self, config: RoPEDecoderConfig):
-        RoPEDecoderPreTrainedModel.__init__(self, config)
-        self.num_labels = config.num_labels
+        super().__init__(config)
         self.model = RoPEDecoderModel(config)
         self.dropout = nn.Dropout(config.classifier_dropout)
         self.score = nn.Linear(config.hidden_size, config.num_labels)

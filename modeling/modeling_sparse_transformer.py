@@ -14,7 +14,7 @@ from torch import nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.processing_utils import Unpack
@@ -27,6 +27,7 @@ from .attention_patterns import patterns_for_layers
 from .cache_patterns import PatternCacheGenerationMixin
 from .causal_lm import CausalLMHead
 from .checks import check_embeddings, check_one_input, check_positions, check_token_ids
+from .classification import SequenceClassificationHead
 from .configuration_sparse_transformer import SparseTransformerConfig
 
 
@@ -245,13 +246,11 @@ class SparseTransformerForCausalLM(CausalLMHead, SparseTransformerPreTrainedMode
         self.post_init()
 
 
-# The generic head looks its base model up by Auto class, which a checkpoint's own code is not registered with.
-class SparseTransformerForSequenceClassification(GenericForSequenceClassification, SparseTransformerPreTrainedModel):
+class SparseTransformerForSequenceClassification(SequenceClassificationHead, SparseTransformerPreTrainedModel):
     """The decoder with a linear layer on each row's last token, the rightmost that is not config.pad_token_id."""
 
     def __init__(self, config: SparseTransformerConfig):
-        SparseTransformerPreTrainedModel.__init__(self, config)
-        self.num_labels = config.num_labels
+        super().__init__(config)
         self.model = SparseTransformerModel(config)
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
         self.post_init()

@@ -31,6 +31,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .attention import BLOCK_SPARSE, PatternBackend, VisibleKeys, eager_attention_forward
 from .attention_patterns import Window2D, patterns_for_layers
 from .checks import check_labels, check_patch_mask, check_pixels
+from .classification import classification_loss
 from .configuration_swin_transformer import SwinTransformerConfig, pair
 
 
@@ -550,6 +551,7 @@ class SwinTransformerForImageClassification(SwinTransformerPreTrainedModel):
 
     def __init__(self, config: SwinTransformerConfig):
         super().__init__(config)
+        self.loss_function = classification_loss
         self.swin = SwinTransformerModel(config)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels) if config.num_labels > 0 else nn.Identity()
         self.post_init()
@@ -573,7 +575,7 @@ class SwinTransformerForImageClassification(SwinTransformerPreTrainedModel):
         loss = None
         if labels is not None:
             check_labels(labels, logits, self.config.problem_type)
-            loss = self.loss_function(labels, logits, self.config, **kwargs)
+            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config, **kwargs)
         return SwinTransformerImageClassifierOutput(
             loss=loss,
             logits=logits,
@@ -641,7 +643,10 @@ class SwinTransformerForMaskedImageModeling(SwinTransformerPreTrainedModel):
 
 
 class SwinTransformerBackbone(BackboneMixin, SwinTransformerPreTrainedModel):
-    """Feature maps of the stages that `config.out_features` names, each with a norm of its own, for detectors."""
+    """Feature maps of the stages that `config.out_features` names, each with a norm of its own, for detectors.
+
+    Stages after the last that is named get no gradient: distributed training needs find_unused_parameters=True then.
+    """
 
     _keys_to_ignore_on_load_missing = [r"swin\.layernorm\..*"]
 
@@ -649,6 +654,7 @@ class SwinTransformerBackbone(BackboneMixin, SwinTransformerPreTrainedModel):
         super().__init__(config)
         self.num_features = [config.embed_dim, *config.stage_widths]
         self.swin = SwinTransformerModel(config, add_pooling_layer=False, for_detection=True)
+        self.swin.layernorm = UnusedLayerNorm(config.hidden_size)
         self.hidden_states_norms = nn.ModuleDict(
             {stage: nn.LayerNorm(width) for stage, width in zip(self.out_features, self.channels)}
         )
@@ -673,6 +679,17 @@ class SwinTransformerBackbone(BackboneMixin, SwinTransformerPreTrainedModel):
         return BackboneOutput(
             feature_maps=feature_maps, hidden_states=outputs.reshaped_hidden_states, attentions=outputs.attentions
         )
+
+
+class UnusedLayerNorm(nn.LayerNorm):
+    """The norm before a classifier, where there is none: checkpoints have it, and nothing waits for its gradient."""
+
+    def register_parameter(self, name: str, param: nn.Parameter) -> None:
+        """Loading a checkpoint puts new parameters in place, which are frozen here like the first."""
+        super().register_parameter(name, param.requires_grad_(False))
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        return states
 
 
 def _to_map(states: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:

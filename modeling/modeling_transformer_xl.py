@@ -14,7 +14,7 @@ from torch import nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.generation import GenerationMixin
-from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.processing_utils import Unpack
@@ -32,8 +32,9 @@ from .attention import (
     visible_keys,
 )
 from .attention_patterns import Full, Local
-from .causal_lm import kept_positions, next_tokens, num_targets
+from .causal_lm import ShiftedLabels, kept_positions, next_token_loss, next_tokens, num_targets, own_smoothing
 from .checks import check_one_input, check_token_ids
+from .classification import SequenceClassificationHead
 from .configuration_transformer_xl import TransformerXLConfig
 from .memory_segments import SegmentMemory, check_memory
 from .positions import RelativeBiases, RelativePositions, RelativeSinusoids, hidden_columns
@@ -350,7 +351,7 @@ class TransformerXLModel(TransformerXLPreTrainedModel):
         return past_key_values
 
 
-class TransformerXLForCausalLM(TransformerXLPreTrainedModel, GenerationMixin):
+class TransformerXLForCausalLM(ShiftedLabels, TransformerXLPreTrainedModel, GenerationMixin):
     """The decoder with a softmax over the next token, adaptive where the config has cutoffs or projections."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -358,6 +359,7 @@ class TransformerXLForCausalLM(TransformerXLPreTrainedModel, GenerationMixin):
 
     def __init__(self, config: TransformerXLConfig):
         super().__init__(config)
+        self.loss_function = next_token_loss
         self.vocab_size = config.vocab_size
         self.model = self.model_class(config)
         if config.is_adaptive:
@@ -391,6 +393,7 @@ class TransformerXLForCausalLM(TransformerXLPreTrainedModel, GenerationMixin):
         The logits of an adaptive softmax are log-probabilities. In training, with targets, it has no logits: the loss
         needs only the clusters that the targets are in.
         """
+        smoothing = own_smoothing(self, labels, kwargs)
         targets = next_tokens(labels, kwargs.pop("shift_labels", None))
         outputs = self.model(
             input_ids=input_ids,
@@ -400,18 +403,19 @@ class TransformerXLForCausalLM(TransformerXLPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        logits, loss = None, None
-        if targets is None or not (self.training and self.config.is_adaptive):
+        logits = None
+        if targets is None or smoothing or not (self.training and self.config.is_adaptive):
             logits = self.lm_head(outputs.last_hidden_state[:, kept_positions(logits_to_keep)])
-        if targets is not None:
-            loss = self._loss(outputs, logits, targets, **kwargs)
+        loss = self._loss(outputs, logits, targets, smoothing, **kwargs)
         return self._output(loss, logits, outputs)
 
-    def _loss(self, outputs, logits: torch.Tensor | None, targets: torch.Tensor, **kwargs) -> torch.Tensor:
-        """Mean loss of the targets that count, or their sum over `num_items_in_batch`."""
-        if not self.config.is_adaptive:
-            vocab_size = self.lm_head.out_features
-            return self.loss_function(logits=logits, labels=None, shift_labels=targets, vocab_size=vocab_size, **kwargs)
+    def _loss(self, outputs, logits, targets: torch.Tensor | None, smoothing: float, **kwargs) -> torch.Tensor | None:
+        """Mean loss of the targets that count, or their sum over `num_items_in_batch`; None without targets."""
+        if targets is None:
+            return None
+        if smoothing or not self.config.is_adaptive:
+            sizes = {"vocab_size": logits.shape[-1], "label_smoothing": smoothing}
+            return self.loss_function(logits=logits, labels=None, shift_labels=targets, **sizes, **kwargs)
         losses = self.lm_head.token_losses(outputs.last_hidden_state.flatten(0, 1), targets.flatten())
         return losses.sum() / num_targets(targets, kwargs.get("num_items_in_batch"))
 
@@ -425,15 +429,13 @@ class TransformerXLForCausalLM(TransformerXLPreTrainedModel, GenerationMixin):
         )
 
 
-# The generic head looks its base model up by Auto class, which a checkpoint's own code is not registered with.
-class TransformerXLForSequenceClassification(GenericForSequenceClassification, TransformerXLPreTrainedModel):
+class TransformerXLForSequenceClassification(SequenceClassificationHead, TransformerXLPreTrainedModel):
     """The decoder with a linear layer on each row's last token, the rightmost that is not config.pad_token_id."""
 
     model_class = TransformerXLModel
 
     def __init__(self, config: TransformerXLConfig):
-        TransformerXLPreTrainedModel.__init__(self, config)
-        self.num_labels = config.num_labels
+        super().__init__(config)
         self.model = self.model_class(config)
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
         self.post_init()

@@ -17,7 +17,9 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .causal_lm import label_smoothed_loss, own_smoothing
 from .checks import check_some_token, check_token_types
+from .classification import classification_loss
 from .configuration_vanilla_encoder import VanillaEncoderConfig
 from .modeling_vanilla_transformer import (
     MultiHeadAttention,
@@ -93,6 +95,7 @@ class VanillaEncoderForMaskedLM(VanillaEncoderPreTrainedModel):
 
     def __init__(self, config: VanillaEncoderConfig):
         super().__init__(config)
+        self.loss_function = label_smoothed_loss
         self.model = VanillaEncoderModel(config)
         self.transform = nn.Linear(config.hidden_size, config.hidden_size)
         self.act_fn = ACT2FN[config.hidden_act]
@@ -115,6 +118,7 @@ class VanillaEncoderForMaskedLM(VanillaEncoderPreTrainedModel):
         Args:
             labels: [B, T] ids that stood at each position, not shifted; -100 is ignored.
         """
+        smoothing = own_smoothing(self, labels, kwargs)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -126,7 +130,9 @@ class VanillaEncoderForMaskedLM(VanillaEncoderPreTrainedModel):
         logits = self.lm_head(self.transform_norm(self.act_fn(self.transform(outputs.last_hidden_state))))
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=logits.shape[-1], label_smoothing=smoothing, **kwargs
+            )
         return MaskedLMOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
@@ -138,6 +144,7 @@ class VanillaEncoderForSequenceClassification(VanillaEncoderPreTrainedModel):
     def __init__(self, config: VanillaEncoderConfig):
         super().__init__(config)
         self.num_labels = config.num_labels
+        self.loss_function = classification_loss
         self.model = VanillaEncoderModel(config)
         self.pooler = nn.Linear(config.hidden_size, config.hidden_size)
         self.dropout = nn.Dropout(config.classifier_dropout)

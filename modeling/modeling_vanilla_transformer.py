@@ -41,7 +41,7 @@ from .attention import (
 )
 from .attention_patterns import Full, patterns_for_layers
 from .cache_patterns import PatternCache, PatternCacheGenerationMixin
-from .causal_lm import CausalLMHead
+from .causal_lm import CausalLMHead, label_smoothed_loss, own_smoothing
 from .checks import check_embeddings, check_one_input, check_positions, check_some_token, check_token_ids
 from .configuration_vanilla_transformer import VanillaTransformerConfig
 from .positions import POSITION_SCHEMES, RelativeBiases
@@ -567,6 +567,7 @@ class VanillaTransformerForConditionalGeneration(VanillaTransformerPreTrainedMod
 
         The other arguments are those of VanillaTransformerModel.
         """
+        smoothing = own_smoothing(self, labels, kwargs, default=self.config.label_smoothing)
         if labels is not None:
             use_cache = False if use_cache is None else use_cache
             if decoder_input_ids is None and decoder_inputs_embeds is None:
@@ -587,7 +588,6 @@ class VanillaTransformerForConditionalGeneration(VanillaTransformerPreTrainedMod
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
         loss = None
         if labels is not None:
-            smoothing = self.config.label_smoothing if self.training else 0.0
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=logits.shape[-1], label_smoothing=smoothing, **kwargs
             )
@@ -691,35 +691,6 @@ def as_encoder_decoder(config: VanillaTransformerConfig, both: bool) -> VanillaT
     if not both:
         config.num_hidden_layers = config.decoder_layers  # what caches are made for
     return config
-
-
-def label_smoothed_loss(
-    logits: torch.Tensor,
-    labels: torch.Tensor,
-    label_smoothing: float = 0.0,
-    num_items_in_batch: torch.Tensor | int | None = None,
-    ignore_index: int = -100,
-    **kwargs,
-) -> torch.Tensor:
-    """Cross-entropy of logits [B, T, V] to labels [B, T] of the same positions, in float32 (section 5.4).
-
-    Args:
-        label_smoothing: probability that the targets spread evenly over all V ids.
-        num_items_in_batch: what the sum is divided by, where a batch is read in several steps; the number of labels
-            that are not ignore_index if None.
-    """
-    losses = nn.functional.cross_entropy(
-        logits.float().flatten(0, -2),
-        labels.to(logits.device).flatten(),
-        ignore_index=ignore_index,
-        label_smoothing=label_smoothing,
-        reduction="sum",
-    )
-    if num_items_in_batch is None:
-        num_items_in_batch = (labels != ignore_index).sum()
-    if torch.is_tensor(num_items_in_batch):
-        num_items_in_batch = num_items_in_batch.to(losses.device)
-    return losses / num_items_in_batch
 
 
 VanillaTransformer = VanillaTransformerModel

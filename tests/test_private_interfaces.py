@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, Trainer
 from transformers.generation import GenerationMixin
 from transformers.utils import output_capturing
 
@@ -83,6 +83,12 @@ def test_methods_of_transformers(name):
 def test_attributes_that_transformers_reads(name):
     sources = inspect.getsource(inspect.getmodule(PreTrainedModel)) + inspect.getsource(output_capturing)
     assert name in sources, f"Transformers no longer reads {name}: {ATTRIBUTES[name]}"
+
+
+def test_label_smoothing_goes_by_a_table_of_class_names():
+    """No public name says that a model shifts labels; causal_lm.ShiftedLabels enters ours in this table."""
+    source = inspect.getsource(Trainer.compute_loss)
+    assert "model_name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()" in source
 
 
 def test_nothing_else_private_of_torch_is_used():

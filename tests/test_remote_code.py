@@ -51,6 +51,7 @@ def test_every_system_runs_without_the_package(without_package, name):
     assert result["class"].startswith("transformers_modules.")
     assert result["loaded"] <= 1e-6
     assert result["loss"] > 0
+    assert result["labels move"] == main_head(name).__name__.endswith("CausalLM")
     assert result["changed"] > 0
     assert result["saved again"] <= 1e-6
     assert {f"modeling_{name}.py", f"configuration_{name}.py", "config.json"} <= set(result["files"])

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 from transformers.cache_utils import Cache
 
 from .data.streams import SegmentCollator
+from .label_smoothing import smooth_inside
 from .stream_evaluation import has_memory
 
 
@@ -26,7 +27,8 @@ class RecurrentTrainer(Trainer):
 
     Training begins every epoch with an empty memory; evaluation and prediction begin with one of their own and leave
     that of training as it is. Checkpoints contain the memory of every process, so that a resumed run equals one that
-    was not interrupted. Data sets are StreamDatasets, or others in the same order.
+    was not interrupted. Data sets are StreamDatasets, or others in the same order. What label_smoothing_factor asks for
+    the model does itself, in training alone.
     """
 
     def __init__(self, *args, data_collator=None, **kwargs):
@@ -36,6 +38,7 @@ class RecurrentTrainer(Trainer):
                 f"{type(self.model).__name__} has no memory (no config.mem_len); use transformers.Trainer."
             )
         check_arguments(self.args)
+        smooth_inside(self)
         self.memory: Cache | None = None
         self.add_callback(_ForgetAtEpochs(self))
 
@@ -43,6 +46,8 @@ class RecurrentTrainer(Trainer):
         if self.memory is None and model.training:
             self.memory = empty_memory(self.accelerator.unwrap_model(model), inputs["input_ids"])
         inputs = {**inputs, "past_key_values": self.memory, "use_cache": True}
+        if self.compute_loss_func is not None:
+            inputs.pop("counted_targets", None)  # a loss of one's own is given labels and moves none
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         self.memory = outputs["past_key_values"]
         return (loss, outputs) if return_outputs else loss

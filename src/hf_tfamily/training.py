@@ -23,6 +23,7 @@ from .data import LoadedData, load_data
 from .data.sequences import require
 from .finished import RECIPE_FILE
 from .hub import export
+from .label_smoothing import smooth_inside
 from .pattern_views import config_panels
 from .recipe_yaml import write_yaml
 from .recipes import Recipe, RecipeError, load_recipe
@@ -77,6 +78,7 @@ def train(
         model = model if weights is None else _with_weights(model, weights)
     with _blaming(recipe, "training"):
         trainer = task.build_trainer(model, arguments, data)
+        smooth_inside(trainer)
         _watch(trainer, task)
     with arguments.main_process_first(local=False):
         if is_main:

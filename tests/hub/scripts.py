@@ -93,6 +93,8 @@ def run(name, repo, head):
     loss.backward()
     optimizer.step()
     result["loss"] = loss.item()
+    names = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    result["labels move"] = type(model).__name__ in names.values()  # under the Trainer's label smoothing
     result["changed"] = sum(not torch.equal(a, b) for a, b in zip(before, model.parameters()))
     model.save_pretrained(f"saved-{name}")
     with torch.no_grad():

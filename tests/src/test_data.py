@@ -14,7 +14,9 @@ from hf_tfamily.data.sequences import token_dataset, with_start
 def test_collator_shifts_by_one():
     data = token_dataset(np.array([[17, 1, 2, 3], [18, 4, 5, 6]]), np.array([0, 1]), ["zero", "one"])
     (batch,) = DataLoader(data, batch_size=2, collate_fn=NextTokenCollator())
-    assert set(batch) == {"input_ids", "shift_labels"}
+    assert set(batch) == {"input_ids", "labels", "shift_labels", "counted_targets"}
+    assert batch["counted_targets"].tolist() == [3, 3]
+    assert torch.equal(batch["labels"][:, 1:], batch["shift_labels"][:, :-1])  # as models move labels by themselves
     assert batch["input_ids"].tolist() == [[17, 1, 2], [18, 4, 5]]
     assert batch["shift_labels"].tolist() == [[1, 2, 3], [4, 5, 6]]
     assert batch["input_ids"].dtype == batch["shift_labels"].dtype == torch.int64

@@ -68,13 +68,18 @@ class TokenSequences(LoadedData):
 class NextTokenCollator:
     """Examples [start, x0 ... x(N-1)] -> input_ids [B, N] without the last id, shift_labels [B, N] without the first.
 
+    Models go by shift_labels; `labels`, as models move them by themselves, are there because the Trainer counts targets
+    only beside them. Where it smooths labels it takes them out, and counted_targets [B] lets models refuse that.
+
     For the stock Trainer: `Trainer(..., data_collator=NextTokenCollator())` with
     `TrainingArguments(..., label_names=["shift_labels"])`.
     """
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         ids = torch.from_numpy(np.stack([np.asarray(example["input_ids"]) for example in examples])).long()
-        return {"input_ids": ids[:, :-1].contiguous(), "shift_labels": ids[:, 1:].contiguous()}
+        inputs, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+        counted = torch.full((len(ids),), targets.shape[1])
+        return {"input_ids": inputs, "labels": inputs, "shift_labels": targets, "counted_targets": counted}
 
 
 def token_dataset(

@@ -90,12 +90,14 @@ class StreamDataset(torch.utils.data.Dataset):
 class SegmentCollator:
     """Items of a StreamDataset -> input_ids, and what follows each as shift_labels and labels, all [B, length].
 
-    Models go by shift_labels where they are given; the Trainer counts targets only where there are labels.
+    Models go by shift_labels where they are given; the Trainer counts targets only where there are labels. Where it
+    smooths labels it takes them out, and counted_targets [B] lets models refuse that.
     """
 
     def __call__(self, items: Sequence[dict[str, np.ndarray]]) -> dict[str, torch.Tensor]:
         batch = {name: torch.from_numpy(np.stack([item[name] for item in items])) for name in ("input_ids", "labels")}
-        return {**batch, "shift_labels": batch["labels"]}
+        counted = (batch["labels"] != IGNORED).sum(dim=1)
+        return {**batch, "shift_labels": batch["labels"], "counted_targets": counted}
 
 
 def bible_stream(length: int = 128, eval_books: Iterable[str] = BIBLE_EVAL_BOOKS) -> TextStreams:
