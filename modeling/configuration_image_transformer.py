@@ -108,7 +108,7 @@ class ImageTransformerConfig(PreTrainedConfig):
             self.bos_token_id = self.num_values if self.bos_token_id is None else self.bos_token_id
             if self.decoder_start_token_id is None:
                 self.decoder_start_token_id = self.bos_token_id
-        super().__post_init__(**kwargs)
+        super().__post_init__(**{"auto_map": {}, **kwargs})  # TRL reads it of every config
 
     @property
     def max_position_embeddings(self) -> int:

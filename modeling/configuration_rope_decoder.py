@@ -96,7 +96,7 @@ class RoPEDecoderConfig(PreTrainedConfig):
             self.intermediate_size = -(-8 * self.hidden_size // (3 * 64)) * 64
         if self.attention_output_bias is None:
             self.attention_output_bias = self.attention_bias
-        super().__post_init__(**kwargs)
+        super().__post_init__(**{"auto_map": {}, **kwargs})  # TRL reads it of every config
 
     def validate_sizes(self):
         """Every size is at least 1, and the heads fit each other."""

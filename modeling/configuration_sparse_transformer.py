@@ -72,7 +72,7 @@ class SparseTransformerConfig(PreTrainedConfig):
         if self.max_position_embeddings is None:
             self.max_position_embeddings = math.prod(self.position_shape)
         self._derive_widths()
-        super().__post_init__(**kwargs)
+        super().__post_init__(**{"auto_map": {}, **kwargs})  # TRL reads it of every config
 
     def _derive_widths(self):
         """Fill in the widths that follow from hidden_size and num_attention_heads."""

@@ -74,7 +74,7 @@ class SwinTransformerConfig(BackboneConfigMixin, PreTrainedConfig):
         self.set_output_features_output_indices(
             out_features=kwargs.pop("out_features", None), out_indices=kwargs.pop("out_indices", None)
         )
-        super().__post_init__(**kwargs)
+        super().__post_init__(**{"auto_map": {}, **kwargs})  # TRL reads it of every config
 
     def _derive_depths(self):
         if self.depths is None:

@@ -84,7 +84,7 @@ class TransformerXLConfig(PreTrainedConfig):
         if self.tie_projections is None:
             self.tie_projections = [i > 0 and self.tie_word_embeddings for i in range(len(self.cutoffs) + 1)]
         self.tie_projections = list(self.tie_projections)
-        super().__post_init__(**kwargs)
+        super().__post_init__(**{"auto_map": {}, **kwargs})  # TRL reads it of every config
 
     @property
     def is_adaptive(self) -> bool:

@@ -66,7 +66,7 @@ class VanillaStackConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         if self.intermediate_size is None:
             self.intermediate_size = 4 * self.hidden_size
-        super().__post_init__(**kwargs)
+        super().__post_init__(**{"auto_map": {}, **kwargs})  # TRL reads it of every config
 
     def validate_sizes(self):
         """Every size is at least 1, and heads divide the width."""

@@ -26,6 +26,7 @@ from transformers import (
 import hf_tfamily  # noqa: F401
 from hf_tfamily.auto import SYSTEMS
 from hf_tfamily.data import byte_tokenizer
+from hf_tfamily.hub import export
 from hf_tfamily.peft_defaults import register_peft_defaults
 from tests.hub.examples import NAMES, example, main_head
 from tests.tiny_models import TINY, batch_for, tiny_model
@@ -73,7 +74,6 @@ def test_pipeline_image_classification():
 def test_pipeline_fill_mask():
     tokenizer = byte_tokenizer()
     tokenizer.add_special_tokens({"mask_token": "<mask>"})
-    tokenizer.split_special_tokens = False
     model = tiny_model("vanilla_encoder", AutoModelForMaskedLM, **BYTES)
     found = pipeline("fill-mask", model=model, tokenizer=tokenizer)("To b<mask>", top_k=2)
     assert len(found) == 2
@@ -108,6 +108,25 @@ def test_trainer_logs(logger, tmp_path, monkeypatch):
     )
     Trainer(tiny_model("rope_decoder", AutoModelForCausalLM), arguments, train_dataset=rows).train()
     assert any((tmp_path / logger).rglob("*")) or any((tmp_path / "out" / "runs").rglob("events*"))
+
+
+@pytest.mark.slow
+def test_trl_fine_tunes_every_causal_model_from_its_folder(tmp_path):
+    needs("trl")
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    rows = Dataset.from_dict({"text": ["Blessed are the peacemakers."] * 4})
+    for name in TEXT:
+        folder = str(tmp_path / name)
+        export(tiny_model(name, AutoModelForCausalLM, vocab_size=257, pad_token_id=256), folder, byte_tokenizer())
+        arguments = SFTConfig(
+            f"{folder}/out", max_steps=2, logging_steps=1, report_to="none", use_cpu=True, bf16=False, max_length=32
+        )
+        trainer = SFTTrainer(folder, arguments, train_dataset=rows)
+        assert trainer.train_dataset[0]["input_ids"][-1] == 256, "a text ends with the token that ends one"
+        trainer.train()
+        assert all(0 < entry["loss"] < 8 for entry in trainer.state.log_history if "loss" in entry)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

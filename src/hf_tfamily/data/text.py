@@ -18,8 +18,9 @@ BIBLE_LICENCE = "text out of copyright (in the United Kingdom under Crown patent
 def byte_tokenizer(alphabet: Sequence[int] | None = None):
     """A PreTrainedTokenizerFast of the 256 bytes and a start token: ids are the text's UTF-8 bytes, in any language.
 
-    `tokenizer(text)` adds nothing; `bos_token` (id 256, also used for padding) begins a sequence. Any text comes back
-    from its ids, even text that spells the start token. AutoTokenizer loads it without this package.
+    `tokenizer(text)` adds nothing; `<start>` (id 256) begins a sequence, ends one, as the next begins there, and pads.
+    Any text comes back from its ids; text that spells `<start>` is that token, which is how TRL and others write an end,
+    unless it is called with `split_special_tokens=True`. AutoTokenizer loads it without this package.
 
     Args:
         alphabet: the only bytes to know, numbered in this order, and no start token; other bytes are dropped.
@@ -33,12 +34,11 @@ def byte_tokenizer(alphabet: Sequence[int] | None = None):
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    start = {"bos_token": "<start>", "pad_token": "<start>"} if alphabet is None else {}
+    start = dict.fromkeys(("bos_token", "eos_token", "pad_token"), "<start>") if alphabet is None else {}
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         **start,
         padding_side="left",
-        split_special_tokens=True,
         clean_up_tokenization_spaces=False,
         model_input_names=["input_ids", "attention_mask"],
     )
