@@ -181,7 +181,7 @@ class RoPEDecoderModel(RoPEDecoderPreTrainedModel):
         """
         check_one_input(input_ids, inputs_embeds)
         if inputs_embeds is None:
-            check_token_ids(input_ids, self.embed_tokens.num_embeddings)
+            check_token_ids(input_ids, self.config.vocab_size)
             inputs_embeds = self.embed_tokens(input_ids)
         else:
             check_embeddings(inputs_embeds, self.config.hidden_size)

@@ -62,7 +62,10 @@ class FeedForward(nn.Module):
 
 
 class PostNorm(nn.Module):
-    """A residual connection as published: LayerNorm(x + Sublayer(x)) (section 3.1)."""
+    """A residual connection as published: LayerNorm(x + Sublayer(x)) (section 3.1).
+
+    The sublayer comes as a function: tools that keep weights elsewhere would move a module that is an argument.
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -196,7 +199,7 @@ class VanillaTransformerEncoderBlock(GradientCheckpointingLayer):
         hidden_states = self.self_attn_residual(
             hidden_states, lambda states: self.self_attn(states, attention_mask, order, **kwargs)[0]
         )
-        return self.mlp_residual(hidden_states, self.mlp)
+        return self.mlp_residual(hidden_states, lambda states: self.mlp(states))
 
 
 class VanillaTransformerDecoderBlock(GradientCheckpointingLayer):
@@ -235,7 +238,7 @@ class VanillaTransformerDecoderBlock(GradientCheckpointingLayer):
                     states, encoder_hidden_states, encoder_attention_mask, past_key_values, **kwargs
                 )[0],
             )
-        return self.mlp_residual(hidden_states, self.mlp)
+        return self.mlp_residual(hidden_states, lambda states: self.mlp(states))
 
 
 class VanillaTransformerPreTrainedModel(PatternBackend, PreTrainedModel):
@@ -307,11 +310,15 @@ class VanillaTransformerStack(VanillaTransformerPreTrainedModel):
         self.norm = final_norm(config)
         self.gradient_checkpointing = False
 
+    @property
+    def num_ids(self) -> int:
+        return self.config.vocab_size
+
     def token_embeddings(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
         """[B, T, hidden] of ids, or what is given instead; either is scaled (section 3.4)."""
         check_one_input(input_ids, inputs_embeds)
         if inputs_embeds is None:
-            check_token_ids(input_ids, self.embed_tokens.num_embeddings)
+            check_token_ids(input_ids, self.num_ids)
             inputs_embeds = self.embed_tokens(input_ids)
         else:
             check_embeddings(inputs_embeds, self.config.hidden_size)
@@ -379,6 +386,10 @@ class VanillaTransformerDecoder(VanillaTransformerStack):
         blocks = [VanillaTransformerDecoderBlock(config, i) for i in range(config.decoder_layers)]
         super().__init__(config, config.vocab_size_of_decoder, config.patterns_of_decoder, blocks)
         self.post_init()
+
+    @property
+    def num_ids(self) -> int:
+        return self.config.vocab_size_of_decoder
 
     @merge_with_config_defaults
     @capture_outputs
