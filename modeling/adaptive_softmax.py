@@ -16,6 +16,33 @@ def cluster_bounds(vocab_size: int, cutoffs: list[int]) -> list[tuple[int, int]]
     return list(zip(ends, ends[1:]))
 
 
+class Affine(nn.Module):
+    """A linear layer that counts as a part of the embeddings, not as an nn.Linear.
+
+    Input and output side share weights, so tools that adapt every nn.Linear alone would part them.
+    """
+
+    def __init__(self, width: int, out_features: int, bias: bool = True):
+        super().__init__()
+        like = nn.Linear(width, out_features, bias)
+        self.weight, self.bias = like.weight, like.bias
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        """[..., width] -> [..., out_features]."""
+        return nn.functional.linear(states, self.weight, self.bias)
+
+
+class Narrowing(Affine):
+    """A projection as on the input side, [hidden, Ei], used the other way round."""
+
+    def __init__(self, width: int, hidden_size: int):
+        super().__init__(width, hidden_size, bias=False)
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        """[..., hidden] -> [..., Ei]."""
+        return states @ self.weight
+
+
 class AdaptiveEmbedding(nn.Module):
     """Word embeddings of several widths, projected to one.
 
@@ -32,7 +59,7 @@ class AdaptiveEmbedding(nn.Module):
         if div_val == 1 and embedding_size == hidden_size:
             projected = []
         self.clusters = nn.ModuleList(nn.Embedding(end - start, e) for (start, end), e in zip(self.bounds, self.widths))
-        self.projections = nn.ModuleList(nn.Linear(width, hidden_size, bias=False) for width in projected)
+        self.projections = nn.ModuleList(Affine(width, hidden_size, bias=False) for width in projected)
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         """[...] ids -> [..., hidden]."""
@@ -48,18 +75,6 @@ class AdaptiveEmbedding(nn.Module):
         return embeddings
 
 
-class Narrowing(nn.Module):
-    """A projection as on the input side, [hidden, Ei], used the other way round."""
-
-    def __init__(self, width: int, hidden_size: int):
-        super().__init__()
-        self.weight = nn.Linear(width, hidden_size, bias=False).weight
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """[..., hidden] -> [..., Ei]."""
-        return hidden_states @ self.weight
-
-
 class AdaptiveSoftmax(nn.Module):
     """Log-probabilities of words: those of the first cluster, and of the other clusters as wholes, times those within.
 
@@ -71,10 +86,10 @@ class AdaptiveSoftmax(nn.Module):
         super().__init__()
         self.bounds = like.bounds
         self.out_features, widths = like.num_embeddings, like.widths
-        self.clusters = nn.ModuleList(nn.Linear(width, end - start) for width, (start, end) in zip(widths, self.bounds))
+        self.clusters = nn.ModuleList(Affine(width, end - start) for width, (start, end) in zip(widths, self.bounds))
         projected = widths if like.projections else []
         self.projections = nn.ModuleList(Narrowing(width, like.embedding_dim) for width in projected)
-        self.rare_clusters = nn.Linear(widths[0], len(widths) - 1) if len(widths) > 1 else None
+        self.rare_clusters = Affine(widths[0], len(widths) - 1) if len(widths) > 1 else None
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[..., hidden] -> log-probabilities [..., V]."""

@@ -439,6 +439,11 @@ class PatternCache(Cache):
         """Bytes of all stored keys and values."""
         return sum(layer.nbytes for layer in self.layers)
 
+    @property
+    def max_cache_len(self) -> int:
+        """No limit, in the words that PEFT's prefix tuning asks in before it puts a cache of its own here."""
+        return -1
+
     def announce(
         self,
         hidden_states: torch.Tensor,

@@ -88,6 +88,11 @@ class ImageCache(Cache):
         return self.values_seen
 
     @property
+    def max_cache_len(self) -> int:
+        """No limit, as of a PatternCache."""
+        return -1
+
+    @property
     def is_croppable(self) -> bool:
         return False
 
@@ -544,7 +549,10 @@ class ImageTransformerStack(ImageTransformerPreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         """The table of values and start tokens; models of whole pixels have none."""
         if not hasattr(self.embedding, "embed_tokens"):
-            raise NotImplementedError("output='logistic_mixture' reads values as numbers; it has no table of ids.")
+            raise NotImplementedError(
+                "output='logistic_mixture' reads values as numbers; it has no table of ids. With PEFT name the "
+                "target_modules, instead of 'all-linear' or token indices, or save with save_embedding_layers=False."
+            )
         return self.embedding.embed_tokens
 
     def set_input_embeddings(self, value: nn.Module) -> None:

@@ -22,7 +22,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .adaptive_softmax import AdaptiveEmbedding, AdaptiveSoftmax, Narrowing
+from .adaptive_softmax import AdaptiveEmbedding, AdaptiveSoftmax, Affine
 from .attention import BLOCK_SPARSE, PatternBackend, eager_attention_forward, lower_mask, visible_keys
 from .attention_patterns import Full, Local
 from .causal_lm import kept_positions, next_tokens, num_targets
@@ -175,8 +175,10 @@ class TransformerXLPreTrainedModel(PatternBackend, PreTrainedModel):
         if isinstance(module, RelativeBiases):
             init.normal_(module.content, std=self.config.initializer_range)
             init.normal_(module.position, std=self.config.initializer_range)
-        elif isinstance(module, Narrowing):  # as every layer, though a softmax draws its own again
+        elif isinstance(module, Affine):  # as every nn.Linear
             init.normal_(module.weight, std=self.config.initializer_range)
+            if module.bias is not None:
+                init.zeros_(module.bias)
         elif isinstance(module, (AdaptiveEmbedding, AdaptiveSoftmax)):
             for projection in module.projections:
                 init.normal_(projection.weight, std=self.config.projection_initializer_range)
