@@ -471,11 +471,19 @@ class VanillaTransformerModel(VanillaTransformerPreTrainedModel):
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
-        return self.encoder.embed_tokens
+        """The source's table; of one that source and target share the one under whose name it is saved.
+
+        PEFT looks for what is tied to it by that name.
+        """
+        return self.decoder.embed_tokens if self.shares_embeddings else self.encoder.embed_tokens
+
+    @property
+    def shares_embeddings(self) -> bool:
+        return self.config.share_embeddings and self.config.tie_word_embeddings
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.encoder.embed_tokens = value
-        if self.config.share_embeddings and self.config.tie_word_embeddings:
+        if self.shares_embeddings:
             self.decoder.embed_tokens = value
 
     @can_return_tuple
