@@ -682,6 +682,19 @@ class PatternCacheGenerationMixin(GenerationMixin):
             return None
         return super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, *args, **kwargs)
 
+    def init_continuous_batching(self, *args, **kwargs):
+        """As every model's, which `generate_batch` and the others call first, where pages can hold what is needed.
+
+        Raises:
+            ValueError: where they cannot, before anything is started.
+        """
+        check_pages(self.obstacle_to_paging())
+        return super().init_continuous_batching(*args, **kwargs)
+
+    def obstacle_to_paging(self) -> str | None:
+        """What of this model continuous batching cannot do; None if it can do all."""
+        return "knows no attention patterns" if self.config.attention_patterns else None
+
     def new_pattern_cache(self) -> Cache | None:
         """The cache that `generate()` begins with; None where Transformers' own is as good."""
         return PatternCache.from_config(self.config) if self.config.attention_patterns else None
@@ -703,6 +716,14 @@ class PatternCacheGenerationMixin(GenerationMixin):
                 f"cache_implementation={cache_implementation!r} moves keys from a GPU to the CPU, where this model "
                 "is already; leave it out, or use 'dynamic' or 'static'."
             )
+
+
+def check_pages(obstacle: str | None) -> None:
+    """Raise ValueError if there is something that continuous batching cannot do."""
+    if obstacle is not None:
+        raise ValueError(
+            f"Continuous batching {obstacle}; use generate(), which takes prompts of several lengths as a padded batch."
+        )
 
 
 def _select(buffer: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:

@@ -25,6 +25,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .adaptive_softmax import AdaptiveEmbedding, AdaptiveSoftmax, Affine
 from .attention import BLOCK_SPARSE, PatternBackend, eager_attention_forward, lower_mask, visible_keys
 from .attention_patterns import Full, Local
+from .cache_patterns import check_pages
 from .causal_lm import kept_positions, next_tokens, num_targets
 from .checks import check_one_input, check_token_ids
 from .configuration_transformer_xl import TransformerXLConfig
@@ -403,6 +404,10 @@ class TransformerXLForCausalLM(TransformerXLPreTrainedModel, GenerationMixin):
         if targets is not None:
             loss = self._loss(outputs, logits, targets, **kwargs)
         return self._output(loss, logits, outputs)
+
+    def init_continuous_batching(self, *args, **kwargs):
+        """Refused: `generate_batch` and the others call it first."""
+        check_pages("keeps keys in pages, which are no memory of segments")
 
     def _loss(self, outputs, logits: torch.Tensor | None, targets: torch.Tensor, **kwargs) -> torch.Tensor:
         """Mean loss of the targets that count, or their sum over `num_items_in_batch`."""

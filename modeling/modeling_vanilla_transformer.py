@@ -324,11 +324,20 @@ class VanillaTransformerStack(VanillaTransformerPreTrainedModel):
             check_embeddings(inputs_embeds, self.config.hidden_size)
         return inputs_embeds * self.embed_scale
 
-    def prepare(self, embeddings, attention_mask, position_ids=None, past_key_values=None) -> tuple:
-        """What the blocks see: the embeddings with positions [B, T, hidden], a mask for each layer, and the order."""
-        said = (attention_mask, position_ids, past_key_values)
-        masks = layer_masks(self.patterns, self.config, embeddings, *said, causal=self.is_causal)
-        queries, keys = query_and_key_positions(embeddings, *said)
+    def prepare(
+        self, embeddings, attention_mask, position_ids=None, past_key_values=None, paged: bool = False
+    ) -> tuple:
+        """What the blocks see: the embeddings with positions [B, T, hidden], a mask for each layer, and the order.
+
+        Args:
+            paged: the keys are in the cache of continuous batching, which made a mask for all that it holds.
+        """
+        if paged:
+            masks, queries, keys = [attention_mask] * len(self.layers), position_ids, position_ids
+        else:
+            said = (attention_mask, position_ids, past_key_values)
+            masks = layer_masks(self.patterns, self.config, embeddings, *said, causal=self.is_causal)
+            queries, keys = query_and_key_positions(embeddings, *said)
         if self.positions.num_positions is not None:
             counted_to = keys.shape[1] if position_ids is None else None
             check_positions(queries, self.positions.num_positions, counted_to)
@@ -426,7 +435,8 @@ class VanillaTransformerDecoder(VanillaTransformerStack):
                 "pattern-aware cache does not keep; pass past_key_values=DynamicCache()."
             )
 
-        hidden_states, masks, order = self.prepare(embeddings, attention_mask, position_ids, own_past)
+        said = (attention_mask, position_ids, own_past)
+        hidden_states, masks, order = self.prepare(embeddings, *said, paged="cache" in kwargs)
         hidden_states = self.dropout(hidden_states)
         cross_mask = None
         if encoder_hidden_states is not None:
@@ -541,6 +551,14 @@ class VanillaTransformerModel(VanillaTransformerPreTrainedModel):
 
 class VanillaTransformerGenerationMixin(PatternCacheGenerationMixin):
     """`generate()` with caches that forget what no pattern shows, unless others are asked for."""
+
+    def obstacle_to_paging(self) -> str | None:
+        if self.config.is_encoder_decoder:
+            return "feeds no encoder"
+        if POSITION_SCHEMES[self.config.position_encoding].biases_scores:
+            return f"keeps no distances, which position_encoding={self.config.position_encoding!r} scores"
+        patterned = self.config.patterns_of_decoder is not None
+        return "knows no attention patterns" if patterned else None
 
     def new_pattern_cache(self) -> Cache:
         crosses = hasattr(self.get_decoder().layers[0], "cross_attn")
