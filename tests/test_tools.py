@@ -166,32 +166,7 @@ def test_lm_eval_keeps_memory(name, task):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Export and quantisation
-
-
-@pytest.mark.slow
-@three_systems
-def test_onnx(name, tmp_path):
-    needs("onnxscript")
-    runtime = pytest.importorskip("onnxruntime")
-    model, inputs = example(name)[0].eval(), batch(name, labels=False)
-    flags = {} if name == "swin_transformer" else {"use_cache": False}
-
-    class Logits(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.model = model
-
-        def forward(self, *tensors):
-            return self.model(**dict(zip(inputs, tensors)), **flags).logits
-
-    program = torch.onnx.export(Logits(), tuple(inputs.values()), dynamo=True)
-    program.save(tmp_path / "model.onnx")
-    session = runtime.InferenceSession(tmp_path / "model.onnx")
-    names = [entry.name for entry in session.get_inputs()]
-    (found,) = session.run(None, dict(zip(names, (tensor.numpy() for tensor in inputs.values()))))
-    with torch.no_grad():
-        torch.testing.assert_close(torch.from_numpy(found), Logits()(*inputs.values()), atol=1e-4, rtol=1e-4)
+# Quantisation
 
 
 def quantised(kind):

@@ -1,4 +1,4 @@
-"""Transformers' continuous batching (`generate_batch`): what plain greedy `generate()` writes, or a refusal at the call."""
+"""Continuous batching (`generate_batch`) writes what plain greedy `generate()` does, or is refused at the call."""
 
 import pytest
 import torch
@@ -60,18 +60,19 @@ def test_writes_what_generate_does(name, changes, backend):
     assert written(lively(name, backend, **changes)) == expected
 
 
-@pytest.mark.parametrize("call", ["generate_batch", "init_continuous_batching", "continuous_batching_context_manager"])
+CALLS = {
+    "generate_batch": lambda model: model.generate_batch(PROMPTS, NEW, PAGES),
+    "init_continuous_batching": lambda model: model.init_continuous_batching(),
+    "continuous_batching_context_manager": lambda model: model.continuous_batching_context_manager().__enter__(),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize(("name", "changes", "why"), REFUSED, ids=str)
 def test_refuses_at_the_call(name, changes, why, call):
     model = lively(name, "sdpa", **changes)
     with pytest.raises(ValueError, match=f"{why}.*use generate\\(\\)"):
-        if call == "generate_batch":
-            model.generate_batch(PROMPTS, generation_config=NEW, continuous_batching_config=PAGES)
-        elif call == "init_continuous_batching":
-            model.init_continuous_batching()
-        else:
-            with model.continuous_batching_context_manager():
-                pass
+        CALLS[call](model)
 
 
 def test_refuses_an_encoder():
@@ -82,5 +83,5 @@ def test_refuses_an_encoder():
 
 @pytest.mark.parametrize("backend", ["block_sparse", "flex_attention"])
 def test_other_backends_are_refused_by_transformers(backend):
-    with pytest.raises(ValueError, match="not supported for continuous batching. Use 'paged|eager', 'sdpa'"):
+    with pytest.raises(ValueError, match=r"not supported for continuous batching\. Use 'paged\|eager', 'sdpa'"):
         lively("rope_decoder", backend).generate_batch(PROMPTS, generation_config=NEW, continuous_batching_config=PAGES)
