@@ -22,6 +22,7 @@ from transformers.generation.configuration_utils import GenerationConfig, Genera
 
 from .attention import VisibleKeys, token_positions
 from .attention_patterns import Pattern, Union, patterns_for_layers
+from .checks import check_pages
 
 
 class Step:
@@ -716,14 +717,6 @@ class PatternCacheGenerationMixin(GenerationMixin):
                 f"cache_implementation={cache_implementation!r} moves keys from a GPU to the CPU, where this model "
                 "is already; leave it out, or use 'dynamic' or 'static'."
             )
-
-
-def check_pages(obstacle: str | None) -> None:
-    """Raise ValueError if there is something that continuous batching cannot do."""
-    if obstacle is not None:
-        raise ValueError(
-            f"Continuous batching {obstacle}; use generate(), which takes prompts of several lengths as a padded batch."
-        )
 
 
 def _select(buffer: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:

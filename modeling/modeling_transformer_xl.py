@@ -25,9 +25,8 @@ from transformers.utils.output_capturing import capture_outputs
 from .adaptive_softmax import AdaptiveEmbedding, AdaptiveSoftmax, Affine
 from .attention import BLOCK_SPARSE, PatternBackend, eager_attention_forward, lower_mask, visible_keys
 from .attention_patterns import Full, Local
-from .cache_patterns import check_pages
 from .causal_lm import kept_positions, next_tokens, num_targets
-from .checks import check_one_input, check_token_ids
+from .checks import check_one_input, check_pages, check_token_ids
 from .configuration_transformer_xl import TransformerXLConfig
 from .memory_segments import SegmentMemory, check_memory
 from .positions import RelativeBiases, RelativePositions, RelativeSinusoids, hidden_columns
