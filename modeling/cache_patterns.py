@@ -22,7 +22,6 @@ from transformers.generation.configuration_utils import GenerationConfig, Genera
 
 from .attention import VisibleKeys, token_positions
 from .attention_patterns import Pattern, Union, patterns_for_layers
-from .checks import check_pages
 
 
 class Step:
@@ -689,7 +688,11 @@ class PatternCacheGenerationMixin(GenerationMixin):
         Raises:
             ValueError: where they cannot, before anything is started.
         """
-        check_pages(self.obstacle_to_paging())
+        obstacle = self.obstacle_to_paging()
+        if obstacle is not None:
+            raise ValueError(
+                f"Continuous batching {obstacle}; use generate(), which takes prompts of several lengths padded."
+            )
         return super().init_continuous_batching(*args, **kwargs)
 
     def obstacle_to_paging(self) -> str | None:

@@ -221,14 +221,6 @@ def check_counted(position_ids: torch.Tensor | None, first: int, why: str) -> No
         raise ValueError(f"{why} takes no position_ids of its own: leave them out, or count on from {first}.")
 
 
-def check_pages(obstacle: str | None) -> None:
-    """Raise ValueError if there is something that continuous batching cannot do."""
-    if obstacle is not None:
-        raise ValueError(
-            f"Continuous batching {obstacle}; use generate(), which takes prompts of several lengths as a padded batch."
-        )
-
-
 def _check_integers(name: str, ids: torch.Tensor) -> None:
     if ids.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"{name} must be of dtype torch.int64 or torch.int32, got {ids.dtype}.")

@@ -26,7 +26,7 @@ from .adaptive_softmax import AdaptiveEmbedding, AdaptiveSoftmax, Affine
 from .attention import BLOCK_SPARSE, PatternBackend, eager_attention_forward, lower_mask, visible_keys
 from .attention_patterns import Full, Local
 from .causal_lm import kept_positions, next_tokens, num_targets
-from .checks import check_one_input, check_pages, check_token_ids
+from .checks import check_one_input, check_token_ids
 from .configuration_transformer_xl import TransformerXLConfig
 from .memory_segments import SegmentMemory, check_memory
 from .positions import RelativeBiases, RelativePositions, RelativeSinusoids, hidden_columns
@@ -406,7 +406,10 @@ class TransformerXLForCausalLM(TransformerXLPreTrainedModel, GenerationMixin):
 
     def init_continuous_batching(self, *args, **kwargs):
         """Refused: `generate_batch` and the others call it first."""
-        check_pages("keeps keys in pages, which are no memory of segments")
+        raise ValueError(
+            "Continuous batching keeps keys in pages, which are no memory of segments; use generate(), which takes prompts "
+            "of several lengths padded."
+        )
 
     def _loss(self, outputs, logits: torch.Tensor | None, targets: torch.Tensor, **kwargs) -> torch.Tensor:
         """Mean loss of the targets that count, or their sum over `num_items_in_batch`."""
