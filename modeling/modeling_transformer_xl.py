@@ -407,8 +407,8 @@ class TransformerXLForCausalLM(TransformerXLPreTrainedModel, GenerationMixin):
     def init_continuous_batching(self, *args, **kwargs):
         """Refused: `generate_batch` and the others call it first."""
         raise ValueError(
-            "Continuous batching keeps keys in pages, which are no memory of segments; use generate(), which takes prompts "
-            "of several lengths padded."
+            "Continuous batching keeps keys in pages, which are no memory of segments; use generate(), which takes "
+            "prompts of several lengths padded."
         )
 
     def _loss(self, outputs, logits: torch.Tensor | None, targets: torch.Tensor, **kwargs) -> torch.Tensor:
