@@ -64,7 +64,7 @@ def test_a_share_on_the_cpu_and_the_rest_on_disk(name, head, share, tmp_path):
 @pytest.mark.parametrize(("name", "head", "changes"), OTHERS, ids=str)
 def test_other_parts_of_models(name, head, changes, share, tmp_path):
     model, inputs = tiny_model(name, head, **changes), batch_for(name, head)
-    inputs = {key: value[:, :12] for key, value in inputs.items()}  # whole pixels
+    inputs = {key: value[:, :12].contiguous() for key, value in inputs.items()}  # whole pixels
     same(tensors(partly_on_disk(model, share, tmp_path), inputs), tensors(model, inputs))
 
 
