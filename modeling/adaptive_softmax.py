@@ -16,6 +16,33 @@ def cluster_bounds(vocab_size: int, cutoffs: list[int]) -> list[tuple[int, int]]
     return list(zip(ends, ends[1:]))
 
 
+class Affine(nn.Module):
+    """A linear layer that counts as a part of the embeddings, not as an nn.Linear.
+
+    Input and output side share weights, so tools that adapt every nn.Linear alone would part them.
+    """
+
+    def __init__(self, width: int, out_features: int, bias: bool = True):
+        super().__init__()
+        like = nn.Linear(width, out_features, bias)
+        self.weight, self.bias = like.weight, like.bias
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        """[..., width] -> [..., out_features]."""
+        return nn.functional.linear(states, self.weight, self.bias)
+
+
+class Narrowing(Affine):
+    """A projection as on the input side, [hidden, Ei], used the other way round."""
+
+    def __init__(self, width: int, hidden_size: int):
+        super().__init__(width, hidden_size, bias=False)
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        """[..., hidden] -> [..., Ei]."""
+        return states @ self.weight
+
+
 class AdaptiveEmbedding(nn.Module):
     """Word embeddings of several widths, projected to one.
 
@@ -27,19 +54,21 @@ class AdaptiveEmbedding(nn.Module):
         super().__init__()
         self.bounds = cluster_bounds(vocab_size, cutoffs)
         self.num_embeddings, self.embedding_dim = vocab_size, hidden_size
-        widths = [embedding_size // div_val**i for i in range(len(self.bounds))]
-        projected = widths if div_val > 1 else widths[:1]
+        self.widths = [embedding_size // div_val**i for i in range(len(self.bounds))]
+        projected = self.widths if div_val > 1 else self.widths[:1]
         if div_val == 1 and embedding_size == hidden_size:
             projected = []
-        self.clusters = nn.ModuleList(nn.Embedding(end - start, e) for (start, end), e in zip(self.bounds, widths))
-        self.projections = nn.ModuleList(nn.Linear(width, hidden_size, bias=False) for width in projected)
+        self.clusters = nn.ModuleList(nn.Embedding(end - start, e) for (start, end), e in zip(self.bounds, self.widths))
+        self.projections = nn.ModuleList(Affine(width, hidden_size, bias=False) for width in projected)
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         """[...] ids -> [..., hidden]."""
-        embeddings = self.clusters[0].weight.new_zeros(*input_ids.shape, self.embedding_dim)
+        embeddings = None
         for i, ((start, end), cluster) in enumerate(zip(self.bounds, self.clusters)):
             mine = (input_ids >= start) & (input_ids < end)
             embedded = cluster(input_ids[mine] - start)
+            if embeddings is None:  # in the table's own dtype, also where projections run in a lower one
+                embeddings = embedded.new_zeros(*input_ids.shape, self.embedding_dim)
             if self.projections:
                 embedded = self.projections[i % len(self.projections)](embedded)
             embeddings = embeddings.masked_scatter(mine[..., None], embedded.to(embeddings.dtype))
@@ -56,13 +85,11 @@ class AdaptiveSoftmax(nn.Module):
     def __init__(self, like: AdaptiveEmbedding):
         super().__init__()
         self.bounds = like.bounds
-        self.out_features = like.num_embeddings
-        widths = [cluster.embedding_dim for cluster in like.clusters]
-        self.clusters = nn.ModuleList(nn.Linear(width, end - start) for width, (start, end) in zip(widths, self.bounds))
-        # As on the input side, [hidden, Ei], and used the other way round.
+        self.out_features, widths = like.num_embeddings, like.widths
+        self.clusters = nn.ModuleList(Affine(width, end - start) for width, (start, end) in zip(widths, self.bounds))
         projected = widths if like.projections else []
-        self.projections = nn.ModuleList(nn.Linear(width, like.embedding_dim, bias=False) for width in projected)
-        self.rare_clusters = nn.Linear(widths[0], len(widths) - 1) if len(widths) > 1 else None
+        self.projections = nn.ModuleList(Narrowing(width, like.embedding_dim) for width in projected)
+        self.rare_clusters = Affine(widths[0], len(widths) - 1) if len(widths) > 1 else None
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[..., hidden] -> log-probabilities [..., V]."""
@@ -116,7 +143,7 @@ class AdaptiveSoftmax(nn.Module):
 
     def _narrow(self, i: int, hidden_states: torch.Tensor) -> torch.Tensor:
         """[..., hidden] -> [..., Ei]."""
-        return hidden_states @ self.projections[i].weight if self.projections else hidden_states
+        return self.projections[i](hidden_states) if self.projections else hidden_states
 
 
 def _log_softmax(scores: torch.Tensor) -> torch.Tensor:

@@ -439,6 +439,11 @@ class PatternCache(Cache):
         """Bytes of all stored keys and values."""
         return sum(layer.nbytes for layer in self.layers)
 
+    @property
+    def max_cache_len(self) -> int:
+        """No limit, in the words that PEFT's prefix tuning asks in before it puts a cache of its own here."""
+        return -1
+
     def announce(
         self,
         hidden_states: torch.Tensor,
@@ -676,6 +681,23 @@ class PatternCacheGenerationMixin(GenerationMixin):
             model_kwargs["past_key_values"] = cache
             return None
         return super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, *args, **kwargs)
+
+    def init_continuous_batching(self, *args, **kwargs):
+        """As every model's, which `generate_batch` and the others call first, where pages can hold what is needed.
+
+        Raises:
+            ValueError: where they cannot, before anything is started.
+        """
+        obstacle = self.obstacle_to_paging()
+        if obstacle is not None:
+            raise ValueError(
+                f"Continuous batching {obstacle}; use generate(), which takes prompts of several lengths padded."
+            )
+        return super().init_continuous_batching(*args, **kwargs)
+
+    def obstacle_to_paging(self) -> str | None:
+        """What of this model continuous batching cannot do; None if it can do all."""
+        return "knows no attention patterns" if self.config.attention_patterns else None
 
     def new_pattern_cache(self) -> Cache | None:
         """The cache that `generate()` begins with; None where Transformers' own is as good."""

@@ -326,7 +326,7 @@ def check_memory(memory, kind: str) -> None:
     if getattr(memory, "kind", None) != kind:
         raise ValueError(
             f"past_key_values must be a {kind} memory, as earlier calls returned it, got a {type(memory).__name__}; "
-            "give None to start with an empty one."
+            "give None to start with an empty one (instead of prefix tuning, use prompt tuning or LoRA)."
         )
 
 

@@ -33,7 +33,7 @@ from .modeling_transformer_xl import (
     TransformerXLModel,
     TransformerXLPreTrainedModel,
 )
-from .positions import RelativeBiases, RelativePositions
+from .positions import RelativePositions
 
 
 @dataclass(frozen=True)
@@ -385,7 +385,7 @@ class CompressiveTransformerBlock(TransformerXLBlock):
         past_states: torch.Tensor,
         attention_mask,
         positions: RelativePositions,
-        biases: RelativeBiases,
+        biases: tuple[torch.Tensor, torch.Tensor],
         memory: CompressiveMemory,
         evicted: Evicted,
         **kwargs: Unpack[TransformersKwargs],
@@ -473,7 +473,7 @@ class CompressiveTransformerModel(CompressiveTransformerPreTrainedModel, Transfo
             entering, evicted = hidden_states, memory.evict(hidden_states, i, valid)
             past_states = memory.past_states(hidden_states, i)
             hidden_states, compressed, usage, loss = layer(
-                hidden_states, past_states, *view, self.biases_of(i), memory, evicted, **kwargs
+                hidden_states, past_states, *view, self.biases_of(i, hidden_states), memory, evicted, **kwargs
             )
             memory.remember(entering, i, compressed, usage)
             losses.append(loss)

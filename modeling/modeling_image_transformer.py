@@ -96,6 +96,11 @@ class ImageCache(Cache):
         return self.values_seen
 
     @property
+    def max_cache_len(self) -> int:
+        """No limit, as of a PatternCache."""
+        return -1
+
+    @property
     def is_croppable(self) -> bool:
         return False
 
@@ -552,7 +557,10 @@ class ImageTransformerStack(ImageTransformerPreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         """The table of values and start tokens; models of whole pixels have none."""
         if not hasattr(self.embedding, "embed_tokens"):
-            raise NotImplementedError("output='logistic_mixture' reads values as numbers; it has no table of ids.")
+            raise NotImplementedError(
+                "output='logistic_mixture' reads values as numbers; it has no table of ids. With PEFT name the "
+                "target_modules, instead of 'all-linear' or token indices, or save with save_embedding_layers=False."
+            )
         return self.embedding.embed_tokens
 
     def set_input_embeddings(self, value: nn.Module) -> None:
@@ -791,12 +799,15 @@ class CategoricalOutput(nn.Module):
     def check_loss(self, labels: torch.Tensor | None, num_items_in_batch, label_smoothing: float) -> None:
         """Any loss of logits will do."""
 
-    def forward(self, layer: nn.Linear, hidden_states, ids, first, kept, targets, enlarged=None, label_smoothing=0.0):
+    def asked(self, hidden_states: torch.Tensor, first: int, kept, targets) -> torch.Tensor:
+        """Of hidden states [B, T, hidden] those that the linear layer reads; arguments as of MixtureOutput."""
+        return hidden_states[:, kept]
+
+    def forward(self, logits: torch.Tensor, ids, first, kept, targets, enlarged=None, label_smoothing: float = 0.0):
         """Logits [B, T, V] and what each target [B, T] costs in nats; arguments as of MixtureOutput.
 
         With label_smoothing the targets spread over all V ids.
         """
-        logits = layer(hidden_states[:, kept])
         if targets is None:
             return logits, None
         nats = cross_entropy(
@@ -807,6 +818,15 @@ class CategoricalOutput(nn.Module):
             reduction="none",
         )
         return logits, nats
+
+
+class MixtureParameters(nn.Linear):
+    """From hidden states to the numbers that describe mixtures, in at least float32."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """[B, P, hidden] -> [B, P, num_parameters]."""
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            return _exact(super().forward(hidden_states.to(self.weight.dtype)))
 
 
 class MixtureOutput(nn.Module):
@@ -820,7 +840,8 @@ class MixtureOutput(nn.Module):
     @staticmethod
     def new_layer(config: ImageTransformerConfig) -> nn.Linear:
         """The linear layer from hidden states to the parameters of mixtures."""
-        return nn.Linear(config.hidden_size, num_parameters(config.num_mixtures, config.num_channels), bias=False)
+        count = num_parameters(config.num_mixtures, config.num_channels)
+        return MixtureParameters(config.hidden_size, count, bias=False)
 
     def check_loss(self, labels: torch.Tensor | None, num_items_in_batch, label_smoothing: float) -> None:
         """Raise ValueError for label smoothing, by the model or a Trainer: start tokens have no probability."""
@@ -835,13 +856,18 @@ class MixtureOutput(nn.Module):
             "a mixture of logistics has its own, unsmoothed: set label_smoothing_factor=0 and no compute_loss_func.",
         )
 
-    def forward(
-        self, layer: nn.Linear, hidden_states, ids, first: int, kept, targets, enlarged=None, label_smoothing=0.0
-    ):
+    def asked(self, hidden_states: torch.Tensor, first: int, kept, targets) -> torch.Tensor:
+        """Of hidden states [B, T, hidden] those that the linear layer reads: one of each pixel will do for its values.
+
+        Arguments as of `forward`.
+        """
+        pixels = self._by_pixel(hidden_states.shape[1], first, kept, targets)
+        return hidden_states[:, :: self.channels] if pixels else hidden_states[:, kept]
+
+    def forward(self, parameters: torch.Tensor, ids, first: int, kept, targets, enlarged=None, label_smoothing=0.0):
         """
         Args:
-            layer: what `new_layer` made.
-            hidden_states: [B, T, hidden]; the values of a pixel share one.
+            parameters: [B, T or pixels, num_parameters], what the linear layer makes of what was `asked` for.
             ids: [B, C - 1 + T] the ids given so far, from C - 1 before the first of these T on.
             first: how many ids came before these T.
             kept: those of the T positions that are asked for.
@@ -852,22 +878,22 @@ class MixtureOutput(nn.Module):
             Logits [B, T, V], float32, of start tokens the lowest there is; None in training with targets, whose nats
             need no logits of other values. And the nats [B, T]; None without targets.
         """
-        with torch.autocast(hidden_states.device.type, enabled=False):  # brightness needs more than bfloat16's 8 bits
-            if self.training and targets is not None and self._are_pixels(hidden_states.shape[1], first, kept):
-                return None, self._nats_of_pixels(layer, hidden_states, ids, first, targets, enlarged)
-            mixture = self._mixture(_exact(layer, hidden_states[:, kept]), ids, first, kept, enlarged)
+        with torch.autocast(parameters.device.type, enabled=False):  # brightness needs more than bfloat16's 8 bits
+            if self._by_pixel(ids.shape[1] - self.channels + 1, first, kept, targets):
+                return None, self._nats_of_pixels(_exact(parameters), ids, first, targets, enlarged)
+            mixture = self._mixture(_exact(parameters), ids, first, kept, enlarged)
             nats = None if targets is None else _nats(mixture.log_prob, targets[:, kept], self.num_values)
             logits = None if self.training and nats is not None else self._logits(mixture)
         return logits, nats
 
-    def _are_pixels(self, length: int, first: int, kept) -> bool:
-        """Are these T positions the values of whole pixels, and all of them asked for?"""
+    def _by_pixel(self, length: int, first: int, kept, targets) -> bool:
+        """In training, are these T positions the values of whole pixels, and all of them asked for?"""
         everything = isinstance(kept, slice) and not kept.start
-        return everything and first % self.channels == 0 and length % self.channels == 0
+        whole = everything and first % self.channels == 0 and length % self.channels == 0
+        return self.training and targets is not None and whole
 
-    def _nats_of_pixels(self, layer, hidden_states, ids, first: int, targets, enlarged) -> torch.Tensor:
+    def _nats_of_pixels(self, parameters, ids, first: int, targets, enlarged) -> torch.Tensor:
         """What targets cost, as `_mixture` has it; what the values of a pixel share is worked out once."""
-        parameters = _exact(layer, hidden_states[:, :: self.channels])  # [B, P, .]
         earlier = pad(ids[:, self.channels :], (0, 1)).clamp(max=self.num_values - 1).unflatten(1, (-1, self.channels))
         count = parameters.shape[1]
         origin = None if enlarged is None else enlarged[:, first // self.channels :][:, :count]
@@ -896,9 +922,8 @@ class MixtureOutput(nn.Module):
         return pad(logits, (0, self.vocab_size - self.num_values), value=torch.finfo(logits.dtype).min)
 
 
-def _exact(layer: nn.Linear, hidden_states: torch.Tensor) -> torch.Tensor:
-    """The layer's outputs, in at least float32."""
-    parameters = layer(hidden_states.to(layer.weight.dtype))
+def _exact(parameters: torch.Tensor) -> torch.Tensor:
+    """In at least float32."""
     return parameters.to(torch.promote_types(parameters.dtype, torch.float32))
 
 
@@ -983,9 +1008,8 @@ class ImageTransformerForCausalLM(ShiftedLabels, ImageTransformerPreTrainedModel
             **kwargs,
         )
         kept = kept_positions(logits_to_keep)
-        logits, nats = self.output(
-            self.lm_head, outputs.last_hidden_state, ids, first, kept, targets, label_smoothing=smoothing
-        )
+        parameters = self.lm_head(self.output.asked(outputs.last_hidden_state, first, kept, targets))
+        logits, nats = self.output(parameters, ids, first, kept, targets, label_smoothing=smoothing)
         return CausalLMOutputWithPast(
             loss=None if nats is None else nats.sum() / num_targets(targets[:, kept], num_items),
             logits=logits,
@@ -1078,9 +1102,8 @@ class ImageTransformerForSuperResolution(ImageTransformerPreTrainedModel, ImageT
             enlarged=enlarged,
             **kwargs,
         )
-        logits, nats = self.output(
-            self.lm_head, outputs.last_hidden_state, ids, first, slice(None), labels, enlarged, smoothing
-        )
+        parameters = self.lm_head(self.output.asked(outputs.last_hidden_state, first, slice(None), labels))
+        logits, nats = self.output(parameters, ids, first, slice(None), labels, enlarged, smoothing)
         return Seq2SeqLMOutput(
             loss=None if nats is None else nats.sum() / num_targets(labels, num_items),
             logits=logits,

@@ -178,14 +178,14 @@ class RoPEDecoderModel(RoPEDecoderPreTrainedModel):
         """
         check_one_input(input_ids, inputs_embeds)
         if inputs_embeds is None:
-            check_token_ids(input_ids, self.embed_tokens.num_embeddings)
+            check_token_ids(input_ids, self.config.vocab_size)
             inputs_embeds = self.embed_tokens(input_ids)
         else:
             check_embeddings(inputs_embeds, self.config.hidden_size)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
 
-        masks = self.make_masks(inputs_embeds, attention_mask, position_ids, past_key_values)
+        masks = self.make_masks(inputs_embeds, attention_mask, position_ids, past_key_values, "cache" in kwargs)
         position_ids, _ = new_positions(inputs_embeds, attention_mask, position_ids, past_key_values)
         cos, sin = self.rotary_emb(inputs_embeds, position_ids)
         position_embeddings = cos[:, None], sin[:, None]  # [B, 1, T, R / 2]
@@ -201,12 +201,17 @@ class RoPEDecoderModel(RoPEDecoderPreTrainedModel):
             )
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
-    def make_masks(self, inputs_embeds, attention_mask, position_ids, past_key_values) -> list:
-        """One mask for each layer. Without patterns any attention implementation of Transformers will do."""
+    def make_masks(self, inputs_embeds, attention_mask, position_ids, past_key_values, paged: bool = False) -> list:
+        """One mask for each layer. Without patterns any attention implementation of Transformers will do.
+
+        Args:
+            paged: the keys are in the cache of continuous batching, which made a mask for all that it holds.
+        """
         patterns = self.patterns[: self.config.num_hidden_layers]  # fewer than there are layers in an early exit
         if isinstance(attention_mask, dict):
             return [attention_mask[layer] for layer in range(len(patterns))]
-        if self.config.attention_patterns is None and self.config._attn_implementation not in PATTERN_BACKENDS:
+        stock = paged or self.config._attn_implementation not in PATTERN_BACKENDS
+        if self.config.attention_patterns is None and stock:
             mask = create_causal_mask(self.config, inputs_embeds, attention_mask, past_key_values, position_ids)
             return [mask] * len(patterns)
         causal = attention_mask is None or attention_mask.ndim != 4

@@ -54,9 +54,9 @@ class AxialPositionEmbedding(nn.Module):
     def forward(self, position_ids: torch.Tensor) -> torch.Tensor:
         """[B, T] positions -> [B, T, hidden]."""
         embeddings, rest = 0, position_ids
-        for axis in reversed(self.axes):
-            embeddings = embeddings + axis(rest % axis.num_embeddings)
-            rest = rest // axis.num_embeddings
+        for axis, length in zip(reversed(self.axes), reversed(self.shape)):
+            embeddings = embeddings + axis(rest % length)
+            rest = rest // length
         return embeddings
 
 
@@ -215,7 +215,7 @@ class SparseTransformerModel(SparseTransformerPreTrainedModel):
         """
         check_one_input(input_ids, inputs_embeds)
         if inputs_embeds is None:
-            check_token_ids(input_ids, self.embed_tokens.num_embeddings)
+            check_token_ids(input_ids, self.config.vocab_size)
             inputs_embeds = self.embed_tokens(input_ids)
         else:
             check_embeddings(inputs_embeds, self.config.hidden_size)

@@ -136,7 +136,7 @@ class SwinTransformerDropPath(nn.Module):
     def forward(self, branch: torch.Tensor) -> torch.Tensor:
         if self.rate == 0.0 or not self.training:
             return branch
-        kept = branch.new_empty(len(branch), *[1] * (branch.ndim - 1)).bernoulli_(1 - self.rate)
+        kept = branch.new_empty(branch.shape[0], *[1] * (branch.ndim - 1)).bernoulli_(1 - self.rate)
         return branch * (kept / (1 - self.rate))
 
     def extra_repr(self) -> str:

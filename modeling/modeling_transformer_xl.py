@@ -22,7 +22,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .adaptive_softmax import AdaptiveEmbedding, AdaptiveSoftmax
+from .adaptive_softmax import AdaptiveEmbedding, AdaptiveSoftmax, Affine
 from .attention import (
     BLOCK_SPARSE,
     PatternBackend,
@@ -63,13 +63,14 @@ class TransformerXLAttention(nn.Module):
         past_states: torch.Tensor,
         attention_mask,
         positions: RelativePositions,
-        biases: RelativeBiases,
+        biases: tuple[torch.Tensor, torch.Tensor],
         memory: SegmentMemory,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """[B, T, hidden] -> [B, T, hidden], and the weights [B, H, T, S] where the backend has them.
 
-        past_states are remembered hidden states [B, M or 0, hidden]; what is projected already, the memory adds.
+        past_states are remembered hidden states [B, M or 0, hidden]; what is projected already, the memory adds. The
+        biases are u and v [H, D].
         """
         context = torch.cat([past_states, hidden_states], dim=1)  # h~ = [SG(h of the last segment), h], section 3.2
         query = self.split_heads(self.q_proj(hidden_states))  # [B, H, T, D]
@@ -79,7 +80,7 @@ class TransformerXLAttention(nn.Module):
         relative_key = memory.relative_keys(
             self.layer_idx, positions.reach, lambda: self.split_heads(self.r_proj(positions.states))
         )  # [H, L, D]
-        content_query, position_query = biases(query)
+        content_query, position_query = (query + bias[:, None] for bias in biases)
         # (a) + (c) of section 3.3 are (q + u) k, (b) + (d) are (q + v) W R.
         position_bias = positions.bias(position_query, relative_key, self.scaling)
         if positions.hidden is not None:  # then the bias is a mask as well, and sdpa reads that without a copy
@@ -182,6 +183,10 @@ class TransformerXLPreTrainedModel(PatternBackend, PreTrainedModel):
         if isinstance(module, RelativeBiases):
             init.normal_(module.content, std=self.config.initializer_range)
             init.normal_(module.position, std=self.config.initializer_range)
+        elif isinstance(module, Affine):  # as every nn.Linear
+            init.normal_(module.weight, std=self.config.initializer_range)
+            if module.bias is not None:
+                init.zeros_(module.bias)
         elif isinstance(module, (AdaptiveEmbedding, AdaptiveSoftmax)):
             for projection in module.projections:
                 init.normal_(projection.weight, std=self.config.projection_initializer_range)
@@ -275,7 +280,7 @@ class TransformerXLModel(TransformerXLPreTrainedModel):
         hidden_states = self.dropout(inputs_embeds)
         for i, (layer, view) in enumerate(zip(self.layers, views)):
             entering, past_states = hidden_states, memory.past_states(hidden_states, i)
-            hidden_states = layer(hidden_states, past_states, *view, self.biases_of(i), memory, **kwargs)
+            hidden_states = layer(hidden_states, past_states, *view, self.biases_of(i, hidden_states), memory, **kwargs)
             memory.remember(entering, i)
         memory.advance(inputs_embeds.shape[1], valid)
         return BaseModelOutputWithPast(last_hidden_state=self.dropout(hidden_states))
@@ -317,9 +322,9 @@ class TransformerXLModel(TransformerXLPreTrainedModel):
                 f"{', '.join(self.backends)}."
             )
 
-    def biases_of(self, layer_idx: int) -> RelativeBiases:
-        """u and v of a layer."""
-        return self.biases[layer_idx % len(self.biases)]
+    def biases_of(self, layer_idx: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """u and v [H, D] of a layer."""
+        return self.biases[layer_idx % len(self.biases)](like)
 
     @staticmethod
     def join(outputs: list[BaseModelOutputWithPast], memory: SegmentMemory | None) -> BaseModelOutputWithPast:
@@ -408,6 +413,13 @@ class TransformerXLForCausalLM(ShiftedLabels, TransformerXLPreTrainedModel, Gene
             logits = self.lm_head(outputs.last_hidden_state[:, kept_positions(logits_to_keep)])
         loss = self._loss(outputs, logits, targets, smoothing, **kwargs)
         return self._output(loss, logits, outputs)
+
+    def init_continuous_batching(self, *args, **kwargs):
+        """Refused: `generate_batch` and the others call it first."""
+        raise ValueError(
+            "Continuous batching keeps keys in pages, which are no memory of segments; use generate(), which takes "
+            "prompts of several lengths padded."
+        )
 
     def _loss(self, outputs, logits, targets: torch.Tensor | None, smoothing: float, **kwargs) -> torch.Tensor | None:
         """Mean loss of the targets that count, or their sum over `num_items_in_batch`; None without targets."""

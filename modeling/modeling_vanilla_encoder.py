@@ -175,7 +175,7 @@ class VanillaEncoderForSequenceClassification(VanillaEncoderPreTrainedModel):
             **kwargs,
         )
         states = outputs.last_hidden_state
-        rows = torch.arange(len(states), device=states.device)
+        rows = torch.arange(states.shape[0], device=states.device)
         padded = attention_mask is not None and attention_mask.ndim == 2
         first = states[rows, attention_mask.long().argmax(dim=-1)] if padded else states[:, 0]
         logits = self.score(self.dropout(self.pooler(first).tanh()))

@@ -62,7 +62,10 @@ class FeedForward(nn.Module):
 
 
 class PostNorm(nn.Module):
-    """A residual connection as published: LayerNorm(x + Sublayer(x)) (section 3.1)."""
+    """A residual connection as published: LayerNorm(x + Sublayer(x)) (section 3.1).
+
+    The sublayer comes as a function: tools that keep weights elsewhere would move a module that is an argument.
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -196,7 +199,7 @@ class VanillaTransformerEncoderBlock(GradientCheckpointingLayer):
         hidden_states = self.self_attn_residual(
             hidden_states, lambda states: self.self_attn(states, attention_mask, order, **kwargs)[0]
         )
-        return self.mlp_residual(hidden_states, self.mlp)
+        return self.mlp_residual(hidden_states, lambda states: self.mlp(states))
 
 
 class VanillaTransformerDecoderBlock(GradientCheckpointingLayer):
@@ -235,7 +238,7 @@ class VanillaTransformerDecoderBlock(GradientCheckpointingLayer):
                     states, encoder_hidden_states, encoder_attention_mask, past_key_values, **kwargs
                 )[0],
             )
-        return self.mlp_residual(hidden_states, self.mlp)
+        return self.mlp_residual(hidden_states, lambda states: self.mlp(states))
 
 
 class VanillaTransformerPreTrainedModel(PatternBackend, PreTrainedModel):
@@ -307,21 +310,34 @@ class VanillaTransformerStack(VanillaTransformerPreTrainedModel):
         self.norm = final_norm(config)
         self.gradient_checkpointing = False
 
+    @property
+    def num_ids(self) -> int:
+        return self.config.vocab_size
+
     def token_embeddings(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
         """[B, T, hidden] of ids, or what is given instead; either is scaled (section 3.4)."""
         check_one_input(input_ids, inputs_embeds)
         if inputs_embeds is None:
-            check_token_ids(input_ids, self.embed_tokens.num_embeddings)
+            check_token_ids(input_ids, self.num_ids)
             inputs_embeds = self.embed_tokens(input_ids)
         else:
             check_embeddings(inputs_embeds, self.config.hidden_size)
         return inputs_embeds * self.embed_scale
 
-    def prepare(self, embeddings, attention_mask, position_ids=None, past_key_values=None) -> tuple:
-        """What the blocks see: the embeddings with positions [B, T, hidden], a mask for each layer, and the order."""
-        said = (attention_mask, position_ids, past_key_values)
-        masks = layer_masks(self.patterns, self.config, embeddings, *said, causal=self.is_causal)
-        queries, keys = query_and_key_positions(embeddings, *said)
+    def prepare(
+        self, embeddings, attention_mask, position_ids=None, past_key_values=None, paged: bool = False
+    ) -> tuple:
+        """What the blocks see: the embeddings with positions [B, T, hidden], a mask for each layer, and the order.
+
+        Args:
+            paged: the keys are in the cache of continuous batching, which made a mask for all that it holds.
+        """
+        if paged:
+            masks, queries, keys = [attention_mask] * len(self.layers), position_ids, position_ids
+        else:
+            said = (attention_mask, position_ids, past_key_values)
+            masks = layer_masks(self.patterns, self.config, embeddings, *said, causal=self.is_causal)
+            queries, keys = query_and_key_positions(embeddings, *said)
         if self.positions.num_positions is not None:
             counted_to = keys.shape[1] if position_ids is None else None
             check_positions(queries, self.positions.num_positions, counted_to)
@@ -380,6 +396,10 @@ class VanillaTransformerDecoder(VanillaTransformerStack):
         super().__init__(config, config.vocab_size_of_decoder, config.patterns_of_decoder, blocks)
         self.post_init()
 
+    @property
+    def num_ids(self) -> int:
+        return self.config.vocab_size_of_decoder
+
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -415,7 +435,8 @@ class VanillaTransformerDecoder(VanillaTransformerStack):
                 "pattern-aware cache does not keep; pass past_key_values=DynamicCache()."
             )
 
-        hidden_states, masks, order = self.prepare(embeddings, attention_mask, position_ids, own_past)
+        said = (attention_mask, position_ids, own_past)
+        hidden_states, masks, order = self.prepare(embeddings, *said, paged="cache" in kwargs)
         hidden_states = self.dropout(hidden_states)
         cross_mask = None
         if encoder_hidden_states is not None:
@@ -460,11 +481,19 @@ class VanillaTransformerModel(VanillaTransformerPreTrainedModel):
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
-        return self.encoder.embed_tokens
+        """The source's table; of one that source and target share the one under whose name it is saved.
+
+        PEFT looks for what is tied to it by that name.
+        """
+        return self.decoder.embed_tokens if self.shares_embeddings else self.encoder.embed_tokens
+
+    @property
+    def shares_embeddings(self) -> bool:
+        return self.config.share_embeddings and self.config.tie_word_embeddings
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.encoder.embed_tokens = value
-        if self.config.share_embeddings and self.config.tie_word_embeddings:
+        if self.shares_embeddings:
             self.decoder.embed_tokens = value
 
     @can_return_tuple
@@ -522,6 +551,14 @@ class VanillaTransformerModel(VanillaTransformerPreTrainedModel):
 
 class VanillaTransformerGenerationMixin(PatternCacheGenerationMixin):
     """`generate()` with caches that forget what no pattern shows, unless others are asked for."""
+
+    def obstacle_to_paging(self) -> str | None:
+        if self.config.is_encoder_decoder:
+            return "feeds no encoder"
+        if POSITION_SCHEMES[self.config.position_encoding].biases_scores:
+            return f"keeps no distances, which position_encoding={self.config.position_encoding!r} scores"
+        patterned = self.config.patterns_of_decoder is not None
+        return "knows no attention patterns" if patterned else None
 
     def new_pattern_cache(self) -> Cache:
         crosses = hasattr(self.get_decoder().layers[0], "cross_attn")

@@ -223,9 +223,9 @@ class RelativeBiases(nn.Module):
         self.content = nn.Parameter(torch.zeros(num_heads, head_dim))
         self.position = nn.Parameter(torch.zeros(num_heads, head_dim))
 
-    def forward(self, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """q + u for the keys and q + v for the distances, of queries [B, H, T, D]."""
-        return query + self.content[:, None], query + self.position[:, None]
+    def forward(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """u and v [H, D], on the device of `like`."""
+        return self.content.to(like.device), self.position.to(like.device)
 
 
 class RelativePositions(NamedTuple):
@@ -451,26 +451,18 @@ class BiasedLayerOrder(LayerOrder):
         return output.masked_fill(~sees_some[..., None], 0.0)
 
 
-class DistanceVectors(nn.Embedding):
-    """A vector for each clipped distance, all of them at once."""
-
-    def forward(self) -> torch.Tensor:
-        """[2k + 1, D]."""
-        return self.weight
-
-
 class ShawInLayer(BiasedLayerOrder):
     """A vector a^K for each clipped distance in the scores and one, a^V, in the values; shared by the heads."""
 
     def __init__(self, config):
         super().__init__(config)
-        distances, head_dim = 2 * config.max_relative_position + 1, config.hidden_size // config.num_attention_heads
-        self.keys = DistanceVectors(distances, head_dim)
-        self.values = DistanceVectors(distances, head_dim)
-        self.head_dim = head_dim
+        self.num_distances = 2 * config.max_relative_position + 1
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.keys = nn.Embedding(self.num_distances, self.head_dim)
+        self.values = nn.Embedding(self.num_distances, self.head_dim)
 
     def relate(self, query, value, order: torch.Tensor, scaling: float):
-        bias = scores_by_key(query @ self.keys().T * scaling, order)  # x W^Q a^K, equation 4
+        bias = scores_by_key(query @ self.of_all(self.keys, query).T * scaling, order)  # x W^Q a^K, equation 4
         # Backends hand out no weights, but values that are unit vectors bring them along.
         unit = torch.eye(value.shape[2], dtype=value.dtype, device=value.device).expand(*value.shape[:2], -1, -1)
         return query, torch.cat([value, unit], dim=-1), bias
@@ -479,8 +471,12 @@ class ShawInLayer(BiasedLayerOrder):
         output = super().collect(output, attention_mask, order)
         output, weights = output.split([self.head_dim, output.shape[-1] - self.head_dim], dim=-1)  # [B, T, H, S]
         order = order[:, :, None].expand_as(weights)
-        by_distance = weights.new_zeros(*weights.shape[:3], self.values.num_embeddings).scatter_add(-1, order, weights)
-        return output + by_distance @ self.values()  # alpha (x W^V + a^V), equation 3
+        by_distance = weights.new_zeros(*weights.shape[:3], self.num_distances).scatter_add(-1, order, weights)
+        return output + by_distance @ self.of_all(self.values, output)  # alpha (x W^V + a^V), equation 3
+
+    def of_all(self, vectors: nn.Embedding, like: torch.Tensor) -> torch.Tensor:
+        """[2k + 1, D], those of all clipped distances."""
+        return vectors(torch.arange(self.num_distances, device=like.device))
 
 
 class Shaw(StackOrder):
@@ -513,7 +509,7 @@ class TransformerXLInLayer(BiasedLayerOrder):
 
     def relate(self, query, value, order: RelativePositions, scaling: float):
         relative_key = self.r_proj(order.states).unflatten(-1, (query.shape[1], -1)).transpose(0, 1)  # [H, L, D]
-        content_query, position_query = self.biases(query)
+        content_query, position_query = (query + bias[:, None] for bias in self.biases(query))
         # (a) + (c) are (q + u) k, (b) + (d) are (q + v) W R.
         return content_query, value, order.bias(position_query, relative_key, scaling)
 

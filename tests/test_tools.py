@@ -5,8 +5,6 @@ Tests of packages that are not installed are skipped; `pip install -e ".[tools]"
 
 import importlib
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -27,7 +25,6 @@ import hf_tfamily  # noqa: F401
 from hf_tfamily.auto import SYSTEMS
 from hf_tfamily.data import byte_tokenizer
 from hf_tfamily.hub import export
-from hf_tfamily.peft_defaults import register_peft_defaults
 from tests.hub.examples import NAMES, example, main_head
 from tests.tiny_models import TINY, batch_for, tiny_model
 
@@ -130,74 +127,6 @@ def test_trl_fine_tunes_every_causal_model_from_its_folder(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# PEFT
-
-
-@each_system
-def test_lora_by_default_and_merged(name, tmp_path):
-    """Default targets train alone, are saved and loaded, and merge into the model."""
-    needs("peft")
-    from peft import LoraConfig, PeftModel, get_peft_model
-
-    register_peft_defaults()
-    model, inputs = example(name)[0], batch(name)
-    adapted = get_peft_model(model, LoraConfig(init_lora_weights=False))
-    adapted(**inputs).loss.backward()
-    learning = {key for key, parameter in adapted.named_parameters() if parameter.grad is not None}
-    assert learning
-    assert all("lora_" in key and ("q_proj" in key or "v_proj" in key) for key in learning)
-    expected = adapted.eval()(**inputs).loss
-    adapted.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(example(name)[0], tmp_path).eval()
-    torch.testing.assert_close(loaded(**inputs).loss, expected)
-    torch.testing.assert_close(loaded.merge_and_unload()(**inputs).loss, expected, atol=1e-5, rtol=1e-5)
-
-
-@three_systems
-@pytest.mark.parametrize("tuner", ["IA3Config", "LoHaConfig"])
-def test_other_tuners_by_default(name, tuner):
-    needs("peft")
-    import peft
-
-    register_peft_defaults()
-    adapted = peft.get_peft_model(example(name)[0], getattr(peft, tuner)())
-    adapted(**batch(name)).loss.backward()
-    assert any(parameter.grad is not None for parameter in adapted.parameters())
-
-
-@pytest.mark.parametrize("name", TEXT)
-def test_prompt_tuning(name):
-    """Virtual tokens before the text, given as inputs_embeds."""
-    needs("peft")
-    from peft import PromptTuningConfig, get_peft_model
-
-    if main_head(name) is not AutoModelForCausalLM:
-        pytest.skip("not a causal language model in the first place")
-    if name == "image_transformer":
-        pytest.skip("its ids are the values of one image; there is no place for a prompt before it")
-    adapted = get_peft_model(example(name)[0], PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"))
-    inputs = batch(name)
-    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    outputs = adapted(**inputs)
-    assert outputs.logits.shape[1] == inputs["input_ids"].shape[1] + 3
-    outputs.loss.backward()
-    (prompt,) = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
-    assert prompt.grad.abs().sum() > 0
-
-
-@pytest.mark.parametrize("order", ["hf_tfamily, peft", "peft, hf_tfamily"])
-@pytest.mark.slow
-def test_defaults_are_there_once_asked_for_in_whichever_order(order):
-    needs("peft")
-    code = f"import {order}; from peft.utils import constants as c; "
-    code += "table = c.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING; before = 'swin_transformer' in table; "
-    code += "from hf_tfamily.peft_defaults import register_peft_defaults; register_peft_defaults(); "
-    code += "print(before, table['swin_transformer'])"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == "False ['q_proj', 'v_proj']"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # lm-eval
 
 
@@ -256,32 +185,7 @@ def test_lm_eval_keeps_memory(name, task):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Export and quantisation
-
-
-@pytest.mark.slow
-@three_systems
-def test_onnx(name, tmp_path):
-    needs("onnxscript")
-    runtime = pytest.importorskip("onnxruntime")
-    model, inputs = example(name)[0].eval(), batch(name, labels=False)
-    flags = {} if name == "swin_transformer" else {"use_cache": False}
-
-    class Logits(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.model = model
-
-        def forward(self, *tensors):
-            return self.model(**dict(zip(inputs, tensors)), **flags).logits
-
-    program = torch.onnx.export(Logits(), tuple(inputs.values()), dynamo=True)
-    program.save(tmp_path / "model.onnx")
-    session = runtime.InferenceSession(tmp_path / "model.onnx")
-    names = [entry.name for entry in session.get_inputs()]
-    (found,) = session.run(None, dict(zip(names, (tensor.numpy() for tensor in inputs.values()))))
-    with torch.no_grad():
-        torch.testing.assert_close(torch.from_numpy(found), Logits()(*inputs.values()), atol=1e-4, rtol=1e-4)
+# Quantisation
 
 
 def quantised(kind):

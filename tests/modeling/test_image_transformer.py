@@ -244,7 +244,7 @@ def test_a_mixture_loses_no_more_than_rounding_its_parameters_does(dtype):
 
     def run(layer, hidden_states):
         hidden_states = hidden_states.detach().requires_grad_()
-        logits, nats = model.output(layer, hidden_states, ids, 0, slice(None), targets)
+        logits, nats = model.output(layer(hidden_states), ids, 0, slice(None), targets)
         grads = torch.autograd.grad(nats.mean(), (hidden_states, layer.weight))
         return [x.detach().double() for x in (logits[..., :VALUES], nats, *grads)]
 

@@ -6,12 +6,20 @@ Shapes: B batch, H heads, T queries, S keys, D head dim.
 
 from collections.abc import Callable
 from functools import reduce
+from typing import NamedTuple
 
 import torch
 
 from ..modeling.attention import VisibleKeys
 
 Tensors = tuple[torch.Tensor, ...]
+
+
+class Span(NamedTuple):
+    """Consecutive positions; a `range` would fix sizes that an export leaves open, as `len` would."""
+
+    start: int
+    length: int
 
 
 def attend_padded(seen: VisibleKeys, queries: Tensors, key, value, execute: Callable) -> Tensors:
@@ -26,19 +34,26 @@ def attend_padded(seen: VisibleKeys, queries: Tensors, key, value, execute: Call
     return _attend_slots(queries, key, value, execute, query_slots, key_slots, seen.batch_size, query_span, key_span)
 
 
-def _slots(positions: torch.Tensor, valid: torch.Tensor | None, bound: int) -> tuple[torch.Tensor, range]:
-    """Among rows of slots as long as the returned range of positions, which slot each token goes to; -1 for padding."""
-    span = range(bound)
+def _slots(positions: torch.Tensor, valid: torch.Tensor | None, bound: int) -> tuple[torch.Tensor, Span]:
+    """Among rows of slots as long as the returned span of positions, which slot each token goes to; -1 for padding."""
+    span = Span(0, bound)
     if not torch.compiler.is_compiling():
         real = positions if valid is None else positions[valid]
-        span = range(int(real.min()), int(real.max()) + 1) if real.numel() else range(1)
-    slots = torch.arange(len(positions), device=positions.device)[:, None] * len(span) + positions - span.start
+        lowest, highest = (int(real.min()), int(real.max())) if real.numel() else (0, 0)
+        span = Span(lowest, highest + 1 - lowest)
+    rows = torch.arange(positions.shape[0], device=positions.device)[:, None]
+    slots = rows * span.length + positions - span.start
     return slots if valid is None else slots.masked_fill(~valid, -1), span
 
 
 @torch.compiler.disable  # how many calls there are, and of which sizes, is in the documents
 def attend_packed(seen: VisibleKeys, queries: Tensors, key, value, execute: Callable) -> Tensors:
     """Each document becomes a row; those that end at similar positions, up to a power of two, are computed together."""
+    if torch.compiler.is_exporting():
+        raise ValueError(
+            "attn_implementation='block_sparse' cannot export packed documents, which stock models look for where they "
+            "are given no attention_mask; give a 2-D attention_mask, or export under 'sdpa' or 'eager'."
+        )
     documents = seen.key_documents
     numbers = documents + torch.arange(len(documents), device=documents.device)[:, None] * (documents.max() + 1)
     numbers = numbers.masked_fill(documents < 0, -1)  # the free end of a static cache belongs to none
@@ -52,7 +67,7 @@ def attend_packed(seen: VisibleKeys, queries: Tensors, key, value, execute: Call
         rows = chosen.cumsum(0) - 1
         slots = rows[numbers] * bound + seen.key_positions
         slots = slots.masked_fill(~chosen[numbers] | (numbers < 0), -1)
-        query_slots, span = slots[:, : seen.query_length], range(bound)
+        query_slots, span = slots[:, : seen.query_length], Span(0, bound)
         found.append(_attend_slots(queries, key, value, execute, query_slots, slots, int(chosen.sum()), span, span))
     outputs, *lses = zip(*found)  # each query has a document in one of them
     return sum(outputs), *(reduce(torch.maximum, lse) for lse in lses)
@@ -67,11 +82,11 @@ def _attend_slots(
     queries get output 0 and log-sum-exp -inf.
     """
 
-    def to_slots(tensor: torch.Tensor, slots: torch.Tensor, span: range) -> torch.Tensor:
-        nowhere = num_rows * len(span)
+    def to_slots(tensor: torch.Tensor, slots: torch.Tensor, span: Span) -> torch.Tensor:
+        nowhere = num_rows * span.length
         moved = tensor.new_zeros(nowhere + 1, *tensor.shape[2:])
         moved = moved.index_copy(0, slots.flatten() % (nowhere + 1), tensor.flatten(0, 1))
-        return moved[:nowhere].unflatten(0, (num_rows, len(span)))
+        return moved[:nowhere].unflatten(0, (num_rows, span.length))
 
     valid = torch.ones(key_slots.shape, dtype=torch.bool, device=key.device)
     outputs = execute(
@@ -87,6 +102,6 @@ def _attend_slots(
     def back(tensor: torch.Tensor, nowhere: float) -> torch.Tensor:
         tensor = tensor.flatten(0, 1)
         tensor = torch.cat([tensor, tensor.new_full((1, *tensor.shape[1:]), nowhere)])
-        return tensor[query_slots.flatten() % len(tensor)].unflatten(0, (batch, length))
+        return tensor[query_slots.flatten() % tensor.shape[0]].unflatten(0, (batch, length))
 
     return tuple(back(tensor, nowhere) for tensor, nowhere in zip(outputs, (0.0, float("-inf"))))

@@ -455,6 +455,8 @@ def _sum(biases: tuple[Tensor, ...]) -> Tensor | None:
 
 
 def _forward_fake(query, key, value, key_valid, pattern, causal, scale, q_offset, kv_offset):
+    if torch.onnx.is_in_onnx_export():
+        raise ValueError("attn_implementation='block_sparse' has no form in ONNX; export under 'sdpa' or 'eager'.")
     output = query.new_empty((*query.shape[:3], value.shape[3]))
     return output, query.new_empty(query.shape[:3], dtype=wide(query.dtype))
 

@@ -19,7 +19,7 @@ def byte_tokenizer(alphabet: Sequence[int] | None = None):
     """A PreTrainedTokenizerFast of the 256 bytes and a start token: ids are the text's UTF-8 bytes, in any language.
 
     `tokenizer(text)` adds nothing; `<start>` (id 256) begins a sequence, ends one, as the next begins there, and pads.
-    Any text comes back from its ids; text that spells `<start>` is that token, which is how TRL and others write an end,
+    Any text comes back from its ids; text that spells `<start>` is that token, which is how TRL writes an end,
     unless it is called with `split_special_tokens=True`. AutoTokenizer loads it without this package.
 
     Args:
