@@ -61,7 +61,7 @@ class SequenceClassificationHead:
             **kwargs,
         )
         logits = self.score(outputs.last_hidden_state)
-        rows = torch.arange(len(logits), device=logits.device)
+        rows = torch.arange(logits.shape[0], device=logits.device)
         logits = logits[rows, self._last_tokens(input_ids, logits)]
         return self._output(self._loss(outputs, logits, labels, **kwargs), logits, outputs)
 
@@ -69,7 +69,7 @@ class SequenceClassificationHead:
         """[B] index of each row's rightmost token that is not config.pad_token_id; -1 where there are no ids."""
         padding = self.config.pad_token_id
         if padding is None:
-            if len(logits) != 1:
+            if logits.shape[0] != 1:
                 raise ValueError(
                     "Cannot handle batch sizes > 1 if no padding token is defined: set config.pad_token_id."
                 )
