@@ -545,6 +545,22 @@ class ImageTransformerPreTrainedModel(PatternBackend, PreTrainedModel):
         if isinstance(module, (PixelConvolution, MatchingKeys)):
             module.init_weights()
 
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Embedding:
+        """As in Transformers, but values and start tokens keep their ids.
+
+        Raises:
+            ValueError: for fewer than there are of those.
+        """
+        needed = self.config.num_values + max(1, self.config.num_classes)
+        if new_num_tokens is not None and new_num_tokens < needed:
+            raise ValueError(
+                f"new_num_tokens={new_num_tokens} is too small: num_values={self.config.num_values} and "
+                f"num_classes={self.config.num_classes} need {needed} ids."
+            )
+        return super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+
     @staticmethod
     def create_masks_for_generate(attention_mask: torch.Tensor | None = None, **kwargs) -> torch.Tensor | None:
         """Leave the 2-D padding mask alone: `forward` builds each layer's own mask, whatever the cache."""
@@ -748,15 +764,19 @@ class ImageTransformerEncoder(ImageTransformerStack):
     @capture_outputs
     def forward(
         self,
-        input_ids: torch.LongTensor,
+        input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> EnlargingEncoderOutput:
         """
         Args:
             input_ids: [B, S] values of the image to enlarge.
             attention_mask: [B, S], 1 for values and 0 for padding; no padding where pixels are positions.
+            inputs_embeds: refused: values are also what is enlarged.
         """
+        if inputs_embeds is not None:
+            raise ValueError("The image to enlarge is given by its values: give input_ids, not inputs_embeds.")
         check_one_input(input_ids, None)
         check_token_ids(input_ids, self.config.vocab_size)
         width = self.config.values_per_position

@@ -35,6 +35,7 @@ from hf_tfamily.modeling.modeling_image_transformer import (
     ImageTransformerForSuperResolution,
     ImageTransformerModel,
 )
+from tests import tiny_models
 from tests.reference import image_transformer as loops
 
 GOLDENS = Path(__file__).parents[1] / "goldens" / "image_transformer"
@@ -810,3 +811,23 @@ def test_an_implementation_that_cannot_run_patterns_is_refused():
     model.config._attn_implementation_internal = "flash_attention_2"
     with pytest.raises(ValueError, match=r"'flash_attention_2' cannot run attention patterns; use .*'eager'"):
         model(image_ids(model))
+
+
+@pytest.mark.parametrize("head", [AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM])
+@pytest.mark.parametrize("classes", [0, 4])
+def test_values_and_start_tokens_keep_their_ids(head, classes, tmp_path):
+    """A vocabulary below them could be saved, and not be loaded again."""
+    model = tiny_models.tiny_model("image_transformer", head, num_classes=classes)
+    needed = model.config.vocab_size
+    with pytest.raises(ValueError, match=f"new_num_tokens={needed - 1} is too small: num_values=.* need {needed} ids"):
+        model.resize_token_embeddings(needed - 1)
+    assert model.config.vocab_size == model.get_input_embeddings().weight.shape[0] == needed
+    model.resize_token_embeddings(needed + 3)
+    model.save_pretrained(tmp_path)
+    assert head.from_pretrained(tmp_path).config.vocab_size == needed + 3
+
+
+def test_an_image_to_enlarge_is_given_by_its_values():
+    model = tiny_models.tiny_model("image_transformer", AutoModelForSeq2SeqLM)
+    with pytest.raises(ValueError, match="give input_ids, not inputs_embeds"):
+        model.generate(inputs_embeds=torch.randn(1, 4, model.config.hidden_size), max_new_tokens=2)
