@@ -80,12 +80,14 @@ class VisibleKeys:
     def __getattr__(self, name: str):
         """Only for what is not there: a model that does not hand its mask on untouched."""
         raise AttributeError(
-            f"attn_implementation='block_sparse' makes no mask tensor, but this model reads {name!r} of its mask, "
-            "so it runs under no pattern."
+            f"attn_implementation='block_sparse' makes no mask tensor, but this model reads {name!r} of its mask: it "
+            "cannot run under it, nor under a pattern."
         )
 
-    def __getitem__(self, index):
-        self.__getattr__(f"[{index}]")
+    def _read(self, *operands):
+        self.__getattr__("values")
+
+    __getitem__ = __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __invert__ = _read
 
     @property
     def is_plain(self) -> bool:

@@ -9,6 +9,8 @@ from transformers import (
     BartForConditionalGeneration,
     BertConfig,
     BertForMaskedLM,
+    BloomConfig,
+    BloomForCausalLM,
     DogeConfig,
     DogeForCausalLM,
     Gemma2Config,
@@ -259,3 +261,9 @@ def test_what_cannot_be_is_refused_by_name(build):
     inputs = {"decoder_input_ids": tokens()} if ours.config.is_encoder_decoder else {}
     with pytest.raises((ValueError, AttributeError), match=REFUSED[build]):
         ours(input_ids=tokens(), **inputs)
+
+
+def test_a_model_with_attention_of_its_own_is_refused_by_name():
+    config = BloomConfig(vocab_size=50, hidden_size=32, n_layer=2, n_head=4)
+    with pytest.raises(AttributeError, match="this model reads 'values' of its mask: it cannot run under it"):
+        BloomForCausalLM._from_config(config, attn_implementation="block_sparse")(tokens())
