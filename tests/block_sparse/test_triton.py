@@ -33,6 +33,8 @@ from tests.reference.attention import dense_attention
 PATTERNS = [
     Full(),
     Local(40),
+    Local(4, dilation=3),
+    Union([Local(5), Local(4, dilation=4)]),
     Strided(4),
     FixedBlock(8),
     FixedSummary(8, 2, sub_blocks=4),
