@@ -127,6 +127,16 @@ def test_head_dimensions(dims):
     assert_as_exact_as_dense(Fixed(16, 4), inputs, causal=True, scale=dims[0] ** -0.5, q_offset=0)
 
 
+@pytest.mark.parametrize("dims", [(192, 192), (256, 256), (192, 128)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_wide_head_dimensions(dims, dtype):
+    """Through both kinds of walks and a table, with the tiles that a GPU would get; padded keys."""
+    inputs = make_inputs(20, 20, dtype=dtype, dim=dims[0], value_dim=dims[1], key_heads=2, batch=1)
+    where = {"causal": True, "scale": dims[0] ** -0.5, "q_offset": 0, "key_valid": torch.arange(20)[None] > 2}
+    for pattern in (Union([Local(5), FixedSummary(8, 2)]), Union([Strided(3), Strided(4)])):
+        assert_as_exact_as_dense(pattern, inputs, **where)
+
+
 def dense_on_a_cpu(query, key, value, causal, scale):
     """As the dense kernels of GPUs: attention of [B, H, N, D] over [B, Hk, N, D], with LSE [B, H, N]."""
     key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], 1) for x in (key, value))
@@ -288,10 +298,10 @@ def test_wrong_inputs():
         ValueError, match=r"runs float16, bfloat16 and float32, got torch.float64; use 'eager' or 'sdpa'"
     ):
         attend(make_inputs(5, 5, dtype=torch.float64))
-    with pytest.raises(ValueError, match="head dimensions up to 128, got a head dimension of 136; use 'sdpa'"):
-        attend(make_inputs(5, 5, dim=136))
-    with pytest.raises(ValueError, match="head dimension of values of 136"):
-        attend(make_inputs(5, 5, value_dim=136))
+    with pytest.raises(ValueError, match="head dimensions up to 256, got a head dimension of 264; use 'sdpa'"):
+        attend(make_inputs(5, 5, dim=264))
+    with pytest.raises(ValueError, match="head dimension of values of 264"):
+        attend(make_inputs(5, 5, value_dim=264))
     with pytest.raises(ValueError, match="PerHead deals out 3 patterns"):
         attend(make_inputs(5, 5), PerHead([Local(3), Local(4), Local(5)]))
     with pytest.raises(ValueError, match="counts the elements of one sequence in 32 bits"):
