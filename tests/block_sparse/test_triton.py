@@ -252,20 +252,23 @@ def test_empty_lengths():
         assert all((x == 0).all() for x in (output, *grads))
 
 
-@pytest.mark.parametrize("pattern", [Local(12), Union([Local(5), Strided(5)])], ids=str)
-def test_bias_by_distance(pattern):
+@pytest.mark.parametrize(
+    ("pattern", "dim"), [(Local(12), 8), (Union([Local(5), Strided(5)]), 8), (Local(12), 192)], ids=str
+)
+def test_bias_by_distance(pattern, dim):
     """A bias of each distance, read by strides, and its gradient: Transformer-XL's relative scores."""
-    length, memory = 40, 17
-    inputs = make_inputs(length, length + memory, batch=2)
-    call = attention.Call.of(*inputs, None, text(pattern), True, 0.5, memory, 0)
+    length, memory = 40 if dim == 8 else 20, 17
+    scale = dim**-0.5
+    inputs = make_inputs(length, length + memory, dim=dim, value_dim=dim, batch=2)
+    call = attention.Call.of(*inputs, None, text(pattern), True, scale, memory, 0)
     launches = [launch for launches in call.launches for launch in launches]
     biases = [torch.randn(2, HEADS, length, (length + memory) // launch.step + 1) for launch in launches]
     wide = [bias.double().requires_grad_() for bias in biases]
-    grad_output = torch.randn(2, length, HEADS, 8)
+    grad_output = torch.randn(2, length, HEADS, dim)
 
     def oracle(query, key, value):
         distance = memory + torch.arange(length)[:, None] - torch.arange(length + memory)
-        scores = query.transpose(1, 2) @ key.transpose(1, 2).mT * 0.5
+        scores = query.transpose(1, 2) @ key.transpose(1, 2).mT * scale
         seen = torch.zeros_like(distance, dtype=torch.bool)
         for part, bias in zip((Local(12),) if len(biases) == 1 else (Local(5), Strided(5)), wide):
             step = getattr(part, "stride", 1)
@@ -279,7 +282,7 @@ def test_bias_by_distance(pattern):
     exact = oracle(*exact_inputs)
     exact_grads = torch.autograd.grad(exact, [*exact_inputs, *wide], grad_output.double())
     biases = [bias.to(DEVICE) for bias in biases]
-    where = {"causal": True, "scale": 0.5, "q_offset": memory, "bias": GivenBias(biases)}
+    where = {"causal": True, "scale": scale, "q_offset": memory, "bias": GivenBias(biases)}
     ours = with_gradients(triton_attention, inputs, grad_output, pattern=pattern, **where)
     for mine, true in zip((*ours, *(bias.grad.double().cpu() for bias in biases)), (exact.detach(), *exact_grads)):
         torch.testing.assert_close(mine, true, atol=2e-5, rtol=2e-5)
