@@ -6,8 +6,8 @@
 prints one line for each configuration that a call can lead to: registers, bytes on the stack (spills), shared memory.
 `all` of them, each of the table's `entries` at least once, or a `sample` of each kernel. With --output they are kept
 in a JSON file beside those of other versions of Triton and, where the table still has their tiles, those that were not
-compiled anew; a page is made of all. After a change of a kernel nothing may be left out. Ends with status 1 if
-anything spills or does not fit.
+compiled anew; a page is made of all. With --missing only what is not kept there is compiled, which is enough after a
+change of the table, not of a kernel. Ends with status 1 if anything spills or does not fit.
 """
 
 import argparse
@@ -219,10 +219,12 @@ def main() -> int:
     parser.add_argument("--dims", nargs="+", default=DIMS, type=lambda text: tuple(map(int, text.split(","))))
     parser.add_argument("--walks", nargs="+", help="only these rows of the table")
     parser.add_argument("--output", type=Path, help="write OUTPUT.json and OUTPUT.md")
+    parser.add_argument("--missing", action="store_true", help="only what OUTPUT.json does not hold")
     options = parser.parse_args()
     rows, bad = [], 0
+    known = {_case_of(row) for row in kept_rows(options.output)} if options.missing else ()
     for case in (case for arch in options.arch for case in CASES[options.cases](arch, options.dims)):
-        if options.walks and case.walk not in options.walks:
+        if case in known or (options.walks and case.walk not in options.walks):
             continue
         usage = compile_case(case)
         good = usage.fits(case)
@@ -230,18 +232,27 @@ def main() -> int:
         rows.append({**case._asdict(), "tile": tuple(case.tile), **usage._asdict()})
         print(f"{'ok ' if good else 'BAD'} {' '.join(map(str, case))} {tuple(case.tile)} {usage}", flush=True)
     print(f"triton {triton.__version__}: {len(rows)} configurations, {bad} that spill or do not fit")
-    if options.output:
+    if options.output and rows:
         write_report(options.output, rows)
     return bad > 0
 
 
+def kept_rows(output: Path) -> list[dict]:
+    """What earlier runs of this version of Triton compiled, where the table still has its tiles."""
+    table = _tables(output).get(triton.__version__, {"columns": [], "rows": []})
+    rows = [dict(zip(table["columns"], row)) for row in table["rows"]]
+    return [row for row in rows if _case_of(row).tile == configs.Tile(*row["tile"])]
+
+
+def _tables(output: Path) -> dict[str, dict]:
+    path = output.with_suffix(".json")
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
 def write_report(output: Path, rows: list[dict]) -> None:
     """Into the JSON beside what it has, a table for each version; the page is made of all."""
-    path = output.with_suffix(".json")
-    tables = json.loads(path.read_text()) if path.exists() else {}
-    known = tables.get(triton.__version__, {"columns": [], "rows": []})
-    kept = [row for values in known["rows"] if _holds(row := dict(zip(known["columns"], values)))]
-    rows = list({_case_of(row): row for row in [*kept, *rows]}.values())
+    path, tables = output.with_suffix(".json"), _tables(output)
+    rows = list({_case_of(row): row for row in [*kept_rows(output), *rows]}.values())
     tables[triton.__version__] = {"columns": list(rows[0]), "rows": [list(row.values()) for row in rows]}
     record = {version: [dict(zip(table["columns"], row)) for row in table["rows"]] for version, table in tables.items()}
     for name, text in ((path, json.dumps(tables, separators=(",", ":"))), (output.with_suffix(".md"), page(record))):
@@ -252,11 +263,6 @@ def write_report(output: Path, rows: list[dict]) -> None:
 
 def _case_of(row: dict) -> Case:
     return Case(**{name: tuple(row[name]) if name == "dims" else row[name] for name in Case._fields})
-
-
-def _holds(row: dict) -> bool:
-    """Does the table still have the tile that an earlier run compiled?"""
-    return _case_of(row).tile == configs.Tile(*row["tile"])
 
 
 if __name__ == "__main__":
