@@ -43,7 +43,7 @@ FUNCTIONS = {
     KEY_GRAD_SUM: key_grad_sum_kernel,
     DELTA: delta_kernel,
 }
-DIMS = [(16, 16), (32, 32), (64, 64), (96, 96), (128, 128), (64, 128), (192, 192), (256, 256), (192, 128)]
+DIMS = [(16, 16), (32, 32), (64, 64), (96, 96), (128, 128), (64, 128), (256, 256), (192, 128)]
 RANGE, PICKED, TABLE, NONE = (kind.value for kind in (kernels.RANGE, kernels.PICKED, kernels.TABLE, kernels.NONE))
 TABLES = (configs.TABLE, configs.BIASED_TABLE)
 
