@@ -2,13 +2,15 @@
 
     python scripts/gpu_check.py --output DIR             # at most 9 minutes; gpu_check.json, .md and .png in DIR
     python scripts/gpu_check.py --output DIR --quick     # at most 2 minutes, the main shapes
+    python scripts/gpu_check.py --output DIR --correctness  # at most 2 minutes, every check and no times
+    python scripts/gpu_check.py --output DIR --speed     # at most 5 minutes, the benchmark alone
     python scripts/gpu_check.py --output DIR --sweeps    # at most 9 minutes, for sweeps over lengths, densities, ...
     python scripts/gpu_check.py --output DIR --dry-run   # tiny, on the CPU, in Triton's interpreter; no times
 
 Stages: calibration, compilation of the kernels by many processes, correctness of every kernel, dense kernels, decoding,
-benchmark, training steps, sampling, sweeps while there is time. A row of the benchmark, and a model's, appears only if
-the check of these very patterns, head dimensions and dtype passed; what failed or was out of time is listed with the
-reason. The exit status is 1 if any check failed.
+benchmark, training steps, sampling, sweeps while there is time. What is found is written check by check and row by row.
+A row of the benchmark, and a model's, appears only if the check of these very patterns, head dimensions and dtype
+passed; what failed or was out of time is listed with the reason. The exit status is 1 if any check failed.
 """
 
 import argparse
@@ -27,8 +29,9 @@ if "--dry-run" in sys.argv:
 
 import torch
 import transformers
-from gpu_contenders import flex_contenders, sdpa_contenders
+from gpu_contenders import flex_contenders, sdpa_contenders, sinks_of
 from gpu_correctness import (
+    attend,
     check,
     check_decoding,
     check_dense_kernels,
@@ -43,7 +46,6 @@ from gpu_shapes import SHAPES, Shape, sweeps
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import hf_tfamily  # noqa: F401  registers the systems
-from hf_tfamily.block_sparse.cpu import block_sparse_attention
 from hf_tfamily.block_sparse.patterns import to_text
 from hf_tfamily.block_sparse.triton import attention as triton_attention
 from hf_tfamily.block_sparse.triton import relative as triton_relative
@@ -56,13 +58,16 @@ from hf_tfamily.recipes import load_recipe
 MODELS_TAKE = 100  # seconds that the benchmark leaves to training and sampling
 CHECKED = 1536  # tokens of a row's check
 COMPILERS = 8  # processes at most, and for how many seconds they may compile
-COMPILATION_TAKES = {"full": 120, "quick": 45, "sweeps": 60, "dry": 120}
+COMPILATION_TAKES = {"full": 120, "quick": 45, "sweeps": 60, "correctness": 60, "speed": 75, "dry": 120}
+SPEED_FIRST = "KLMBEGACDFHIJ"  # shapes by their letter, as --speed takes them while there is time
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", required=True, help="folder for the JSON, the page and the plot")
     parser.add_argument("--quick", action="store_true", help="at most 2 minutes")
+    parser.add_argument("--correctness", action="store_true", help="the checks alone; at most 2 minutes")
+    parser.add_argument("--speed", action="store_true", help="the benchmark alone; at most 5 minutes")
     parser.add_argument("--sweeps", action="store_true", help="lengths, head dimensions, densities; at most 9 minutes")
     parser.add_argument("--dry-run", action="store_true", help="tiny, on the CPU, in Triton's interpreter")
     parser.add_argument("--compile", metavar="I/N", help="only fill Triton's cache with every N-th of what is checked")
@@ -77,9 +82,7 @@ def main() -> int:
     if options.compile:
         compile_some(run, *map(int, options.compile.split("/")))
         return 0
-    checks = (check_kernels, check_dense_kernels, check_decoding, check_determinism)
-    stages = () if run.mode == "sweeps" else (*checks, benchmark, train, sample)
-    for stage in (describe, calibrate, compile_all, *stages, sweep, plot):
+    for stage in (describe, calibrate, compile_all, *STAGES.get(run.mode, STAGES["full"]), plot):
         print(f"== {stage.__name__}", flush=True)
         try:
             stage(run)
@@ -155,12 +158,14 @@ def compile_all(run: Run) -> None:
 
 def compile_some(run: Run, first: int, processes: int) -> None:
     """Run what is checked and measured, from the first on every so many (in a dry run: the first), once each."""
-    shapes = shapes_of(run) or [shape for shapes in sweeps().values() for shape in shapes]
+    shapes = [shape for of_one in sweeps().values() for shape in of_one] if run.mode == "sweeps" else shapes_of(run)
     planned: dict[str, Callable] = {f"{shape.name}, flex": partial(run_flex, run, shape) for shape in shapes}
-    checks = [] if run.mode == "sweeps" else list(jobs(run))
+    checks = [] if run.mode in ("sweeps", "speed") else list(jobs(run))
     for shape in shapes:
-        for length in (CHECKED, shape.length):
-            checks.append(job(run, f"{shape.name}, {length}", shape.pattern, (1, length, *sizes_of(run, shape))))
+        rest = sizes_of(run, shape)
+        for batch, length, heads, key_heads in (checked_sizes(run, shape)[:4], (1, shape.length, *rest[:2])):
+            sizes = (batch, length, heads, key_heads, *rest[2:])
+            checks.append(job(run, f"{shape.name}, {length}", shape.pattern, sizes, has_sinks=shape.sinks))
     planned |= {one.name: lambda one=one: with_gradients(one.ours, one.tensors()) for one in checks}
     for name in list(planned)[first :: processes if run.is_gpu else len(planned)]:
         try:
@@ -181,8 +186,10 @@ def run_flex(run: Run, shape: Shape) -> None:
 
 
 def shapes_of(run: Run) -> list[Shape]:
-    if run.mode == "sweeps":
+    if run.mode in ("sweeps", "correctness"):
         return []
+    if run.mode == "speed":
+        return sorted(SHAPES, key=lambda shape: SPEED_FIRST.index(shape.name[0]))
     return SHAPES if run.mode != "quick" else [shape for shape in SHAPES if shape.name[0] in "ACDEFG"]
 
 
@@ -190,7 +197,7 @@ def benchmark(run: Run) -> None:
     shapes = shapes_of(run)
     for number, shape in enumerate(shapes):
         share = (run.end - time.monotonic() - MODELS_TAKE * (run.mode == "full")) / (len(shapes) - number)
-        checked_row(run, "rows", shape, share, every_flex=run.mode != "quick")
+        checked_row(run, "rows", shape, share, every_flex=run.mode in ("full", "dry"))
 
 
 def sweep(run: Run) -> None:
@@ -206,8 +213,8 @@ def checked_row(run: Run, kind: str, shape: Shape, seconds: float, every_flex: b
     if run.out_of_time(what):
         return
     sizes = sizes_of(run, shape)
-    checked = CHECKED if run.is_gpu else 64
-    if not check(run, f"{what}, {checked} tokens", shape.pattern, (1, checked, *sizes)):
+    checked = checked_sizes(run, shape)
+    if not check(run, f"{what}, {checked[1]} tokens", shape.pattern, checked, shape.sinks):
         run.leave_out(what, "its check failed")
         return
     try:
@@ -228,6 +235,17 @@ def sizes_of(run: Run, shape: Shape) -> tuple:
     return shape.heads, shape.key_heads or shape.heads, shape.dims, torch.bfloat16
 
 
+def checked_sizes(run: Run, shape: Shape) -> tuple:
+    """Batch, length and `sizes_of` of a row's check: of one key head where a wide window asks for more tokens."""
+    heads, key_heads, dims, dtype = sizes_of(run, shape)
+    if not run.is_gpu:
+        return 1, 64, heads, key_heads, dims, dtype
+    wide = shape.pattern.reach * 5 // 4 if shape.pattern.reach < shape.length else 0
+    if wide <= CHECKED:
+        return 1, CHECKED, heads, key_heads, dims, dtype
+    return 1, wide, heads // key_heads, 1, dims, dtype
+
+
 def measure(run: Run, shape: Shape, sizes: tuple, end: float, every_flex: bool) -> dict:
     """Times of all contenders, in turn; our row says how many times faster than each peer we are."""
     length = shape.length if run.is_gpu else 64
@@ -235,7 +253,9 @@ def measure(run: Run, shape: Shape, sizes: tuple, end: float, every_flex: bool) 
     sets = [inputs(run, batch, length, *sizes) for _ in range(3 if run.is_gpu else 1)]  # more than the L2 cache holds
     scale = sizes[2][0] ** -0.5
     row = {"shape": shape.name, "pairs": pairs(shape.pattern, length), **how_it_runs(shape.pattern, sets[0], scale)}
-    contenders = {"ours": partial(block_sparse_attention, pattern=shape.pattern, causal=True, scale=scale, q_offset=0)}
+    sinks = sinks_of(sizes[0], run.device) if shape.sinks else None
+    where = {"pattern": shape.pattern, "causal": True, "scale": scale, "q_offset": 0}
+    contenders = {"ours": partial(attend, sinks=sinks, **where)}
     contenders |= sdpa_contenders(run.is_gpu)
     torch._dynamo.reset()
     for name, make in flex_contenders(shape, sizes[0], length, run.device, every_flex).items():
@@ -251,7 +271,7 @@ def measure(run: Run, shape: Shape, sizes: tuple, end: float, every_flex: bool) 
     for phase in PHASES:
         calls = first_calls(run, row, shape, phase, contenders, sets, end)
         times = {name: [] for name in calls}
-        for _ in range({"full": 5, "quick": 3, "sweeps": 3, "dry": 1}[run.mode]):
+        for _ in range({"full": 5, "dry": 1}.get(run.mode, 3)):
             for name, call in calls.items():
                 times[name].append(timed(run, call))
         for name, seconds in times.items():
@@ -456,6 +476,16 @@ def sample(run: Run) -> None:
                 run.record["models"].append({"what": f"sampling enwik8, {kind}", "tokens/s, prefill included": rate})
         except Exception as error:
             run.leave_out(f"sampling, {kind}", error)
+
+
+CHECKS = (check_kernels, check_dense_kernels, check_decoding, check_determinism)
+STAGES = {  # after the machine and the compilation; a dry run goes through all
+    "full": (*CHECKS, benchmark, train, sample, sweep),
+    "quick": (*CHECKS, benchmark, train, sample, sweep),
+    "correctness": CHECKS,
+    "speed": (benchmark,),
+    "sweeps": (sweep,),
+}
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """What gpu_check.py compares with: dense SDPA pinned to one backend, and FlexAttention in every form that may help it.
 
 A contender takes query, key, value [B, N, H, D] and gives the output [B, N, H, Dv]. Names that begin with "flex*" are
-FlexAttention with other blocks than 128 x 128, or on a view.
+FlexAttention with other blocks than 128 x 128, or on a view. Learned sinks are applied to FlexAttention's output by its
+log-sum-exp; SDPA has none, and its row is without them.
 """
 
 from collections.abc import Callable
@@ -11,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from gpu_shapes import Shape
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
 
 from hf_tfamily.modeling.attention import VisibleKeys
 from hf_tfamily.modeling.attention_patterns import Full, Strided
@@ -64,13 +65,24 @@ def _flex(shape: Shape, heads: int, length: int, device, block=(128, 128), optio
         compiled = device.type == "cuda" and length > 16384
         build = torch.compile(create_block_mask) if compiled else create_block_mask
         built = build(seen.mask_mod(), None, mask_heads, length, length, device=device.type, BLOCK_SIZE=block)
-    return partial(_run_flex, compiled=_compiled(device, mode), mask=built, options=options)
+    run = partial(_run_flex, compiled=_compiled(device, mode), mask=built, options=options)
+    return partial(run, sinks=sinks_of(heads, device)) if shape.sinks else run
 
 
-def _run_flex(query, key, value, compiled, mask, options) -> torch.Tensor:
+def sinks_of(heads: int, device: torch.device) -> torch.Tensor:
+    """Learned sinks [H] as a shape has them."""
+    return torch.linspace(-1, 2, heads, device=device)
+
+
+def _run_flex(query, key, value, compiled, mask, options, sinks=None) -> torch.Tensor:
     tensors = (x.transpose(1, 2) for x in (query, key, value))
     grouped = {"enable_gqa": True} if query.shape[2] != key.shape[2] else {}
-    return compiled(*tensors, block_mask=mask, kernel_options=options, **grouped).transpose(1, 2)
+    if sinks is None:
+        return compiled(*tensors, block_mask=mask, kernel_options=options, **grouped).transpose(1, 2)
+    asked = {"kernel_options": options, "return_aux": AuxRequest(lse=True), **grouped}
+    output, aux = compiled(*tensors, block_mask=mask, **asked)
+    share = torch.sigmoid(aux.lse - sinks[:, None])[..., None]
+    return (output * share.to(output.dtype)).transpose(1, 2)
 
 
 def _has_view(pattern, length: int) -> bool:

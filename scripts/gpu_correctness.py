@@ -2,18 +2,21 @@
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import product
 from typing import NamedTuple
 
 import torch
+from gpu_contenders import sinks_of
 from gpu_run import Run, inputs
 from gpu_shapes import PATTERNS
 
 from hf_tfamily.block_sparse.cpu import block_sparse_attention
 from hf_tfamily.block_sparse.decode import attend_one
+from hf_tfamily.block_sparse.interface import with_sinks
 from hf_tfamily.block_sparse.relative import relative_attention
 from hf_tfamily.block_sparse.triton import views
 from hf_tfamily.modeling.attention import VisibleKeys
-from hf_tfamily.modeling.attention_patterns import FixedBlock, Full, Pattern, Strided, distances_met
+from hf_tfamily.modeling.attention_patterns import FixedBlock, Full, Local, Pattern, Strided, Union, distances_met
 from hf_tfamily.modeling.positions import rows_by_distance
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -27,11 +30,25 @@ def with_gradients(attention: Callable, tensors: list[torch.Tensor]) -> list[tor
     return [output.detach(), *torch.autograd.grad(output, inputs, grad_output.to(output.dtype))]
 
 
-def masked(query, key, value, mask: torch.Tensor, scale: float) -> torch.Tensor:
-    """Dense attention under a mask [H, N, N] or [B, H, N, N], in the dtype of its inputs; nothing seen gives 0."""
+def attend(query, key, value, sinks: torch.Tensor | None = None, **where) -> torch.Tensor:
+    """Ours; learned sinks [H] are applied through the log-sum-exp, whose gradient the backward takes."""
+    if sinks is None:
+        return block_sparse_attention(query, key, value, **where)
+    output, lse = block_sparse_attention(query, key, value, return_lse=True, **where)
+    return with_sinks(output, lse.transpose(1, 2), sinks)[0]
+
+
+def masked(query, key, value, mask: torch.Tensor, scale: float, sinks: torch.Tensor | None = None) -> torch.Tensor:
+    """Dense attention under a mask [H, N, N] or [B, H, N, N], in the dtype of its inputs; nothing seen gives 0.
+
+    `sinks` [H]: the score of one key more for each head, without a value.
+    """
     groups = query.shape[2] // key.shape[2]
     key, value = (x.repeat_interleave(groups, 2).transpose(1, 2) for x in (key, value))
     scores = (query.transpose(1, 2) @ key.mT * scale).masked_fill(~mask, float("-inf"))
+    if sinks is not None:
+        column = sinks[:, None, None].to(scores.dtype).expand(*scores.shape[:3], 1)
+        return (torch.cat([scores, column], -1).softmax(-1)[..., :-1] @ value).transpose(1, 2)
     weights = scores.softmax(-1).masked_fill(~mask, 0)
     return (weights @ value).transpose(1, 2)
 
@@ -45,17 +62,20 @@ class Job(NamedTuple):
     tensors: Callable[[], list[torch.Tensor]]
 
 
-def job(run: Run, name: str, pattern: Pattern, sizes: tuple, causal: bool = True, key_valid=None) -> Job:
+def job(
+    run: Run, name: str, pattern: Pattern, sizes: tuple, causal: bool = True, key_valid=None, has_sinks: bool = False
+) -> Job:
     """`sizes`: batch, length, heads, key heads, head dimensions, dtype."""
     _, length, heads, _, dims, _ = sizes
     scale = dims[0] ** -0.5
     mask = partial(visible, run, pattern, heads, length, causal, key_valid)
+    sinks = sinks_of(heads, run.device) if has_sinks else None
     where = {"pattern": pattern, "causal": causal, "scale": scale, "q_offset": 0, "key_valid": key_valid}
 
     def dense(query, key, value):
-        return masked(query, key, value, mask(), scale)
+        return masked(query, key, value, mask(), scale, sinks)
 
-    return Job(name, partial(block_sparse_attention, **where), dense, partial(inputs, run, *sizes))
+    return Job(name, partial(attend, sinks=sinks, **where), dense, partial(inputs, run, *sizes))
 
 
 def visible(run: Run, pattern: Pattern, heads: int, length: int, causal: bool, key_valid=None) -> torch.Tensor:
@@ -66,8 +86,8 @@ def visible(run: Run, pattern: Pattern, heads: int, length: int, causal: bool, k
     return mask if key_valid is None else mask & key_valid[:, None, None]
 
 
-def check(run: Run, name: str, pattern: Pattern, sizes: tuple) -> bool:
-    return compare(run, job(run, name, pattern, sizes))
+def check(run: Run, name: str, pattern: Pattern, sizes: tuple, has_sinks: bool = False) -> bool:
+    return compare(run, job(run, name, pattern, sizes, has_sinks=has_sinks))
 
 
 def compare(run: Run, job: Job, outcome: Callable = with_gradients) -> bool:
@@ -88,6 +108,7 @@ def compare(run: Run, job: Job, outcome: Callable = with_gradients) -> bool:
         worst, note = float("inf"), f"{type(failure).__name__}: {failure}"[:300]
     run.record["checks"].append({"name": job.name, "passed": worst <= 1, "note": note})
     print(f"{'ok ' if worst <= 1 else 'BAD'} {job.name}: {note}", flush=True)
+    run.save()
     return worst <= 1
 
 
@@ -100,6 +121,7 @@ def poison(run: Run) -> None:
 def jobs(run: Run) -> Iterator[Job]:
     """All checks of kernels, those of every system's patterns first."""
     yield from kernel_jobs(run)
+    yield from wide_jobs(run)
     yield from relative_jobs(run)
 
 
@@ -119,6 +141,22 @@ def kernel_jobs(run: Run) -> Iterator[Job]:
             sizes = (2, length, 4, 1, dims, torch.bfloat16)
             yield job(run, f"{name}, {dims}, padding", pattern, sizes, key_valid=valid)
             yield job(run, f"{name}, {dims}, not causal", pattern, sizes, causal=False)
+
+
+def wide_jobs(run: Run) -> Iterator[Job]:
+    """Heads of 192 and 256, learned sinks, and windows with a dilation."""
+    length, usual = (333, (64, 64)) if run.is_gpu else (48, (16, 16))
+    all_dims = [(256, 256), (192, 192), (192, 128)] if run.is_gpu else [(64, 48)]
+    patterns = {name: PATTERNS[name] for name in ("local", "fixed merged", "strided merged", "by table")}
+    for dtype_name, dims in product(("bf16", "fp32"), all_dims):
+        for name, pattern in patterns.items():
+            yield job(run, f"{name}, {dims}, {dtype_name}", pattern, (2, length, 4, 2, dims, DTYPES[dtype_name]))
+    for name in ("local", "strided merged"):
+        for dtype_name, dtype in DTYPES.items():
+            sizes = (2, length, 4, 2, usual, dtype)
+            yield job(run, f"{name}, sinks, {dtype_name}", PATTERNS[name], sizes, has_sinks=True)
+    for pattern in (Local(9, dilation=4), Union([Local(20), Local(9, dilation=8)])):
+        yield job(run, f"{pattern}", pattern, (2, length, 4, 2, usual, torch.bfloat16))
 
 
 def relative_jobs(run: Run) -> Iterator[Job]:

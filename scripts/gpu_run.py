@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 from benchmarking import write
 
-MINUTES = {"full": 9.0, "quick": 2.0, "sweeps": 9.0, "dry": 20.0}
+MINUTES = {"full": 9.0, "quick": 2.0, "sweeps": 9.0, "correctness": 2.0, "speed": 5.0, "dry": 20.0}
+_AT_MOST = 0.3  # seconds that the calls of one timing may take together, where a few are enough
 PHASES = ("forward", "forward + backward")
 
 
@@ -19,8 +20,8 @@ class Run:
     """One run: the device, what was found so far, and how much time is left."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        self.mode = next((name for name in ("dry_run", "quick", "sweeps") if getattr(options, name)), "full")
-        self.mode = self.mode.removesuffix("_run")
+        names = ("dry_run", "quick", "sweeps", "correctness", "speed")
+        self.mode = next((name for name in names if getattr(options, name)), "full").removesuffix("_run")
         self.device = torch.device("cpu" if options.dry_run else "cuda")
         self.folder = Path(options.output)
         self.end = time.monotonic() + 60 * MINUTES[self.mode]
@@ -54,17 +55,21 @@ def timed(run: Run, call: Callable[[], object]) -> float:
         begin = time.perf_counter()
         call()
         return time.perf_counter() - begin
-    for _ in range(3):
+    one = _seconds(call)
+    few = max(1, min(5 if run.mode in ("quick", "speed") else 10, int(_AT_MOST / one)))
+    for _ in range(2 if few > 1 else 0):
         call()
-    seconds = []
-    for _ in range(5 if run.mode == "quick" else 10):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        call()
-        end.record()
-        end.synchronize()
-        seconds.append(begin.elapsed_time(end) / 1e3)
-    return statistics.median(seconds)
+    return statistics.median(_seconds(call) for _ in range(few))
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    """Seconds of one call on the device."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    call()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
 
 
 def inputs(run: Run, batch: int, length: int, heads: int, key_heads: int, dims, dtype) -> list[torch.Tensor]:

@@ -25,7 +25,7 @@ class ScatteredBlocks(Pattern):
 
 @dataclass(frozen=True)
 class Shape:
-    """A row: lengths and heads, and how many times faster than each peer it is to be."""
+    """A row: lengths and heads, and how many times faster than each peer it is to be. `sinks`: learned ones."""
 
     name: str
     pattern: Pattern
@@ -34,6 +34,7 @@ class Shape:
     length: int
     dims: tuple[int, int]
     key_heads: int | None = None
+    sinks: bool = False
     against_flex: Goals = (None, None)
     against_dense: Goals = (None, None)
 
@@ -41,6 +42,8 @@ class Shape:
 _A = {"batch": 4, "heads": 16, "length": 8192, "against_flex": ((1.0, 1.15), (0.95, 1.15))}
 _C = {"batch": 4, "heads": 8, "length": 12288, "dims": (64, 64)}
 _H = {"batch": 16, "heads": 2, "length": 3072, "dims": (64, 128)}
+_K = {"batch": 1, "heads": 32, "key_heads": 8, "dims": (128, 128)}
+_M = {"batch": 1, "length": 32768, "dims": (256, 256)}
 _J = {"batch": 1, "heads": 16, "length": 65536, "dims": (64, 64)}
 
 
@@ -83,6 +86,13 @@ SHAPES = [
     ),
     Shape("J 64k, window 1024", Local(1024), **_J, **_goals(((1.05, 1.3), None), ((18, 25), None))),
     Shape("J 64k, strided 256", Strided(256), **_J, **_goals(((30, 60), None), ((40, 90), None))),
+    Shape("K Mistral 32k, window 4096", Local(4096), length=32768, **_K),
+    Shape("K Mistral 32k, window 1024", Local(1024), length=32768, **_K),
+    Shape("K Mistral 128k, window 4096", Local(4096), length=131072, **_K),
+    Shape("K Mistral 128k, window 1024", Local(1024), length=131072, **_K),
+    Shape("L gpt-oss 32k, window 128, sinks", Local(128), 1, 64, 32768, (64, 64), 8, sinks=True),
+    Shape("M Gemma 32k, D 256, window 1024", Local(1024), heads=8, key_heads=4, **_M),
+    Shape("M Gemma 32k, D 256, window 512", Local(512), heads=4, key_heads=1, **_M),
 ]
 
 

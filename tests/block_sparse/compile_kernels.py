@@ -5,8 +5,9 @@
 
 prints one line for each configuration that a call can lead to: registers, bytes on the stack (spills), shared memory.
 `all` of them, each of the table's `entries` at least once, or a `sample` of each kernel. With --output they are kept
-in a JSON file beside those of other versions of Triton, and a page is made of all. Ends with status 1 if anything
-spills or does not fit.
+in a JSON file beside those of other versions of Triton and, where the table still has their tiles, those that were not
+compiled anew; a page is made of all. With --missing only what is not kept there is compiled, which is enough after a
+change of the table, not of a kernel. Ends with status 1 if anything spills or does not fit.
 """
 
 import argparse
@@ -42,7 +43,7 @@ FUNCTIONS = {
     KEY_GRAD_SUM: key_grad_sum_kernel,
     DELTA: delta_kernel,
 }
-DIMS = [(16, 16), (32, 32), (64, 64), (96, 96), (128, 128), (64, 128)]
+DIMS = [(16, 16), (32, 32), (64, 64), (96, 96), (128, 128), (64, 128), (256, 256), (192, 128)]
 RANGE, PICKED, TABLE, NONE = (kind.value for kind in (kernels.RANGE, kernels.PICKED, kernels.TABLE, kernels.NONE))
 TABLES = (configs.TABLE, configs.BIASED_TABLE)
 
@@ -110,7 +111,7 @@ def all_cases(arch: int, all_dims: list[tuple[int, int]]) -> Iterator[Case]:
 def entry_cases(arch: int, all_dims: list[tuple[int, int]]) -> Iterator[Case]:
     """Each entry of the table once, in the head dimension that asks most of it."""
     seen = set()
-    for (kernel, walk), dtype, dim in product(configs.HALF, ("bf16", "fp32"), (32, 64, 128)):
+    for (kernel, walk), dtype, dim in product(configs.HALF, ("bf16", "fp32"), (32, 64, 128, 256)):
         case = Case(arch, kernel, walk, dtype, (dim, dim), *_sources(kernel, walk)[0])
         code = (kernel, dtype, dim, case.kind, case.tile, _is_biased(case))  # walks may share it
         if (dim, dim) in all_dims and code not in seen:
@@ -218,10 +219,12 @@ def main() -> int:
     parser.add_argument("--dims", nargs="+", default=DIMS, type=lambda text: tuple(map(int, text.split(","))))
     parser.add_argument("--walks", nargs="+", help="only these rows of the table")
     parser.add_argument("--output", type=Path, help="write OUTPUT.json and OUTPUT.md")
+    parser.add_argument("--missing", action="store_true", help="only what OUTPUT.json does not hold")
     options = parser.parse_args()
     rows, bad = [], 0
+    known = {_case_of(row) for row in kept_rows(options.output)} if options.missing else ()
     for case in (case for arch in options.arch for case in CASES[options.cases](arch, options.dims)):
-        if options.walks and case.walk not in options.walks:
+        if case in known or (options.walks and case.walk not in options.walks):
             continue
         usage = compile_case(case)
         good = usage.fits(case)
@@ -229,21 +232,37 @@ def main() -> int:
         rows.append({**case._asdict(), "tile": tuple(case.tile), **usage._asdict()})
         print(f"{'ok ' if good else 'BAD'} {' '.join(map(str, case))} {tuple(case.tile)} {usage}", flush=True)
     print(f"triton {triton.__version__}: {len(rows)} configurations, {bad} that spill or do not fit")
-    if options.output:
+    if options.output and rows:
         write_report(options.output, rows)
     return bad > 0
 
 
-def write_report(output: Path, rows: list[dict]) -> None:
-    """Into the JSON beside those of other versions, each a table; the page is made of all."""
+def kept_rows(output: Path) -> list[dict]:
+    """What earlier runs of this version of Triton compiled, where the table still has its tiles."""
+    table = _tables(output).get(triton.__version__, {"columns": [], "rows": []})
+    rows = [dict(zip(table["columns"], row)) for row in table["rows"]]
+    return [row for row in rows if _case_of(row).tile == configs.Tile(*row["tile"])]
+
+
+def _tables(output: Path) -> dict[str, dict]:
     path = output.with_suffix(".json")
-    tables = json.loads(path.read_text()) if path.exists() else {}
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def write_report(output: Path, rows: list[dict]) -> None:
+    """Into the JSON beside what it has, a table for each version; the page is made of all."""
+    path, tables = output.with_suffix(".json"), _tables(output)
+    rows = list({_case_of(row): row for row in [*kept_rows(output), *rows]}.values())
     tables[triton.__version__] = {"columns": list(rows[0]), "rows": [list(row.values()) for row in rows]}
     record = {version: [dict(zip(table["columns"], row)) for row in table["rows"]] for version, table in tables.items()}
     for name, text in ((path, json.dumps(tables, separators=(",", ":"))), (output.with_suffix(".md"), page(record))):
         temporary = name.with_suffix(".tmp")
         temporary.write_text(text + "\n")
         temporary.replace(name)
+
+
+def _case_of(row: dict) -> Case:
+    return Case(**{name: tuple(row[name]) if name == "dims" else row[name] for name in Case._fields})
 
 
 if __name__ == "__main__":

@@ -33,6 +33,8 @@ from tests.reference.attention import dense_attention
 PATTERNS = [
     Full(),
     Local(40),
+    Local(4, dilation=3),
+    Union([Local(5), Local(4, dilation=4)]),
     Strided(4),
     FixedBlock(8),
     FixedSummary(8, 2, sub_blocks=4),
@@ -123,6 +125,16 @@ def test_dtypes(pattern, dtype):
 def test_head_dimensions(dims):
     inputs = make_inputs(40, 40, dtype=torch.bfloat16, dim=dims[0], value_dim=dims[1], key_heads=2, batch=1)
     assert_as_exact_as_dense(Fixed(16, 4), inputs, causal=True, scale=dims[0] ** -0.5, q_offset=0)
+
+
+@pytest.mark.parametrize("dims", [(192, 192), (256, 256), (192, 128)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_wide_head_dimensions(dims, dtype):
+    """Through both kinds of walks and a table, with the tiles that a GPU would get; padded keys."""
+    inputs = make_inputs(20, 20, dtype=dtype, dim=dims[0], value_dim=dims[1], key_heads=2, batch=1)
+    where = {"causal": True, "scale": dims[0] ** -0.5, "q_offset": 0, "key_valid": torch.arange(20)[None] > 2}
+    for pattern in (Union([Local(5), FixedSummary(8, 2)]), Union([Strided(3), Strided(4)])):
+        assert_as_exact_as_dense(pattern, inputs, **where)
 
 
 def dense_on_a_cpu(query, key, value, causal, scale):
@@ -240,20 +252,23 @@ def test_empty_lengths():
         assert all((x == 0).all() for x in (output, *grads))
 
 
-@pytest.mark.parametrize("pattern", [Local(12), Union([Local(5), Strided(5)])], ids=str)
-def test_bias_by_distance(pattern):
+@pytest.mark.parametrize(
+    ("pattern", "dim"), [(Local(12), 8), (Union([Local(5), Strided(5)]), 8), (Local(12), 192)], ids=str
+)
+def test_bias_by_distance(pattern, dim):
     """A bias of each distance, read by strides, and its gradient: Transformer-XL's relative scores."""
-    length, memory = 40, 17
-    inputs = make_inputs(length, length + memory, batch=2)
-    call = attention.Call.of(*inputs, None, text(pattern), True, 0.5, memory, 0)
+    length, memory = 40 if dim == 8 else 20, 17
+    scale = dim**-0.5
+    inputs = make_inputs(length, length + memory, dim=dim, value_dim=dim, batch=2)
+    call = attention.Call.of(*inputs, None, text(pattern), True, scale, memory, 0)
     launches = [launch for launches in call.launches for launch in launches]
     biases = [torch.randn(2, HEADS, length, (length + memory) // launch.step + 1) for launch in launches]
     wide = [bias.double().requires_grad_() for bias in biases]
-    grad_output = torch.randn(2, length, HEADS, 8)
+    grad_output = torch.randn(2, length, HEADS, dim)
 
     def oracle(query, key, value):
         distance = memory + torch.arange(length)[:, None] - torch.arange(length + memory)
-        scores = query.transpose(1, 2) @ key.transpose(1, 2).mT * 0.5
+        scores = query.transpose(1, 2) @ key.transpose(1, 2).mT * scale
         seen = torch.zeros_like(distance, dtype=torch.bool)
         for part, bias in zip((Local(12),) if len(biases) == 1 else (Local(5), Strided(5)), wide):
             step = getattr(part, "stride", 1)
@@ -267,7 +282,7 @@ def test_bias_by_distance(pattern):
     exact = oracle(*exact_inputs)
     exact_grads = torch.autograd.grad(exact, [*exact_inputs, *wide], grad_output.double())
     biases = [bias.to(DEVICE) for bias in biases]
-    where = {"causal": True, "scale": 0.5, "q_offset": memory, "bias": GivenBias(biases)}
+    where = {"causal": True, "scale": scale, "q_offset": memory, "bias": GivenBias(biases)}
     ours = with_gradients(triton_attention, inputs, grad_output, pattern=pattern, **where)
     for mine, true in zip((*ours, *(bias.grad.double().cpu() for bias in biases)), (exact.detach(), *exact_grads)):
         torch.testing.assert_close(mine, true, atol=2e-5, rtol=2e-5)
@@ -286,10 +301,10 @@ def test_wrong_inputs():
         ValueError, match=r"runs float16, bfloat16 and float32, got torch.float64; use 'eager' or 'sdpa'"
     ):
         attend(make_inputs(5, 5, dtype=torch.float64))
-    with pytest.raises(ValueError, match="head dimensions up to 128, got a head dimension of 136; use 'sdpa'"):
-        attend(make_inputs(5, 5, dim=136))
-    with pytest.raises(ValueError, match="head dimension of values of 136"):
-        attend(make_inputs(5, 5, value_dim=136))
+    with pytest.raises(ValueError, match="head dimensions up to 256, got a head dimension of 264; use 'sdpa'"):
+        attend(make_inputs(5, 5, dim=264))
+    with pytest.raises(ValueError, match="head dimension of values of 264"):
+        attend(make_inputs(5, 5, value_dim=264))
     with pytest.raises(ValueError, match="PerHead deals out 3 patterns"):
         attend(make_inputs(5, 5), PerHead([Local(3), Local(4), Local(5)]))
     with pytest.raises(ValueError, match="counts the elements of one sequence in 32 bits"):

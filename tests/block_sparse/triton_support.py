@@ -64,12 +64,12 @@ class _Attention(torch.autograd.Function):
         output, lse = attention.forward(query, key, value, key_valid, *rest, bias)
         ctx.save_for_backward(query, key, value, key_valid, output, lse)
         ctx.rest, ctx.bias = rest, bias
-        ctx.mark_non_differentiable(lse)
+        ctx.mark_non_differentiable(lse)  # models_on_triton is for its gradient
         return output, lse
 
     @staticmethod
     def backward(ctx, grad_output, _grad_lse):
-        grads = attention.backward(grad_output, *ctx.saved_tensors, *ctx.rest, ctx.bias)
+        grads = attention.backward(grad_output, *ctx.saved_tensors, *ctx.rest, bias=ctx.bias)
         return *grads, *[None] * 7
 
 

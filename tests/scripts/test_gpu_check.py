@@ -1,6 +1,7 @@
 """gpu_check.py: what it leaves out, what it needs, and that all of it can be gone through without a GPU."""
 
 import argparse
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -22,12 +23,16 @@ def script(monkeypatch):
 
 @pytest.fixture
 def run(script, tmp_path):
-    return script.Run(argparse.Namespace(output=tmp_path, dry_run=True, quick=False, sweeps=False))
+    return script.Run(options(tmp_path, dry_run=True))
+
+
+def options(folder, **chosen):
+    names = ("dry_run", "quick", "sweeps", "correctness", "speed")
+    return argparse.Namespace(output=folder, **{name: chosen.get(name, False) for name in names})
 
 
 def test_a_failing_check_suppresses_the_row(script, run, monkeypatch):
     monkeypatch.setattr(script, "measure", lambda *_: pytest.fail("a wrong result was timed"))
-    monkeypatch.setattr(script, "block_sparse_attention", None)
     import gpu_correctness
 
     def wrong(query, key, value, **_):
@@ -71,7 +76,7 @@ def test_ratios_are_to_the_best_of_each_kind(script):
 
 def test_shapes_are_those_of_the_goals(script):
     letters = {shape.name[0] for shape in script.SHAPES}
-    assert letters == set("ABCDEFGHIJ")
+    assert letters == set("ABCDEFGHIJKLM") == set(script.SPEED_FIRST)
     blocks = next(shape.pattern for shape in script.SHAPES if shape.name[0] == "I")
     places = torch.arange(0, 16384, 64)
     seen = blocks.visible(0, places[:, None], places)
@@ -82,19 +87,55 @@ def test_shapes_are_those_of_the_goals(script):
             assert 24000 < shape.batch * shape.length <= 65536
 
 
-@pytest.mark.parametrize("number", range(13))
+@pytest.mark.parametrize("number", [*range(13), 17])  # the others are windows too
 def test_flexattention_agrees_in_every_form(script, run, number):
     """Forward, and without tiles of its own, as far as a CPU can tell: masks of all block sizes, and views."""
     shape = script.SHAPES[number]
     sizes = script.sizes_of(run, shape)
     tensors = script.inputs(run, 1, 192, *sizes[:3], torch.float32)[:3]
     where = {"causal": True, "scale": sizes[2][0] ** -0.5, "q_offset": 0}
-    expected = script.block_sparse_attention(*tensors, shape.pattern, **where)
+    sinks = script.sinks_of(sizes[0], run.device) if shape.sinks else None
+    expected = script.attend(*tensors, sinks, pattern=shape.pattern, **where)
     makers = script.flex_contenders(shape, sizes[0], 192, run.device, every=True)
     assert len(makers) == 6 + ("flex* on the view" in makers)
     for make in makers.values():
         with torch.no_grad():
             torch.testing.assert_close(make()(*tensors), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_correctness_and_speed_are_runs_of_their_own(script, tmp_path):
+    """Checks alone in 2 minutes, the benchmark alone in 5, the shapes of today's windowed models first."""
+    for mode, minutes, stages in (("correctness", 2, script.CHECKS), ("speed", 5, (script.benchmark,))):
+        begin = script.time.monotonic()
+        run = script.Run(options(tmp_path, **{mode: True}))
+        assert run.mode == mode
+        assert abs(run.end - begin - 60 * minutes) < 1
+        assert script.STAGES[mode] == stages
+        assert script.COMPILATION_TAKES[mode] < 60 * minutes
+        names = [shape.name for shape in script.shapes_of(run)]
+        assert [name[:9] for name in names[:4]] == ["K Mistral"] * 4 * (mode == "speed")
+    assert script.STAGES["full"][: len(script.CHECKS)] == script.CHECKS
+
+
+def test_every_check_is_written_at_once(script, run):
+    import gpu_correctness
+
+    jobs = [one for one in gpu_correctness.jobs(run) if "sinks" in one.name or "dilation" in one.name]
+    assert len(jobs) == 8
+    for number, one in enumerate(jobs):
+        assert gpu_correctness.compare(run, one)
+        assert len(json.loads((run.folder / "gpu_check.json").read_text())["checks"]) == number + 1
+
+
+def test_a_wide_window_is_checked_beyond_its_edge(script, run, monkeypatch):
+    """By fewer heads, since the dense check holds all pairs."""
+    monkeypatch.setattr(script.Run, "is_gpu", True)
+    for shape in script.SHAPES:
+        _, length, heads, key_heads, _, _ = script.checked_sizes(run, shape)
+        window = getattr(shape.pattern, "window", 0)
+        assert length > 1.2 * window
+        assert heads * length**2 * 8 < 2 << 30, "a matrix of float64 scores"
+        assert heads / key_heads == shape.heads / (shape.key_heads or shape.heads)
 
 
 @pytest.mark.slow

@@ -262,8 +262,16 @@ def _backward(
     scale: float,
     q_offset: int,
     kv_offset: int,
+    grad_lse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value. P = exp(S - LSE) with the LSE over all parts, so each part stands alone."""
+    """Gradients of query, key and value. P = exp(S - LSE) with the LSE over all parts, so each part stands alone.
+
+    `grad_lse` [B, T, H], 0 where a query sees nothing, is the gradient of the LSE: dS = P (dP - delta + dLSE).
+    """
+    num_values = value.shape[3]
+    if grad_lse is not None:  # a column of values 0, outputs 1 and gradients -dLSE says it
+        grad_output = torch.cat([grad_output, -grad_lse[..., None].to(grad_output.dtype)], dim=-1)
+        value, output = F.pad(value, (0, 1)), F.pad(output, (0, 1), value=1.0)
     plan = _plan(query, key, pattern, causal, q_offset, kv_offset)
     kernel = kernel_for(query)
     q, k, v = _prepare(plan, query, key, value)
@@ -287,7 +295,8 @@ def _backward(
         keys.put_back(grad_k, group_grad_k)
         keys.put_back(grad_v, group_grad_v)
     grads = (grad_q, _sum_heads(grad_k, key.shape[2]), _sum_heads(grad_v, key.shape[2]))
-    return tuple(grad[..., : x.shape[3]].contiguous() for grad, x in zip(grads, (query, key, value), strict=True))
+    widths = (query.shape[3], key.shape[3], num_values)
+    return tuple(grad[..., :width].contiguous() for grad, width in zip(grads, widths, strict=True))
 
 
 def _work(
@@ -475,13 +484,10 @@ def _autograd_backward(ctx, grad_output, grad_lse):
     query, key, value, key_valid, output, lse = ctx.saved_tensors
     if grad_output is None:
         grad_output = torch.zeros_like(output)
-    width = value.shape[3]
-    if grad_lse is not None:  # dS = P (dP - delta + dLSE): a column of values 0, outputs 1 and gradients -dLSE says it
-        grad_lse = grad_lse.masked_fill(lse == float("inf"), 0.0)[..., None].to(grad_output.dtype)
-        grad_output = torch.cat([grad_output, -grad_lse], dim=-1)
-        value, output = F.pad(value, (0, 1)), F.pad(output, (0, 1), value=1.0)
-    grads = OPERATORS.attention_backward(grad_output, query, key, value, key_valid, output, lse, *ctx.rest)
-    return *grads[:2], grads[2][..., :width], *[None] * 6
+    if grad_lse is not None:
+        grad_lse = grad_lse.masked_fill(lse == float("inf"), 0.0)
+    grads = OPERATORS.attention_backward(grad_output, query, key, value, key_valid, output, lse, *ctx.rest, grad_lse)
+    return *grads, *[None] * 6
 
 
 def register_operators() -> None:

@@ -63,17 +63,23 @@ def backward(
     scale: float,
     q_offset: int,
     kv_offset: int,
+    grad_lse: Tensor | None = None,
     bias: Bias | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value; the bias takes its own. The same sums in the same order each time."""
+    """Gradients of query, key and value; the bias takes its own. The same sums in the same order each time.
+
+    `grad_lse` [B, T, H], 0 where a query sees nothing, is the gradient of the LSE.
+    """
     call = Call.of(query, key, value, key_valid, pattern, causal, scale, q_offset, kv_offset, bias)
     if not (query.shape[1] and key.shape[1]):
         return tuple(torch.zeros_like(x) for x in (query, key, value))
     grad_output = unit_stride(grad_output)
-    view = call.view
+    view = call.view if grad_lse is None else None  # dense kernels take no gradient of the LSE
     if view is not None:
         return view_backward(view, grad_output, call.query, call.key, call.value, output, lse, causal, scale)
     delta = delta_of(grad_output, output)
+    if grad_lse is not None:  # dS = P (dP - delta + dLSE)
+        delta -= grad_lse
     grads = Gradients(call)
     for launches in call.launches:
         for number, launch in enumerate(launches):

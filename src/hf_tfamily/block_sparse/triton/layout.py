@@ -6,8 +6,9 @@ Nearly every pattern shows each query an *interval* of some list of keys, so tha
     the sequence                  Full, Local, FixedBlock, Block1D       one interval around itself ("near")
     its column of every l-th      Strided(l), a dilated Local            a beginning of the column, or an interval of it
     the summary positions         FixedSummary                           a beginning of the list
+    the first tokens              an interval that never moves           a beginning of the list, in unions
 
-In a union the last two ("far") leave out what the near interval shows, which leaves one beginning and, without
+In a union the last three ("far") leave out what the near interval shows, which leaves one beginning and, without
 causality, one end. A `Pass` is one launch over one or two such sources; passes are merged by log-sum-exp. What is no
 union of these (tables.py) becomes a table of granules.
 
@@ -21,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...modeling.attention_patterns import Pattern
+from ...modeling.attention_patterns import FAR, Pattern
 from ..parts import Extent
 
 FIELDS = 16  # of an item, as in kernels.py
@@ -98,9 +99,29 @@ def _leaves(pattern: Pattern) -> tuple[list[Pattern], Pattern | None] | None:
     far = [leaf for leaf in leaves if leaf.summary_keys is not None or leaf.key_step > 1]
     if any(leaf.is_full for leaf in near):
         return near, None
+    if len(leaves) > 1:
+        far += [leaf for leaf in near if _leads(leaf)]
+        near = [leaf for leaf in near if not _leads(leaf)]
+        if not all(map(_holds_own, near)):  # two that do not meet are no interval together
+            return None
     if len(far) > 1 or len(near) + len(far) < len(leaves):
         return None
     return near, far[0] if far else None
+
+
+def _leads(leaf: Pattern) -> bool:
+    """Does a pattern with an interval show all queries the same first tokens?"""
+    return leaf.interval(0) == leaf.interval(FAR) and leaf.interval(0)[0] <= 0
+
+
+@lru_cache(maxsize=256)
+def _holds_own(leaf: Pattern) -> bool:
+    """Does the interval of every query hold the query's own position?"""
+    if leaf.period is None:  # not known
+        return False
+    query = torch.arange(leaf.period)
+    low, high = leaf.interval(query)
+    return bool(((low <= query) & (query < high)).all())
 
 
 def _single_passes(pattern: Pattern, extent: Extent) -> list[_Single] | None:
@@ -165,9 +186,11 @@ def _summary_tokens(far: Pattern, extent: Extent) -> Tensor:
 
 
 def _summaries_before(far: Pattern, key: Tensor, extent: Extent) -> Tensor:
-    """How many of the summary positions at hand stand before `key`."""
-
-    block, first, count = far.summary_keys
+    """How many of the summary positions at hand, or of the first tokens, stand before `key`."""
+    if far.summary_keys is None:
+        block, first, count = FAR, 0, far.interval(0)[1]
+    else:
+        block, first, count = far.summary_keys
 
     def counted(position):
         return position // block * count + (position % block - first).clamp(0, count)

@@ -5,7 +5,7 @@ a window of w keys takes w numbers a query, the column of every l-th token one f
 with summary positions or a table one for each token. Queries are taken in chunks, so that these numbers are never
 more than `_SCORES`, however long the sequence.
 
-float64 and head dimensions above 128 are beyond the kernels and stay with PyTorch.
+float64 and head dimensions above 256 are beyond the kernels and stay with PyTorch.
 Legend: B batch, H heads, T queries, S keys, D head dimension, L distances.
 """
 
@@ -89,7 +89,7 @@ def backward(
         bias = _RelativeBias(position_query[:, rows], relative_key, distances, scale, grads[2])
         where = (pattern, True, scale, q_offset + rows.start, kv_offset)
         tensors = (query[:, rows], key, value, key_valid, output[:, rows], lse[:, rows].contiguous())
-        grad_query, *of_keys = attention_backward(grad_output[:, rows], *tensors, *where, bias)
+        grad_query, *of_keys = attention_backward(grad_output[:, rows], *tensors, *where, bias=bias)
         of_queries.append((grad_query, bias.grad_position_query()))
         grads[:2] = of_keys if len(chunks) == 1 else [total + x.float() for total, x in zip(grads, of_keys)]
     grad_query, grad_position_query = (_joined(x) for x in zip(*of_queries))
