@@ -18,6 +18,7 @@ from hf_tfamily.modeling.attention_patterns import (
     Intersection,
     Local,
     PerHead,
+    Sink,
     Strided,
     Union,
 )
@@ -103,6 +104,7 @@ def test_gradients_and_lengths_of_a_growing_cache():
         (Strided(128), 32),
         (Union([Local(128), Strided(128)]), 128 + 32),
         (Fixed(128, 8), 128 + 33 * 8),
+        (Union([Local(128), Sink(4)]), 128 + 4),
         (Intersection([Full(), Local(64)]), 64),
     ],
     ids=str,
