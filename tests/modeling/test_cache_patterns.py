@@ -84,7 +84,7 @@ MIXED = (
     Fixed(8, 2, sub_blocks=2),
     PerHead((Local(5), Strided(4))),
     Union((Local(6), Strided(6))),
-    Union((Local(4), Sink(2))),
+    Union((Local(5), Sink(2))),
 )
 
 
