@@ -12,8 +12,9 @@ padding AND the packing (attention.py). Beside it a pattern tells a few *facts*,
 know how to compute it cheaply; a pattern that tells none is computed by `visible` alone.
 
 Local, Strided and Fixed are the factorised attention of Child et al. 2019 (arXiv:1904.10509), section 4.3; Sink the
-attention sinks of Xiao et al. 2023 (arXiv:2309.17453), section 3.2; Block1D and Block2D the local attention of Parmar et al. 2018 (arXiv:1802.05751), section 3.3; Window2D the windows of Liu et al.
-2021 (arXiv:2103.14030), section 3.2. Those in two dimensions are bound to a grid of tokens at run time (`bind`).
+attention sinks of Xiao et al. 2023 (arXiv:2309.17453), section 3.2; Block1D and Block2D the local attention of Parmar
+et al. 2018 (arXiv:1802.05751), section 3.3; Window2D the windows of Liu et al. 2021 (arXiv:2103.14030), section 3.2.
+Those in two dimensions are bound to a grid of tokens at run time (`bind`).
 """
 
 import difflib

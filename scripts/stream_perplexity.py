@@ -62,7 +62,8 @@ def patterns_of(keys: int) -> dict[str, Pattern]:
 
 def load(folder: Path) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
     """The model and the tokenizer of a folder, in float32; of its GGUF file if it has one."""
-    quantized = {"gguf_file": file.name for file in folder.glob("*.gguf")}
+    files = sorted(folder.glob("*.gguf"))
+    quantized = {"gguf_file": files[0].name} if files else {}
     model = AutoModelForCausalLM.from_pretrained(folder, **quantized, dtype=torch.float32)
     return model.eval(), AutoTokenizer.from_pretrained(folder, **quantized)
 
