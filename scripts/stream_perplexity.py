@@ -43,7 +43,7 @@ from hf_tfamily.data.sequences import require
 
 SEGMENT = 64  # tokens of a stream that are read together
 CHARACTERS = 12  # of a token, at most on average
-COLOURS = (plots.INK, plots.ORANGE, plots.GREY, plots.BLUE)
+LINES = ((plots.INK, 1.4), (plots.ORANGE, 1.4), (plots.GREY, 3.5), (plots.BLUE, 1.4))  # colours and widths
 
 
 def patterns_of(keys: int) -> dict[str, Pattern]:
@@ -199,9 +199,8 @@ def page(kept: dict, plot: Path | None) -> str:
         lines.append(f"| {name} | {cells} |")
     lines += [
         "",
-        f"As a RoPE decoder under the last pattern, the loss of no token differs by more than "
-        f"{kept['difference']:.1e} nats; read as a stream, {SEGMENT} tokens at a time, by "
-        f"{kept['streamed_difference']:.1e}.",
+        f"Largest difference of a token's loss, in nats, under the last pattern: {kept['difference']:.1e} as a RoPE "
+        f"decoder, {kept['streamed_difference']:.1e} when that reads a stream, {SEGMENT} tokens at a time.",
         f"Its cache keeps {kept['kept'][-1]} keys in each head of a layer after {kept['length']:,} tokens, "
         f"{max(kept['kept'])} at most, and {kept['kept_after_writing']} after it has written on:",
         "",
@@ -215,17 +214,17 @@ def draw(kept: dict, path: Path) -> None:
     """Perplexity along positions on the left, keys kept on the right."""
     figure = plots.new_figure(11, 4)
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
-    for colour, (name, curve) in zip(COLOURS, kept["curves"].items()):
+    for (colour, width), (name, curve) in zip(LINES, kept["curves"].items()):
         positions = [SEGMENT * (number + 0.5) for number in range(len(curve))]
-        left.plot(positions, [math.exp(loss) for loss in curve], color=colour, linewidth=1.4, label=name)
+        left.plot(positions, [math.exp(loss) for loss in curve], color=colour, linewidth=width, label=name)
     left.set_yscale("log")
     left.set_title(f"Perplexity of {SEGMENT} tokens at a position")
     left.set_xlabel("position")
     left.legend()
     read = [SEGMENT * (number + 1) for number in range(len(kept["kept"]))]
     *_, last = kept["curves"]
-    right.plot(read, read, color=COLOURS[0], linewidth=1.4, label="dense")
-    right.plot(read, kept["kept"], color=COLOURS[-1], linewidth=1.4, label=last)
+    right.plot(read, read, color=LINES[0][0], linewidth=1.4, label="dense")
+    right.plot(read, kept["kept"], color=LINES[-1][0], linewidth=1.4, label=last)
     right.set_title("Keys that a head keeps")
     right.set_xlabel("tokens read")
     right.legend()
