@@ -11,9 +11,10 @@ about causality, padding or packing: what a query finally sees is its pattern AN
 padding AND the packing (attention.py). Beside it a pattern tells a few *facts*, from which plans, caches and kernels
 know how to compute it cheaply; a pattern that tells none is computed by `visible` alone.
 
-Local, Strided and Fixed are the factorised attention of Child et al. 2019 (arXiv:1904.10509), section 4.3; Block1D and
-Block2D the local attention of Parmar et al. 2018 (arXiv:1802.05751), section 3.3; Window2D the windows of Liu et al.
-2021 (arXiv:2103.14030), section 3.2. Those in two dimensions are bound to a grid of tokens at run time (`bind`).
+Local, Strided and Fixed are the factorised attention of Child et al. 2019 (arXiv:1904.10509), section 4.3; Sink the
+attention sinks of Xiao et al. 2023 (arXiv:2309.17453), section 3.2; Block1D and Block2D the local attention of Parmar
+et al. 2018 (arXiv:1802.05751), section 3.3; Window2D the windows of Liu et al. 2021 (arXiv:2103.14030), section 3.2.
+Those in two dimensions are bound to a grid of tokens at run time (`bind`).
 """
 
 import difflib
@@ -31,7 +32,10 @@ FAR = 1 << 40  # farther than any position: an end of an interval that has none
 
 
 class SummaryKeys(NamedTuple):
-    """The keys at positions [first, first + count) of every block of `block` positions, whatever the query."""
+    """The keys at positions [first, first + count) of every block of `block` positions, whatever the query.
+
+    A block of FAR positions never ends, so that there is one.
+    """
 
     block: int
     first: int
@@ -360,6 +364,38 @@ class FixedSummary(Pattern):
     @property
     def period(self) -> int:
         return self.block
+
+    def last_query(self, key):
+        return key * 0 + FAR * self.visible(0, key, key)
+
+
+@dataclass(frozen=True)
+class Sink(Pattern):
+    """The first `count` keys of a sequence, whatever the query: attention sinks, `Union([Local(window), Sink(4)])`.
+
+    Beside a window they keep a language model that was trained without one at its perplexity (Xiao et al. 2023,
+    section 3.2: StreamingLLM). Positions stay those of the text, where StreamingLLM counts them in its cache; so texts
+    may be as long as the model knows positions.
+    """
+
+    type: ClassVar[str] = "sink"
+    count: int
+
+    def __post_init__(self) -> None:
+        check_count(self, "count")
+
+    def visible(self, head, query, key):
+        return (key < self.count) & (query == query)
+
+    @property
+    def summary_keys(self) -> SummaryKeys:
+        return SummaryKeys(FAR, 0, self.count)
+
+    def candidates(self, start, end, stop):
+        return torch.arange(min(self.count, stop))
+
+    def reads(self, query, first, count):
+        return _up_to(self.count, query).expand(len(query), -1)
 
     def last_query(self, key):
         return key * 0 + FAR * self.visible(0, key, key)
@@ -847,6 +883,8 @@ def contains(outer: Pattern, inner: Pattern) -> bool:
     """Does `outer` show whatever `inner` shows? False also where their facts do not say it."""
     if outer == inner or outer.is_full:
         return True
+    if _in_first_keys(outer) and _in_first_keys(inner):
+        return outer.summary_keys.count >= inner.summary_keys.count
     periods = outer.period, inner.period
     if None in periods or inner.interval(0) is None or outer.interval(0) is None:
         return False
@@ -858,6 +896,11 @@ def contains(outer: Pattern, inner: Pattern) -> bool:
     inside = bool(((low <= inner_low) & (inner_high <= high)).all())
     own_only = bool(((inner_low > query - inner.key_step) & (inner_high <= query + inner.key_step)).all())
     return inside and (own_only or inner.key_step % outer.key_step == 0)
+
+
+def _in_first_keys(pattern: Pattern) -> bool:
+    """Does it show the first keys of the sequence and no others?"""
+    return pattern.summary_keys is not None and pattern.summary_keys[:2] == (FAR, 0)
 
 
 @lru_cache(maxsize=64)

@@ -11,6 +11,7 @@ from hf_tfamily.modeling.attention_patterns import (
     Pattern,
     PerHead,
     RandomBlocks,
+    Sink,
     Strided,
     Union,
 )
@@ -26,9 +27,14 @@ EXAMPLES: list[Pattern] = [  # for sequences, with 4 heads
     RandomBlocks(4, 2),
     RandomBlocks(3, 2, seed=5, length=50),
     Block1D(7, 3),
+    Sink(3),
+    Union([Local(5), Sink(2)]),
+    Union([FixedBlock(6), Sink(9)]),
     Union([Local(5), Strided(5)]),
     Union([Local(3), Local(4, dilation=3)]),
     Union([Local(3), RandomBlocks(4, 2), FixedSummary(8, 1)]),
+    Union([Local(3), RandomBlocks(4, 2), Sink(2)]),
     Intersection([Local(9), Strided(2)]),
+    PerHead([Union([Local(5), Sink(1)]), Union([Local(4), Sink(4)])]),
     PerHead([Local(5), Local(3, dilation=4), Strided(5), RandomBlocks(5, 1)]),
 ]

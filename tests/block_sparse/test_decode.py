@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import StaticCache
 
 from hf_tfamily.block_sparse.decode import attend_one, reachable
-from hf_tfamily.block_sparse.interface import attend
+from hf_tfamily.block_sparse.interface import attend_seen
 from hf_tfamily.modeling.attention import VisibleKeys, visible_keys
 from hf_tfamily.modeling.attention_patterns import (
     Block1D,
@@ -18,6 +18,7 @@ from hf_tfamily.modeling.attention_patterns import (
     Intersection,
     Local,
     PerHead,
+    Sink,
     Strided,
     Union,
 )
@@ -82,7 +83,7 @@ def test_equals_dense(pattern):
             seen = visible_keys(pattern, HEADS, hidden, past_length=offset, key_length=ROOM, **given)
             inputs = tensors()
             with NoLook():
-                ours = attend(seen, *inputs, 1.0)[0]
+                ours = attend_seen(seen, *inputs, 1.0)[0]
             torch.testing.assert_close(ours, dense(seen, *inputs), atol=1e-5, rtol=1e-5)
 
 
@@ -103,6 +104,7 @@ def test_gradients_and_lengths_of_a_growing_cache():
         (Strided(128), 32),
         (Union([Local(128), Strided(128)]), 128 + 32),
         (Fixed(128, 8), 128 + 33 * 8),
+        (Union([Local(128), Sink(4)]), 128 + 4),
         (Intersection([Full(), Local(64)]), 64),
     ],
     ids=str,
@@ -119,7 +121,7 @@ def test_a_query_that_sees_nothing_gets_0():
         mask[0, :1] = 1
         seen = visible_keys(pattern, HEADS, torch.empty(BATCH, 1, 1), mask, None, torch.tensor(1), ROOM)
         inputs = tensors()
-        output, _ = attend(seen, *inputs, 1.0)
+        output, _ = attend_seen(seen, *inputs, 1.0)
         assert (output[1] == 0).all()
         torch.testing.assert_close(output, dense(seen, *inputs))
 
@@ -132,7 +134,7 @@ def test_one_graph_for_all_places():
     def step(offset, query, key, value):
         where = {"past_length": offset, "key_length": ROOM}
         seen = (visible_keys(pattern, HEADS, query[..., 0], **where) for pattern in PATTERNS)
-        return [attend(one, query, key, value, 1.0)[0] for one in seen]
+        return [attend_seen(one, query, key, value, 1.0)[0] for one in seen]
 
     inputs = tensors()
     for place in (3, 4, 30):

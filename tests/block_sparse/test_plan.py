@@ -14,6 +14,7 @@ from hf_tfamily.modeling.attention_patterns import (
     Local,
     PerHead,
     RandomBlocks,
+    Sink,
     Strided,
     Union,
 )
@@ -52,6 +53,11 @@ PATTERNS = [
     Block2D(2, 3, 1, 2).bind((7, 8, 2)),
     Block2D(4, 4, 4, 4).bind((8, 8, 2)),
     Union([Local(5), Block2D(2, 3, 1, 2).bind((7, 8, 2))]),
+    Union([Local(9), Sink(20)]),
+    Union([Local(9), FixedBlock(8), Sink(3)]),
+    Union([Sink(2), Local(3), Sink(5)]),
+    Union([Strided(3), Sink(2)]),
+    Union([Fixed(8, 2), Sink(2)]),
 ]
 # (queries, keys, first query, first key)
 EXTENTS = [
@@ -174,6 +180,9 @@ def test_a_band_starts_the_gradients_of_its_keys():
         (Fixed(128, 8, sub_blocks=4), 1.15),
         (Fixed(128, 32, sub_blocks=4), 1.15),
         (PerHead([Local(128), Strided(128)]), 1.3),
+        (Union([Local(128), Sink(4)]), 1.3),
+        (Union([FixedBlock(128), Sink(64)]), 1.05),
+        (Sink(4), 1.0),
     ],
     ids=str,
 )
@@ -197,7 +206,9 @@ def test_scores_computed(pattern, most):
 
 def test_few_parts():
     """The number of parts, each a few kernel calls, does not grow with the length."""
-    for pattern in (Local(128), Strided(128), Union([Local(128), Strided(128)]), PerHead([Local(128), Strided(128)])):
+    window = Local(128)
+    unions = (Union([window, Strided(128)]), PerHead([window, Strided(128)]), Union([window, Sink(4)]))
+    for pattern in (window, Strided(128), *unions):
         counts = []
         for length in (1 << 13, 1 << 15):
             plan = plan_attention(pattern, length, length, num_heads=HEADS, causal=True)

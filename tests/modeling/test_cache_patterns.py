@@ -14,6 +14,7 @@ from hf_tfamily.modeling.attention_patterns import (
     Full,
     Local,
     PerHead,
+    Sink,
     Strided,
     Union,
     pattern_from_dict,
@@ -83,6 +84,7 @@ MIXED = (
     Fixed(8, 2, sub_blocks=2),
     PerHead((Local(5), Strided(4))),
     Union((Local(6), Strided(6))),
+    Union((Local(5), Sink(2))),
 )
 
 
@@ -134,6 +136,8 @@ def decode_once(cache, length, heads=8, dim=2):
         (Fixed(128, 8, sub_blocks=4), 128 + 128 * 8, 128 + 95 * 8),
         (FixedSummary(128, 32), 128 * 32, 96 * 32),
         (Union((Local(128), Strided(128))), 128 * 128, 128 + 95),
+        (Union((Local(124), Sink(4))), 128, 128),
+        (Union((FixedBlock(128), Sink(4))), 132, 132),
         (Full(), 16384, 12288),
     ],
     ids=str,

@@ -23,6 +23,7 @@ from hf_tfamily.modeling.attention_patterns import (
     Pattern,
     PerHead,
     RandomBlocks,
+    Sink,
     Strided,
     Union,
     contains,
@@ -47,6 +48,7 @@ leaves = st.one_of(
     st.just(Full()),
     st.builds(Local, st.integers(1, 12), st.integers(1, 4)),
     st.builds(Strided, small),
+    st.builds(Sink, small),
     st.builds(FixedBlock, small),
     fixed(FixedSummary),
     fixed(Fixed),
@@ -219,6 +221,12 @@ def test_what_is_known_exactly():
     assert contains(Strided(2), Strided(6))
     assert contains(FixedBlock(8), FixedBlock(4))
     assert contains(FixedBlock(8), Local(1))
+    assert contains(Sink(4), Sink(3))
+    assert not contains(Sink(3), Sink(4))
+    assert not contains(FixedSummary(4, 2, sub_blocks=2), FixedSummary(4, 1))
+    assert Sink(3).last_query(2) == FAR
+    assert Sink(3).last_query(3) == 0
+    assert len(Sink(3).candidates(40, 41, 40)) == 3
     assert contains(Block1D(4, 4), FixedBlock(4))
     assert not contains(FixedBlock(8), Local(2))
     assert distances_met(Union([Local(2), Strided(4)]), 10).tolist() == [8, 4, 1, 0]

@@ -1,7 +1,7 @@
 """Attention at the cost of its pattern: the engine behind `attn_implementation="block_sparse"`.
 
 Importing this package registers the attention function, the mask function of stock models and the custom operators,
-here and nowhere else. `attend` is the engine without a model.
+here and nowhere else. `attend` and `attend_varlen` are the engine without a model.
 """
 
 from transformers.masking_utils import AttentionMaskInterface
@@ -9,7 +9,8 @@ from transformers.modeling_utils import AttentionInterface
 
 from ..modeling.attention import BLOCK_SPARSE, SEAM
 from . import cpu, relative
-from .interface import attend, block_sparse_attention_forward
+from .engine import attend, attend_varlen
+from .interface import block_sparse_attention_forward
 from .stock_masks import block_sparse_mask
 from .triton import attention as triton_attention
 from .triton import relative as triton_relative
@@ -24,4 +25,4 @@ for module in (cpu, relative):
 for module in (triton_attention, triton_relative):
     module.register_on("cuda")
 
-__all__ = ["attend", "block_sparse_attention_forward", "block_sparse_mask"]
+__all__ = ["attend", "attend_varlen", "block_sparse_attention_forward", "block_sparse_mask"]

@@ -67,9 +67,9 @@ def block_sparse_attention_forward(
     bias = kwargs.get("position_bias")
     if bias is not None:
         return attend_relative(seen, query, key, value, scaling, bias), None
-    tensors = (tensor.transpose(1, 2) for tensor in _in_one_dtype(query, key, value))
+    tensors = (tensor.transpose(1, 2) for tensor in in_one_dtype(query, key, value))
     sinks = kwargs.get("s_aux")
-    output, lse = attend(seen, *tensors, scaling, return_lse or sinks is not None)
+    output, lse = attend_seen(seen, *tensors, scaling, return_lse or sinks is not None)
     if sinks is not None:
         output, lse = with_sinks(output, lse, sinks)
     return output, lse if return_lse else None
@@ -83,11 +83,11 @@ def _is_window(pattern: Pattern) -> bool:
 def _attend_window(query, key, value, mask, scaling, dropout, *, position_bias, output_attentions=False, **kwargs):
     if output_attentions:
         raise ValueError(f"attn_implementation='{NAME}' does not support output_attentions; use 'eager'.")
-    tensors = _in_one_dtype(query, key, value)
+    tensors = in_one_dtype(query, key, value)
     return window_attention(*tensors, position_bias[0], None if mask is None else mask[:, 0], scaling, dropout)
 
 
-def attend(
+def attend_seen(
     seen: VisibleKeys, query: Tensor, key: Tensor, value: Tensor, scaling: float, with_lse: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """Attention [B, T, H, Dv] of queries [B, T, H, D] to the keys [B, S, Hk, D] that `seen` shows, and if asked for the
@@ -143,7 +143,7 @@ def _is_one_token(seen: VisibleKeys, device: torch.device) -> bool:
 
 def attend_relative(seen: VisibleKeys, query: Tensor, key: Tensor, value: Tensor, scaling: float, bias) -> Tensor:
     """Attention of [B, H, T, D] to keys [B, H, S, D] with scores for their distance -> [B, T, H, D]."""
-    *tensors, relative_key = _in_one_dtype(query, bias.position_query, key, value, bias.relative_key)
+    *tensors, relative_key = in_one_dtype(query, bias.position_query, key, value, bias.relative_key)
     query, position_query, key, value = (tensor.transpose(1, 2) for tensor in tensors)
 
     def execute(queries: Tensors, key: Tensor, value: Tensor, **where) -> Tensors:
@@ -216,7 +216,7 @@ def _seen_by_one(pattern: Pattern, query: int, first_key: int, num_keys: int) ->
     return chosen, query - positions[None, chosen]
 
 
-def _in_one_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
+def in_one_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Under autocast, models mix float32 (rotated queries, say) with the autocast dtype."""
     device = tensors[0].device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):

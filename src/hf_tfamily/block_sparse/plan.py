@@ -8,6 +8,7 @@ its class. `plan_attention` says what an executor runs (cpu.py).
     blocks      intervals that are the query's own block        one block           the same block
     band        windows, own blocks, summaries of those         a chunk             a window around the chunk
     summaries   summary keys in blocks other than the own       some blocks         compact: summary positions only
+    sinks       the first keys, which all queries see           all after a few     the first keys
     runs        queries that all see the same keys              one run             its own; around it, compact
     table       any other union                                 64 queries          compact: the keys they see
 
@@ -26,7 +27,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from ..modeling.attention_patterns import Full, Pattern, contains
+from ..modeling.attention_patterns import FAR, Full, Pattern, Union, contains
 from .parts import ALIGNED, Extent, Group, Part, Tile, Tokens, aligned, mark_writes, parts_of
 
 _CHUNK = 32  # queries of a tile in a band: a window of w keys costs w + 31
@@ -39,12 +40,19 @@ _TABLE_KEYS = 1 << 13  # keys gathered at once
 
 
 class Layout(NamedTuple):
-    """A union that falls apart into views: at most one far leaf (a column or summaries), and the near ones."""
+    """A union that falls apart into views: at most one far leaf (a column, summaries or sinks), and the near ones."""
 
     column: Pattern | None
     summary: Pattern | None
+    sink: Pattern | None
     block: Pattern | None
     local: Pattern | None
+
+    @property
+    def near(self) -> Pattern | None:
+        """What the near leaves show together."""
+        leaves = tuple(leaf for leaf in (self.block, self.local) if leaf)
+        return Union(leaves) if len(leaves) > 1 else next(iter(leaves), None)
 
     def far_sees(self, causal: bool, head, query, key):
         """What the far part shows. Causal summaries leave the query's own block to the near part."""
@@ -71,7 +79,7 @@ def column_tiles(pattern: Pattern, extent: Extent) -> Iterator[Tile]:
             yield from _dense(queries, keys, where[0] - where[1], extent.causal)
             continue
         column = Extent(len(queries), len(keys), *where, extent.causal)
-        for tile in band_tiles(inner, Layout(None, None, None, inner), range(1), column):
+        for tile in band_tiles(inner, Layout(None, None, None, None, inner), range(1), column):
             yield tile._replace(queries=_every(queries, tile.queries), keys=_every(keys, tile.keys))
 
 
@@ -221,6 +229,28 @@ def _trim(mask: torch.Tensor) -> tuple[slice, slice, bool, torch.Tensor | None] 
         return rows, columns, True, None
     columns = slice(columns.start // ALIGNED * ALIGNED, aligned(columns.stop))
     return rows, columns, False, mask[None, :, rows, columns]
+
+
+def sees_some_sinks(layout: Layout, causal: bool) -> range:
+    """The positions of queries that see some of the sinks and others near, or not at all; all later ones see each."""
+    count, near = layout.sink.summary_keys.count, layout.near
+    if near is None:
+        return range(count - 1 if causal else 0)
+    last = near.last_query(torch.arange(count))
+    return range(int(last[0]) + 1 if causal else 0, int(last.max()) + 1)
+
+
+def sink_tiles(layout: Layout, some: range, extent: Extent) -> Iterator[Tile]:
+    """The first keys, for the queries that do not see them near: all of them after the `some` that see a few."""
+    sinks = range(layout.sink.summary_keys.count)
+    keys = extent.keys(sinks.start, sinks.stop)
+    query, key = torch.tensor(some, dtype=torch.long)[:, None], torch.tensor(sinks)
+    mask = (key <= query) if extent.causal else (key == key).expand(len(some), -1)
+    if layout.near:
+        mask = mask & ~layout.near.visible(0, query, key)
+    queries = extent.queries(some.start, some.stop)
+    yield from _cutter(mask[None])(queries, keys, queries.start + extent.first_query - some.start, extent.first_key)
+    yield Tile(extent.queries(some.stop, extent.end_query), keys)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -416,9 +446,15 @@ def _view_groups(pattern: Pattern, heads: range, extent: Extent) -> list[Group] 
         chunk, low, high = window_of(layout, extent.causal)
         if len(mask_heads) * chunk * (high - low) > MAX_MASK:
             return None
-        groups.append(Group(heads, parts_of(band_tiles(pattern, layout, mask_heads, extent))))
+        banded = layout.near if layout.sink else pattern
+        groups.append(Group(heads, parts_of(band_tiles(banded, layout, mask_heads, extent))))
     if layout.summary:
         groups += summary_groups(layout.summary, heads, extent)
+    if layout.sink:
+        some = sees_some_sinks(layout, extent.causal)
+        if len(some) * layout.sink.summary_keys.count > MAX_MASK:
+            return None
+        groups.append(Group(heads, parts_of(sink_tiles(layout, some, extent))))
     return groups
 
 
@@ -435,7 +471,9 @@ def _layout(leaves: list[Pattern]) -> Layout | None:
     if None in kinds or len(kinds) < len(leaves):
         return None
     layout = Layout(*(kinds.get(kind) for kind in Layout._fields))
-    if layout.summary and (layout.column or (layout.block and layout.block.period != layout.summary.period)):
+    if sum(far is not None for far in (layout.column, layout.summary, layout.sink)) > 1:
+        return None
+    if layout.summary and layout.block and layout.block.period != layout.summary.period:
         return None
     return layout
 
@@ -443,7 +481,7 @@ def _layout(leaves: list[Pattern]) -> Layout | None:
 def _kind(leaf: Pattern) -> str | None:
     """Which field of a Layout a leaf is for, by its facts; None if it is for none."""
     if leaf.summary_keys is not None:
-        return "summary"
+        return "summary" if leaf.summary_keys.block < FAR else "sink"
     if leaf.in_columns is not None and leaf.in_columns.is_full:
         return "column"
     if leaf.interval(0) is None or leaf.key_step > 1:
@@ -460,4 +498,6 @@ def _simplify(leaves: Iterable[Pattern], extent: Extent) -> list[Pattern]:
 
 
 def _is_full(leaf: Pattern, extent: Extent) -> bool:
+    if _kind(leaf) == "sink":
+        return leaf.summary_keys.count >= extent.end_key
     return leaf.is_full or (_kind(leaf) == "local" and leaf.reach >= extent.reach)

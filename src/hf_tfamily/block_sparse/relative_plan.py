@@ -15,9 +15,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ..modeling.attention_patterns import (
-    Pattern,
-)
+from ..modeling.attention_patterns import FAR, Pattern
 from .parts import Group, Part, Tokens, aligned, mark_writes
 from .plan import plan_attention
 
@@ -256,5 +254,5 @@ def _phases(part: Part, first: int, tiles: int, count: int) -> Part:
 
 
 def _summary_block(pattern: Pattern) -> int | None:
-    blocks = {part.summary_keys.block for part in pattern.parts if part.summary_keys is not None}
+    blocks = {part.summary_keys.block for part in pattern.parts if part.summary_keys is not None} - {FAR}
     return blocks.pop() if len(blocks) == 1 else None
