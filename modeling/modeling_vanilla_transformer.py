@@ -44,7 +44,7 @@ from .cache_patterns import PatternCache, PatternCacheGenerationMixin
 from .causal_lm import CausalLMHead, label_smoothed_loss, own_smoothing
 from .checks import check_embeddings, check_one_input, check_positions, check_some_token, check_token_ids
 from .configuration_vanilla_transformer import VanillaTransformerConfig
-from .positions import POSITION_SCHEMES, RelativeBiases
+from .positions import POSITION_SCHEMES, RelativeBiases, T5Buckets
 
 
 class FeedForward(nn.Module):
@@ -256,9 +256,10 @@ class VanillaTransformerPreTrainedModel(PatternBackend, PreTrainedModel):
     _can_compile_fullgraph = False
 
     def follows_patterns(self) -> bool:
-        """Not where the scores need a bias, which masks are faster with."""
+        """Not where the scores need a bias that is a tensor, which masks are faster with."""
         patterns = self.config.attention_patterns or getattr(self.config, "decoder_attention_patterns", None)
-        return bool(patterns) and not POSITION_SCHEMES[self.config.position_encoding].biases_scores
+        scheme = POSITION_SCHEMES[self.config.position_encoding]
+        return bool(patterns) and (scheme.as_data or not scheme.biases_scores)
 
     @staticmethod
     def create_masks_for_generate(attention_mask: torch.Tensor | None = None, **kwargs) -> torch.Tensor | None:
@@ -289,6 +290,8 @@ class VanillaTransformerPreTrainedModel(PatternBackend, PreTrainedModel):
             init.uniform_(module.weight, -bound, bound)
         elif isinstance(module, nn.Embedding):
             init.normal_(module.weight, std=factor * module.embedding_dim**-0.5)
+        elif isinstance(module, T5Buckets):
+            init.normal_(module.numbers.weight, std=factor * self.config.hidden_size**-0.5)
         elif isinstance(module, RelativeBiases):
             init.zeros_(module.content)
             init.zeros_(module.position)

@@ -8,7 +8,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 from ..modeling.attention import BLOCK_SPARSE, SEAM
-from . import cpu, relative
+from . import cpu, distance_bias, relative
 from .interface import attend, block_sparse_attention_forward
 from .stock_masks import block_sparse_mask
 from .triton import attention as triton_attention
@@ -19,7 +19,7 @@ block_sparse_attention_forward.version = SEAM
 AttentionInterface.register(BLOCK_SPARSE, block_sparse_attention_forward)
 AttentionMaskInterface.register(BLOCK_SPARSE, block_sparse_mask)
 
-for module in (cpu, relative):
+for module in (cpu, relative, distance_bias):
     module.register_operators()
 for module in (triton_attention, triton_relative):
     module.register_on("cuda")
