@@ -40,55 +40,36 @@ def unrotated(states: torch.Tensor) -> torch.Tensor:
     return states
 
 
-class Rotations(nn.Module):
-    """Positions as rotations of queries and keys; base of the other ways, each of which says what layers are told."""
-
-    def __init__(self, config: RoPEDecoderConfig):
-        super().__init__()
-        self.rotary_emb = RotaryEmbedding(config)
-
-    def forward(self, inputs_embeds, attention_mask, position_ids, past_key_values) -> dict:
-        """The layers' arguments that tell the positions of the new tokens."""
-        position_ids, _ = new_positions(inputs_embeds, attention_mask, position_ids, past_key_values)
-        cos, sin = self.rotary_emb(inputs_embeds, position_ids)
-        return {"position_embeddings": (cos[:, None], sin[:, None])}  # [B, 1, T, R / 2]
+def rotations(model: "RoPEDecoderModel", inputs_embeds, attention_mask, position_ids, past_key_values) -> dict:
+    """The layers' arguments that tell them the positions of new tokens: angles."""
+    position_ids, _ = new_positions(inputs_embeds, attention_mask, position_ids, past_key_values)
+    cos, sin = model.rotary_emb(inputs_embeds, position_ids)
+    return {"position_embeddings": (cos[:, None], sin[:, None])}  # [B, 1, T, R / 2]
 
 
-class NoPositions(nn.Module):
-    """No positions: causality alone tells order (Kazemnejad et al. 2023, arXiv:2305.19466)."""
-
-    def __init__(self, config: RoPEDecoderConfig):
-        super().__init__()
-
-    def forward(self, *said) -> dict:
-        return {}
-
-
-class ScoredDistances(nn.Module):
-    """Positions as a bias on the scores that depends on the head and the distance alone."""
-
-    def __init__(self, config: RoPEDecoderConfig):
-        super().__init__()
-        self.config = config
-        self.scheme = POSITION_SCHEMES[config.position_encoding](config)
-
-    def forward(self, inputs_embeds, attention_mask, position_ids, past_key_values) -> dict:
-        encoding, implementation = self.config.position_encoding, self.config._attn_implementation
-        if implementation not in PATTERN_BACKENDS:
-            raise ValueError(
-                f"attn_implementation={implementation!r} adds no bias to the scores, which position_encoding="
-                f"{encoding!r} needs; use {', '.join(map(repr, PATTERN_BACKENDS))}."
-            )
-        if hasattr(past_key_values, "announce"):
-            raise ValueError(
-                f"position_encoding={encoding!r} needs every past key, which a pattern-aware cache does not keep; pass "
-                "past_key_values=DynamicCache()."
-            )
-        queries, keys = query_and_key_positions(inputs_embeds, attention_mask, position_ids, past_key_values)
-        return {"position_bias": self.scheme.prepare(queries, keys, True, inputs_embeds)}
+def scored_distances(model: "RoPEDecoderModel", inputs_embeds, attention_mask, position_ids, past_key_values) -> dict:
+    """The same as a bias on the scores, which depends on the head and the distance alone."""
+    encoding, implementation = model.config.position_encoding, model.config._attn_implementation
+    if implementation not in PATTERN_BACKENDS:
+        raise ValueError(
+            f"attn_implementation={implementation!r} adds no bias to the scores, which position_encoding={encoding!r} "
+            f"needs; use {', '.join(map(repr, PATTERN_BACKENDS))}."
+        )
+    if hasattr(past_key_values, "announce"):
+        raise ValueError(
+            f"position_encoding={encoding!r} needs every past key, which a pattern-aware cache does not keep; pass "
+            "past_key_values=DynamicCache()."
+        )
+    queries, keys = query_and_key_positions(inputs_embeds, attention_mask, position_ids, past_key_values)
+    return {"position_bias": model.positions.prepare(queries, keys, True, inputs_embeds)}
 
 
-POSITIONS = {"rotary": Rotations, "alibi": ScoredDistances, "t5": ScoredDistances, "none": NoPositions}
+def no_positions(*said) -> dict:
+    """Causality alone tells order (Kazemnejad et al. 2023, arXiv:2305.19466)."""
+    return {}
+
+
+ORDERS = {"rotary": rotations, "alibi": scored_distances, "t5": scored_distances, "none": no_positions}
 
 
 class RoPEDecoderAttention(nn.Module):
@@ -191,7 +172,7 @@ class RoPEDecoderPreTrainedModel(PatternBackend, PreTrainedModel):
 
     @property
     def scores_distances(self) -> bool:
-        return POSITIONS[self.config.position_encoding] is ScoredDistances
+        return ORDERS[self.config.position_encoding] is scored_distances
 
     def create_masks_for_generate(
         self, inputs_embeds, attention_mask=None, past_key_values=None, position_ids=None, **kwargs
@@ -214,7 +195,11 @@ class RoPEDecoderModel(RoPEDecoderPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(RoPEDecoderBlock(config, i) for i in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.positions = POSITIONS[config.position_encoding](config)
+        self.order_of = ORDERS[config.position_encoding]
+        if self.order_of is rotations:
+            self.rotary_emb = RotaryEmbedding(config)
+        else:
+            self.positions = POSITION_SCHEMES[config.position_encoding](config)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -249,7 +234,7 @@ class RoPEDecoderModel(RoPEDecoderPreTrainedModel):
             past_key_values = DynamicCache(config=self.config)
 
         masks = self.make_masks(inputs_embeds, attention_mask, position_ids, past_key_values, "cache" in kwargs)
-        order = self.positions(inputs_embeds, attention_mask, position_ids, past_key_values)
+        order = self.order_of(self, inputs_embeds, attention_mask, position_ids, past_key_values)
         position_ids, _ = new_positions(inputs_embeds, attention_mask, position_ids, past_key_values)
         hidden_states = inputs_embeds
         for layer, mask in zip(self.layers, masks):

@@ -509,11 +509,11 @@ class BiasByDistance(StackOrder):
         length = keys.shape[1]
         lowest = 0 if causal else 1 - length
         distances = torch.arange(length - 1, lowest - 1, -1)
-        bias = DistanceBias(self.table(distances.to(like.device), causal), distances)
+        table = self.table(distances.to(like.device), causal)
         if self.config._attn_implementation == "block_sparse":
-            return bias
+            return DistanceBias(table, distances)
         pairs = (queries[:, :, None] - keys[:, None, :]).clamp(lowest, length - 1)
-        return dense_bias(bias, pairs, 1.0).expand(like.shape[0], -1, -1, -1).to(like.dtype)
+        return table.to(like.dtype)[:, length - 1 - pairs].transpose(0, 1).expand(like.shape[0], -1, -1, -1)
 
 
 def alibi_slopes(num_heads: int, device: torch.device | None = None) -> torch.Tensor:

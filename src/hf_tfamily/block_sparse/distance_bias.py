@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..modeling.attention import VisibleKeys
 from ..modeling.attention_patterns import Pattern
-from ..modeling.positions import DistanceBias, rows_by_distance
+from ..modeling.positions import DistanceBias
 from .cpu import NAMESPACE, OPERATORS, check_inputs, extra_of, prepare, sum_heads, with_lse_gradient
 from .parts import Group, Part, mark_writes
 from .patterns import from_text, to_text
@@ -137,9 +137,9 @@ def check_bias(seen: VisibleKeys, bias: DistanceBias, num_heads: int) -> None:
 
 def at_distances(bias: DistanceBias, distances: Tensor) -> Tensor:
     """The bias [B or 1, H, T, S] at distances [B or 1, H or 1, T, S]; what is not listed gets that of another one."""
-    rows = rows_by_distance(bias.distances.to(distances.device), distances)
-    heads = torch.arange(len(bias.table), device=rows.device)[:, None, None]
-    return bias.table[heads, rows]
+    columns, _ = _columns(bias.distances.to(distances.device), distances)
+    heads = torch.arange(len(bias.table), device=columns.device)[:, None, None]
+    return bias.table[heads, columns]
 
 
 def dense_of(seen: VisibleKeys, bias: DistanceBias) -> Tensor:
