@@ -35,6 +35,8 @@ class VanillaStackConfig(PreTrainedConfig):
         intermediate_size: width d_ff of the feed-forward layers; 4 * hidden_size if None.
         hidden_act: activation of the feed-forward layers.
         norm_first: norms before the branches and at the end of the stack, instead of after the sums as in the paper.
+        layer_bias: give the linear layers and norms of the stack biases, as the paper does.
+        embedding_norm: normalise the embeddings before the first block.
         scale_embedding: multiply token embeddings by the square root of hidden_size (section 3.4).
         position_encoding: how order enters: "sinusoidal" (section 3.5), "learned", "learned_per_layer", "relative"
             (Shaw et al. 2018), "transformer_xl", "rotary", "alibi" (Press et al. 2021), "t5" (Raffel et al. 2019) or
@@ -60,6 +62,8 @@ class VanillaStackConfig(PreTrainedConfig):
     intermediate_size: int | None = None
     hidden_act: str = "relu"
     norm_first: bool = False
+    layer_bias: bool = True
+    embedding_norm: bool = False
     scale_embedding: bool = True
     position_encoding: str = "sinusoidal"
     sinusoid_layout: str = "interleaved"
