@@ -1,11 +1,15 @@
 """A bias by distance in parts: outputs, log-sum-exps and gradients equal to dense attention, the table's among them."""
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from hf_tfamily.block_sparse import cpu, distance_bias, products
-from hf_tfamily.block_sparse.distance_bias import biased_attention, check_distances
+from hf_tfamily.block_sparse import block_sparse_attention_forward, cpu, distance_bias, products
+from hf_tfamily.block_sparse.distance_bias import biased_attention, check_distances, dense_of
 from hf_tfamily.block_sparse.patterns import to_text
+from hf_tfamily.modeling.attention import VisibleKeys, eager_attention_forward, with_padding
 from hf_tfamily.modeling.attention_patterns import (
     Fixed,
     Full,
@@ -15,7 +19,7 @@ from hf_tfamily.modeling.attention_patterns import (
     Strided,
     Union,
 )
-from hf_tfamily.modeling.positions import rows_by_distance
+from hf_tfamily.modeling.positions import DistanceBias, rows_by_distance
 from tests.block_sparse.test_cpu import ROUNDINGS, LargestTensor, poisoned_memory
 from tests.block_sparse.test_plan import EXTENTS, HEADS, PATTERNS
 from tests.reference.attention import dense_mask
@@ -206,3 +210,70 @@ def test_a_distance_that_is_met_must_be_there():
     ):
         with pytest.raises(ValueError, match=r"has no entry for the distance (8|-1|96|499), at which"):
             check_distances(distances, pattern, lowest, 499)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# As models call it
+
+
+def attended(seen, module, tensors, bias):
+    """By the engine, and by eager attention with the bias as a tensor: outputs and log-sum-exps, then gradients."""
+    found = []
+    for attention, mask, position_bias in (
+        (block_sparse_attention_forward, seen, bias),
+        (eager_attention_forward, seen.dense("cpu"), dense_of(seen, bias)),
+    ):
+        output, lse = attention(module, *tensors, mask, scaling=0.4, position_bias=position_bias, return_lse=True)
+        total = (output * torch.arange(output.numel()).view_as(output).cos()).sum()
+        total = total + (lse.masked_fill(lse.isinf(), 0.0) * 0.3).sum()
+        found.append([output, lse, *torch.autograd.grad(total, (*tensors, bias.table), retain_graph=True)])
+    return zip(*found)
+
+
+@pytest.mark.parametrize("queries", [1, 5])
+@pytest.mark.parametrize("pattern", [Full(), Local(9), PerHead([Local(9), Strided(4)])], ids=str)
+@pytest.mark.parametrize("rows", ["plain", "padded", "heads"])
+def test_decoding(rows, pattern, queries):
+    """One token or a few after a past: plain rows, padded ones, and heads that kept keys of their own."""
+    keys = 20
+    sizes = {"batch_size": 2, "query_length": queries, "key_length": keys, "query_offset": keys - queries}
+    seen = VisibleKeys(pattern, HEADS, True, **sizes, all_places=rows != "heads")
+    if rows == "padded":
+        seen = with_padding(seen, torch.arange(keys) >= torch.tensor([[3], [0]]))
+    if rows == "heads":
+        positions = torch.stack([torch.randperm(30)[:keys] for _ in range(2 * HEADS)]).view(2, HEADS, keys)
+        seen = replace(seen, query_positions=30 + torch.arange(queries).expand(2, -1), key_positions=positions)
+    distances = torch.arange(40)
+    table = torch.randn(HEADS, 40, dtype=torch.float64, requires_grad=True)
+    shapes = [(2, HEADS, queries, 6), (2, 2, keys, 6), (2, 2, keys, 6)]
+    tensors = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    module = SimpleNamespace(training=False, config=SimpleNamespace())
+    for mine, other in attended(seen, module, tensors, DistanceBias(table, distances)):
+        torch.testing.assert_close(mine, other, atol=1e-11, rtol=1e-11)
+
+
+def test_beside_sinks():
+    """A sink of score -1e9 changes nothing; others take their share."""
+    seen = VisibleKeys(Local(9), HEADS, True, 2, 12, 12)
+    table, sinks = torch.randn(HEADS, 12, dtype=torch.float64), torch.randn(HEADS, dtype=torch.float64)
+    tensors = [torch.randn(2, HEADS, 12, 6, dtype=torch.float64) for _ in range(3)]
+    module = SimpleNamespace(training=False, config=SimpleNamespace())
+    how = {"scaling": 0.4, "position_bias": DistanceBias(table, torch.arange(12)), "return_lse": True}
+    plain, lse = block_sparse_attention_forward(module, *tensors, seen, **how)
+    far, _ = block_sparse_attention_forward(module, *tensors, seen, **how, s_aux=torch.full_like(sinks, -1e9))
+    torch.testing.assert_close(far, plain)
+    output, _ = block_sparse_attention_forward(module, *tensors, seen, **how, s_aux=sinks)
+    share = lse.exp() / (lse.exp() + sinks.exp()[:, None])
+    torch.testing.assert_close(output, plain * share.transpose(1, 2)[..., None])
+
+
+def test_a_bias_that_does_not_fit_is_refused():
+    seen = VisibleKeys(Full(), HEADS, True, 1, 6, 6)
+    tensors, module = [torch.randn(1, HEADS, 6, 4) for _ in range(3)], SimpleNamespace(training=False)
+    module.config = SimpleNamespace()
+    for table, distances, message in (
+        (torch.randn(3, 6), torch.arange(6), r"must be floating point \[4 or 1, 6\]"),
+        (torch.randn(HEADS, 5), torch.arange(5), "no entry for the distance 5, at which"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            block_sparse_attention_forward(module, *tensors, seen, position_bias=DistanceBias(table, distances))
