@@ -312,9 +312,10 @@ def main() -> None:
 
 def added(record: dict, new: dict) -> dict:
     """A record with the runs of another in the place of its own of the same encodings."""
-    encodings = {run["encoding"] for run in new["runs"]}
+    encodings = sorted({run["encoding"] for run in new["runs"]})
     kept = [run for run in record["runs"] if run["encoding"] not in encodings]
-    told = {"command": f"{record['command']}\n{new['command']}", "date": f"{record['date']} and {new['date']}"}
+    dates = f"{record['date']} and {new['date']} ({', '.join(encodings)}: {new['machine']}, {new['versions']})"
+    told = {"command": f"{record['command']}\n{new['command']}", "date": dates}
     return {**record, **told, "seconds": record["seconds"] + new["seconds"], "runs": kept + new["runs"]}
 
 
