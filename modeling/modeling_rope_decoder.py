@@ -29,14 +29,14 @@ from .causal_lm import CausalLMHead
 from .checks import check_embeddings, check_one_input, check_token_ids
 from .classification import SequenceClassificationHead, TokenClassificationHead
 from .configuration_rope_decoder import RoPEDecoderConfig
-from .positions import POSITION_SCHEMES, ROTARY_LAYOUTS, RotaryEmbedding
+from .positions import POSITION_SCHEMES, ROTARY_LAYOUTS, RotaryEmbedding, nothing_seen_is_zero
 
 # Their masks come from `layer_masks`; all others (flash attention, Hub kernels, vLLM) get Transformers' own.
 PATTERN_BACKENDS = ("eager", "sdpa", "flex_attention", "block_sparse")
 
 
-def unrotated(states: torch.Tensor) -> torch.Tensor:
-    """Queries or keys where rotations do not tell their order."""
+def unchanged(states: torch.Tensor, *_) -> torch.Tensor:
+    """Queries and keys that no rotation tells their order, or outputs."""
     return states
 
 
@@ -83,7 +83,9 @@ class RoPEDecoderAttention(nn.Module):
         self.head_dim = config.head_dim
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         self.scaling = config.head_dim**-0.5
-        self.rotate = ROTARY_LAYOUTS[config.rotary_layout] if config.position_encoding == "rotary" else unrotated
+        scored = ORDERS[config.position_encoding] is scored_distances
+        self.rotate = ROTARY_LAYOUTS[config.rotary_layout] if config.position_encoding == "rotary" else unchanged
+        self.collect = nothing_seen_is_zero if scored else unchanged
         query_size = config.num_attention_heads * config.head_dim
         key_size = config.num_key_value_heads * config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.attention_bias)
@@ -114,7 +116,7 @@ class RoPEDecoderAttention(nn.Module):
         output, weights = attention(
             self, query, key, value, attention_mask, scaling=self.scaling, dropout=dropout, **kwargs
         )  # [B, T, H, D]
-        return self.o_proj(output.flatten(2)), weights
+        return self.o_proj(self.collect(output, attention_mask).flatten(2)), weights
 
 
 class RoPEDecoderMLP(nn.Module):

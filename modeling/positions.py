@@ -447,11 +447,16 @@ class BiasedLayerOrder(LayerOrder):
     """Base of schemes with a bias on the scores: what sees nothing gives 0, on every backend."""
 
     def collect(self, output: torch.Tensor, attention_mask: Any, order: Any) -> torch.Tensor:
-        if not isinstance(attention_mask, torch.Tensor):  # flex_attention's own masks hide such rows already
-            return output
-        # With a bias, sdpa averages over hidden keys where there are no others.
-        sees_some = attention_mask.any(dim=-1).transpose(1, 2)  # [B or 1, T, H or 1]
-        return output.masked_fill(~sees_some[..., None], 0.0)
+        return nothing_seen_is_zero(output, attention_mask)
+
+
+def nothing_seen_is_zero(output: torch.Tensor, attention_mask: Any) -> torch.Tensor:
+    """The heads' outputs [B, T, H, D] where scores have a bias: then sdpa averages over hidden keys if there are no
+    others."""
+    if not isinstance(attention_mask, torch.Tensor):  # flex_attention's own masks hide such rows already
+        return output
+    sees_some = attention_mask.any(dim=-1).transpose(1, 2)  # [B or 1, T, H or 1]
+    return output.masked_fill(~sees_some[..., None], 0.0)
 
 
 class ShawInLayer(BiasedLayerOrder):

@@ -9,15 +9,17 @@ from hf_tfamily.modeling.cache_patterns import PatternCache
 from hf_tfamily.modeling.configuration_rope_decoder import POSITION_ENCODINGS, RoPEDecoderConfig
 from hf_tfamily.modeling.modeling_rope_decoder import RoPEDecoderForCausalLM
 from hf_tfamily.modeling.positions import alibi_slopes, t5_buckets
-from tests.modeling.test_rope_decoder import BACKENDS, PATTERNS, TINY, ids
+from tests.modeling.test_rope_decoder import BACKENDS, TINY, ids
+from tests.modeling.test_rope_decoder import PATTERNS as SEEING
 
 register_all()
 
+PATTERNS = {**SEEING, "summaries": {"type": "fixed_summary", "block": 4, "summary": 1}}
 ENCODINGS = ("alibi", "t5", "none")
 SCORED = ("alibi", "t5")
 encodings = pytest.mark.parametrize("encoding", ENCODINGS)
 scored = pytest.mark.parametrize("encoding", SCORED)
-patterns = pytest.mark.parametrize("pattern", PATTERNS)
+patterns = pytest.mark.parametrize("pattern", SEEING)
 
 
 def causal_lm(encoding, pattern="none", implementation="eager", **fields):
@@ -112,6 +114,31 @@ def test_generates_as_without_a_cache(encoding, pattern, implementation):
     slowly = model.generate(prompts, **how, use_cache=False)
     for more in ({}, {"cache_implementation": "static", "disable_compile": True}, {"num_beams": 1}):
         assert torch.equal(model.generate(prompts, **how, **more), slowly)
+
+
+@encodings
+@torch.no_grad()
+def test_queries_that_see_nothing_give_nothing(encoding):
+    """The first positions of a block see no summary yet; whatever the backend, their heads give 0."""
+    for implementation in BACKENDS:
+        model, seen = causal_lm(encoding, "summaries", implementation), []
+        model.model.layers[0].self_attn.o_proj.register_forward_pre_hook(
+            lambda _, args, seen=seen: seen.append(args[0])
+        )
+        with torch.compiler.set_stance("force_eager"):
+            model(ids(2, 7))
+        assert not seen[0][:, :3].any(), implementation
+        assert seen[0][:, 3:].any(dim=-1).all()
+
+
+@pytest.mark.parametrize("pattern", ["none", "layers"])
+@pytest.mark.parametrize("implementation", ["sdpa", "block_sparse"])
+@scored
+def test_compiles_without_graph_breaks(encoding, implementation, pattern):
+    torch._dynamo.reset()
+    model, inputs = causal_lm(encoding, pattern, implementation), ids(2, 7)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(inputs, labels=inputs).loss, model(inputs, labels=inputs).loss)
 
 
 @pytest.mark.parametrize("implementation", BACKENDS)

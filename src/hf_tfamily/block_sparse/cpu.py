@@ -455,10 +455,15 @@ def _sum(biases: tuple[Tensor, ...]) -> Tensor | None:
 
 
 def _forward_fake(query, key, value, key_valid, pattern, causal, scale, q_offset, kv_offset):
-    if torch.onnx.is_in_onnx_export():
-        raise ValueError("attn_implementation='block_sparse' has no form in ONNX; export under 'sdpa' or 'eager'.")
+    refuse_onnx()
     output = query.new_empty((*query.shape[:3], value.shape[3]))
     return output, query.new_empty(query.shape[:3], dtype=wide(query.dtype))
+
+
+def refuse_onnx() -> None:
+    """Raise ValueError while a model is traced for ONNX."""
+    if torch.onnx.is_in_onnx_export():
+        raise ValueError("attn_implementation='block_sparse' has no form in ONNX; export under 'sdpa' or 'eager'.")
 
 
 def _backward_fake(grad_output, query, key, value, *_):

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..modeling.attention import VisibleKeys
 from ..modeling.attention_patterns import Pattern
 from ..modeling.positions import DistanceBias
-from .cpu import NAMESPACE, OPERATORS, check_inputs, extra_of, prepare, sum_heads, with_lse_gradient
+from .cpu import NAMESPACE, OPERATORS, check_inputs, extra_of, prepare, refuse_onnx, sum_heads, with_lse_gradient
 from .parts import Group, Part, mark_writes
 from .patterns import from_text, to_text
 from .plan import Plan, plan_attention
@@ -357,6 +357,7 @@ class _LookedUpBias:
 
 
 def _forward_fake(query, key, value, *_):
+    refuse_onnx()
     output = query.new_empty((*query.shape[:3], value.shape[3]))
     return output, query.new_empty(query.shape[:3], dtype=wide(query.dtype))
 
