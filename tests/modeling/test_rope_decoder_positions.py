@@ -11,6 +11,7 @@ from hf_tfamily.modeling.modeling_rope_decoder import RoPEDecoderForCausalLM
 from hf_tfamily.modeling.positions import alibi_slopes, t5_buckets
 from tests.modeling.test_rope_decoder import BACKENDS, TINY, ids
 from tests.modeling.test_rope_decoder import PATTERNS as SEEING
+from tests.reference.vanilla_transformer import bucket, slope
 
 register_all()
 
@@ -42,6 +43,25 @@ def padded_batch():
     mask[0, :4] = 0
     mask[1, 17:] = 0
     return {"input_ids": ids(2, 21), "attention_mask": mask}
+
+
+@scored
+@torch.no_grad()
+def test_the_bias_restated_in_loops(encoding):
+    """What all layers get is the papers' bias for each head, query and key; after a past too."""
+    model, told = causal_lm(encoding).double(), []
+    attention = model.model.layers[1].self_attn
+    attention.register_forward_pre_hook(lambda _, args, kwargs: told.append(kwargs["position_bias"]), with_kwargs=True)
+    cache, inputs = DynamicCache(), ids(1, 30)
+    for start, end in ((0, 25), (25, 30)):
+        model(inputs[:, start:end], past_key_values=cache, use_cache=True)
+        for i in range(start, end):
+            for j in range(i + 1):
+                for head in range(4):
+                    expected = -slope(head + 1, 4) * (i - j)
+                    if encoding == "t5":
+                        expected = model.model.positions.numbers.weight[bucket(i, j, True, model.config), head]
+                    assert abs(told[-1][0, head, i - start, j] - expected) < 1e-12
 
 
 @patterns
@@ -122,9 +142,8 @@ def test_queries_that_see_nothing_give_nothing(encoding):
     """The first positions of a block see no summary yet; whatever the backend, their heads give 0."""
     for implementation in BACKENDS:
         model, seen = causal_lm(encoding, "summaries", implementation), []
-        model.model.layers[0].self_attn.o_proj.register_forward_pre_hook(
-            lambda _, args, seen=seen: seen.append(args[0])
-        )
+        layer = model.model.layers[0].self_attn.o_proj
+        layer.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
         with torch.compiler.set_stance("force_eager"):
             model(ids(2, 7))
         assert not seen[0][:, :3].any(), implementation
