@@ -33,6 +33,18 @@ def check_not_negative(config, *names: str) -> None:
             raise ValueError(f"{name} must be at least 0, got {getattr(config, name)}.")
 
 
+def check_buckets(config) -> None:
+    """Raise ValueError unless there are buckets of distances for "t5" on both sides, and distances for all of them."""
+    buckets, farthest = config.relative_attention_num_buckets, config.relative_attention_max_distance
+    if buckets < 4 or buckets % 2:
+        raise ValueError(f"relative_attention_num_buckets must be even and at least 4, got {buckets}.")
+    if farthest <= buckets // 2:
+        raise ValueError(
+            f"relative_attention_max_distance={farthest} must be more than half of "
+            f"relative_attention_num_buckets={buckets}, which hold a distance each."
+        )
+
+
 def check_heads_divide(config, instead: str | None = "head_dim") -> None:
     """hidden_size is dealt out evenly to the heads; `instead` is the field that gives their size otherwise."""
     if config.hidden_size % config.num_attention_heads:

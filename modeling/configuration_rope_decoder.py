@@ -7,9 +7,10 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 
 from .attention_patterns import check_known, check_patterns, nearest
-from .checks import check_heads_divide, check_left_out, check_probabilities, check_sizes
+from .checks import check_buckets, check_heads_divide, check_left_out, check_probabilities, check_sizes
 
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
+POSITION_ENCODINGS = ("rotary", "alibi", "t5", "none")
 LAYOUTS = ("half", "interleaved")
 
 
@@ -31,6 +32,10 @@ class RoPEDecoderConfig(PreTrainedConfig):
         max_position_embeddings: length the model is trained for. Longer input is allowed: see rope_parameters.
         rope_parameters: the rotary positions, as Transformers has them: `rope_type` (default, linear, dynamic, yarn,
             llama3, longrope), `rope_theta`, `partial_rotary_factor`, and what the type needs.
+        position_encoding: how order enters: "rotary"; "alibi" (Press et al. 2021, arXiv:2108.12409) or "t5" (Raffel et
+            al. 2019, arXiv:1910.10683), which add to the scores what depends on the distance alone; or "none".
+        relative_attention_num_buckets: number of learned numbers a head that "t5" positions have, shared by all layers.
+        relative_attention_max_distance: distance from which on all are alike to "t5" positions.
         rotary_layout: which dimensions make a pair: "half" (i and i + D/2: GPT-NeoX, Llama) or "interleaved" (2i and
             2i + 1: RoFormer, GPT-J).
         attention_patterns: which earlier positions a layer sees: one pattern dict, or a list of them cycled over the
@@ -70,6 +75,9 @@ class RoPEDecoderConfig(PreTrainedConfig):
     head_dim: int | None = None
     hidden_act: str = "silu"
     max_position_embeddings: int = 2048
+    position_encoding: str = "rotary"
+    relative_attention_num_buckets: int = 32
+    relative_attention_max_distance: int = 128
     rope_parameters: RopeParameters | dict | None = None
     rotary_layout: str = "half"
     attention_patterns: dict[str, Any] | list[dict[str, Any]] | None = None
@@ -109,6 +117,8 @@ class RoPEDecoderConfig(PreTrainedConfig):
                 f"num_attention_heads={self.num_attention_heads}."
             )
         check_probabilities(self, "attention_dropout", "classifier_dropout")
+        check_known(self, "position_encoding", POSITION_ENCODINGS)
+        check_buckets(self)
 
     def validate_rotary(self):
         """The rotary positions are of a known kind and turn a whole number of pairs."""

@@ -12,7 +12,6 @@ class VanillaEncoderConfig(VanillaStackConfig):
 
     Args:
         type_vocab_size: number of token types, whose embeddings are added to those of the tokens; 0 for none.
-        embedding_norm: normalise the embeddings before the first block.
         classifier_dropout: dropout before the classification layer.
 
     All other fields are those of VanillaTransformerConfig that are no decoder's.

@@ -7,9 +7,19 @@ from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 
 from .attention_patterns import check_known, check_patterns
-from .checks import check_heads_divide, check_left_out, check_not_negative, check_probabilities, check_sizes
+from .checks import (
+    check_buckets,
+    check_heads_divide,
+    check_left_out,
+    check_not_negative,
+    check_probabilities,
+    check_sizes,
+)
 
-POSITION_ENCODINGS = ("sinusoidal", "learned", "learned_per_layer", "relative", "transformer_xl", "rotary", "none")
+POSITION_ENCODINGS = (
+    *("sinusoidal", "learned", "learned_per_layer", "relative", "transformer_xl", "rotary"),
+    *("alibi", "t5", "none"),
+)
 SINUSOID_LAYOUTS = ("interleaved", "halves")
 
 
@@ -25,12 +35,17 @@ class VanillaStackConfig(PreTrainedConfig):
         intermediate_size: width d_ff of the feed-forward layers; 4 * hidden_size if None.
         hidden_act: activation of the feed-forward layers.
         norm_first: norms before the branches and at the end of the stack, instead of after the sums as in the paper.
+        layer_bias: give the linear layers and norms of the stack biases, as the paper does.
+        embedding_norm: normalise the embeddings before the first block.
         scale_embedding: multiply token embeddings by the square root of hidden_size (section 3.4).
         position_encoding: how order enters: "sinusoidal" (section 3.5), "learned", "learned_per_layer", "relative"
-            (Shaw et al. 2018), "transformer_xl", "rotary" or "none".
+            (Shaw et al. 2018), "transformer_xl", "rotary", "alibi" (Press et al. 2021), "t5" (Raffel et al. 2019) or
+            "none".
         sinusoid_layout: "interleaved" sines and cosines as in the paper, or in "halves" as in Marian.
         max_position_embeddings: number of learned positions. The other encodings have no longest sequence.
         max_relative_position: distance k from which on all are alike to "relative" positions.
+        relative_attention_num_buckets: number of learned numbers a head that "t5" positions have, in each stack.
+        relative_attention_max_distance: distance from which on all are alike to "t5" positions.
         attention_patterns: which tokens self-attention sees: one pattern dict, or a list of them cycled over the
             layers; all tokens if None.
         dropout: dropout of embeddings and at the end of each branch (section 5.4).
@@ -47,11 +62,15 @@ class VanillaStackConfig(PreTrainedConfig):
     intermediate_size: int | None = None
     hidden_act: str = "relu"
     norm_first: bool = False
+    layer_bias: bool = True
+    embedding_norm: bool = False
     scale_embedding: bool = True
     position_encoding: str = "sinusoidal"
     sinusoid_layout: str = "interleaved"
     max_position_embeddings: int = 1024
     max_relative_position: int = 16
+    relative_attention_num_buckets: int = 32
+    relative_attention_max_distance: int = 128
     attention_patterns: dict[str, Any] | list[dict[str, Any]] | None = None
     dropout: float | int = 0.1
     attention_dropout: float | int = 0.0
@@ -73,6 +92,7 @@ class VanillaStackConfig(PreTrainedConfig):
         sizes = "vocab_size hidden_size num_hidden_layers num_attention_heads intermediate_size "
         check_sizes(self, *(sizes + "max_position_embeddings max_relative_position").split())
         check_heads_divide(self, instead=None)
+        check_buckets(self)
 
     def validate_numbers(self):
         """Dropouts are probabilities below 1, and the other numbers are not negative."""

@@ -1,8 +1,8 @@
 """RoPE decoder: rotary positions, RMSNorm, gated feed-forward layers, grouped heads.
 
 The decoder of Llama (Touvron et al. 2023, arXiv:2302.13971) with the rotary positions of RoFormer (Su et al. 2021,
-arXiv:2104.09864); any layer may follow an attention pattern. `hf-tfamily convert` turns checkpoints of stock classes
-into this one and back.
+arXiv:2104.09864), or with other positions or none in their place; any layer may follow an attention pattern.
+`hf-tfamily convert` turns checkpoints of stock classes into this one and back.
 
 Shapes: B batch, T new tokens, H query heads, Hk key heads, D head dim, R rotated dimensions of D.
 """
@@ -22,17 +22,54 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention import PatternBackend, eager_attention_forward, layer_masks, new_positions
+from .attention import PatternBackend, eager_attention_forward, layer_masks, new_positions, query_and_key_positions
 from .attention_patterns import Full, patterns_for_layers
 from .cache_patterns import PatternCacheGenerationMixin
 from .causal_lm import CausalLMHead
 from .checks import check_embeddings, check_one_input, check_token_ids
 from .classification import SequenceClassificationHead, TokenClassificationHead
 from .configuration_rope_decoder import RoPEDecoderConfig
-from .positions import ROTARY_LAYOUTS, RotaryEmbedding
+from .positions import POSITION_SCHEMES, ROTARY_LAYOUTS, RotaryEmbedding, nothing_seen_is_zero
 
 # Their masks come from `layer_masks`; all others (flash attention, Hub kernels, vLLM) get Transformers' own.
 PATTERN_BACKENDS = ("eager", "sdpa", "flex_attention", "block_sparse")
+
+
+def unchanged(states: torch.Tensor, *_) -> torch.Tensor:
+    """Queries and keys that no rotation tells their order, or outputs."""
+    return states
+
+
+def rotations(model: "RoPEDecoderModel", inputs_embeds, attention_mask, position_ids, past_key_values) -> dict:
+    """The layers' arguments that tell them the positions of new tokens: angles."""
+    position_ids, _ = new_positions(inputs_embeds, attention_mask, position_ids, past_key_values)
+    cos, sin = model.rotary_emb(inputs_embeds, position_ids)
+    return {"position_embeddings": (cos[:, None], sin[:, None])}  # [B, 1, T, R / 2]
+
+
+def scored_distances(model: "RoPEDecoderModel", inputs_embeds, attention_mask, position_ids, past_key_values) -> dict:
+    """The same as a bias on the scores, which depends on the head and the distance alone."""
+    encoding, implementation = model.config.position_encoding, model.config._attn_implementation
+    if implementation not in PATTERN_BACKENDS:
+        raise ValueError(
+            f"attn_implementation={implementation!r} adds no bias to the scores, which position_encoding={encoding!r} "
+            f"needs; use {', '.join(map(repr, PATTERN_BACKENDS))}."
+        )
+    if hasattr(past_key_values, "announce"):
+        raise ValueError(
+            f"position_encoding={encoding!r} needs every past key, which a pattern-aware cache does not keep; pass "
+            "past_key_values=DynamicCache()."
+        )
+    queries, keys = query_and_key_positions(inputs_embeds, attention_mask, position_ids, past_key_values)
+    return {"position_bias": model.positions.prepare(queries, keys, True, inputs_embeds)}
+
+
+def no_positions(*said) -> dict:
+    """Causality alone tells order (Kazemnejad et al. 2023, arXiv:2305.19466)."""
+    return {}
+
+
+ORDERS = {"rotary": rotations, "alibi": scored_distances, "t5": scored_distances, "none": no_positions}
 
 
 class RoPEDecoderAttention(nn.Module):
@@ -46,7 +83,9 @@ class RoPEDecoderAttention(nn.Module):
         self.head_dim = config.head_dim
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         self.scaling = config.head_dim**-0.5
-        self.rotate = ROTARY_LAYOUTS[config.rotary_layout]
+        scored = ORDERS[config.position_encoding] is scored_distances
+        self.rotate = ROTARY_LAYOUTS[config.rotary_layout] if config.position_encoding == "rotary" else unchanged
+        self.collect = nothing_seen_is_zero if scored else unchanged
         query_size = config.num_attention_heads * config.head_dim
         key_size = config.num_key_value_heads * config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.attention_bias)
@@ -58,7 +97,7 @@ class RoPEDecoderAttention(nn.Module):
         self,
         hidden_states: torch.Tensor,
         attention_mask,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        position_embeddings: tuple[torch.Tensor, ...] = (),
         past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -77,7 +116,7 @@ class RoPEDecoderAttention(nn.Module):
         output, weights = attention(
             self, query, key, value, attention_mask, scaling=self.scaling, dropout=dropout, **kwargs
         )  # [B, T, H, D]
-        return self.o_proj(output.flatten(2)), weights
+        return self.o_proj(self.collect(output, attention_mask).flatten(2)), weights
 
 
 class RoPEDecoderMLP(nn.Module):
@@ -133,10 +172,17 @@ class RoPEDecoderPreTrainedModel(PatternBackend, PreTrainedModel):
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": RoPEDecoderBlock, "attentions": RoPEDecoderAttention}
 
+    @property
+    def scores_distances(self) -> bool:
+        return ORDERS[self.config.position_encoding] is scored_distances
+
     def create_masks_for_generate(
         self, inputs_embeds, attention_mask=None, past_key_values=None, position_ids=None, **kwargs
-    ) -> dict:
-        """Each layer's mask, made outside the step that `generate` compiles for a static cache."""
+    ) -> dict | torch.Tensor | None:
+        """Each layer's mask, made outside the step that `generate` compiles for a static cache; where distances are
+        scored, the padding mask, which says how far tokens lie apart."""
+        if self.scores_distances:
+            return attention_mask
         masks = self.base_model.make_masks(inputs_embeds, attention_mask, position_ids, past_key_values)
         return dict(enumerate(masks))
 
@@ -151,7 +197,11 @@ class RoPEDecoderModel(RoPEDecoderPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(RoPEDecoderBlock(config, i) for i in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.rotary_emb = RotaryEmbedding(config)
+        self.order_of = ORDERS[config.position_encoding]
+        if self.order_of is rotations:
+            self.rotary_emb = RotaryEmbedding(config)
+        else:
+            self.positions = POSITION_SCHEMES[config.position_encoding](config)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -186,17 +236,16 @@ class RoPEDecoderModel(RoPEDecoderPreTrainedModel):
             past_key_values = DynamicCache(config=self.config)
 
         masks = self.make_masks(inputs_embeds, attention_mask, position_ids, past_key_values, "cache" in kwargs)
+        order = self.order_of(self, inputs_embeds, attention_mask, position_ids, past_key_values)
         position_ids, _ = new_positions(inputs_embeds, attention_mask, position_ids, past_key_values)
-        cos, sin = self.rotary_emb(inputs_embeds, position_ids)
-        position_embeddings = cos[:, None], sin[:, None]  # [B, 1, T, R / 2]
         hidden_states = inputs_embeds
         for layer, mask in zip(self.layers, masks):
             hidden_states = layer(
                 hidden_states,
                 mask,
                 past_key_values=past_key_values,
-                position_embeddings=position_embeddings,
                 position_ids=position_ids,
+                **order,
                 **kwargs,
             )
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
@@ -232,7 +281,16 @@ class RoPEDecoderForCausalLM(CausalLMHead, RoPEDecoderPreTrainedModel, PatternCa
         super().__init__(config)
         self.model = RoPEDecoderModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self._can_compile_fullgraph = not self.scores_distances  # whose length is looked at
         self.post_init()
+
+    def obstacle_to_paging(self) -> str | None:
+        if self.scores_distances:
+            return f"keeps no distances, which position_encoding={self.config.position_encoding!r} scores"
+        return super().obstacle_to_paging()
+
+    def new_pattern_cache(self) -> Cache | None:
+        return None if self.scores_distances else super().new_pattern_cache()
 
 
 class RoPEDecoderForSequenceClassification(SequenceClassificationHead, RoPEDecoderPreTrainedModel):

@@ -45,8 +45,6 @@ class VanillaEncoderModel(VanillaTransformerStack, VanillaEncoderPreTrainedModel
         blocks = [VanillaTransformerEncoderBlock(config, i) for i in range(config.num_hidden_layers)]
         super().__init__(config, config.vocab_size, config.attention_patterns, blocks)
         self.embed_types = nn.Embedding(config.type_vocab_size, config.hidden_size) if config.type_vocab_size else None
-        norm = nn.LayerNorm if config.embedding_norm else nn.Identity
-        self.embedding_norm = norm(config.hidden_size, eps=config.layer_norm_eps)
         self.post_init()
 
     @merge_with_config_defaults

@@ -44,7 +44,7 @@ from .cache_patterns import PatternCache, PatternCacheGenerationMixin
 from .causal_lm import CausalLMHead, label_smoothed_loss, own_smoothing
 from .checks import check_embeddings, check_one_input, check_positions, check_some_token, check_token_ids
 from .configuration_vanilla_transformer import VanillaTransformerConfig
-from .positions import POSITION_SCHEMES, RelativeBiases
+from .positions import POSITION_SCHEMES, RelativeBiases, T5Buckets
 
 
 class FeedForward(nn.Module):
@@ -52,13 +52,18 @@ class FeedForward(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.layer_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.layer_bias)
         self.act_fn = ACT2FN[config.hidden_act]
         self.dropout = nn.Dropout(config.activation_dropout)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.down_proj(self.dropout(self.act_fn(self.up_proj(hidden_states))))
+
+
+def layer_norm(config) -> nn.LayerNorm:
+    """A norm of a stack."""
+    return nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps, bias=config.layer_bias)
 
 
 class PostNorm(nn.Module):
@@ -69,7 +74,7 @@ class PostNorm(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.norm = layer_norm(config)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, hidden_states: torch.Tensor, sublayer: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
@@ -90,7 +95,7 @@ def residual_connection(config) -> PostNorm:
 
 def final_norm(config) -> nn.Module:
     """What ends a stack: sums that were never normalised are normalised here."""
-    return nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if config.norm_first else nn.Identity()
+    return layer_norm(config) if config.norm_first else nn.Identity()
 
 
 class MultiHeadAttention(nn.Module):
@@ -103,10 +108,10 @@ class MultiHeadAttention(nn.Module):
         self.is_causal = is_causal
         self.head_dim = config.hidden_size // config.num_attention_heads
         self.scaling = self.head_dim**-0.5
-        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.layer_bias)
+        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.layer_bias)
+        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.layer_bias)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.layer_bias)
         self.positions = POSITION_SCHEMES[config.position_encoding if order else "none"].layer(config)
 
     def forward(
@@ -256,9 +261,10 @@ class VanillaTransformerPreTrainedModel(PatternBackend, PreTrainedModel):
     _can_compile_fullgraph = False
 
     def follows_patterns(self) -> bool:
-        """Not where the scores need a bias, which masks are faster with."""
+        """Not where the scores need a bias that is a tensor, which masks are faster with."""
         patterns = self.config.attention_patterns or getattr(self.config, "decoder_attention_patterns", None)
-        return bool(patterns) and not POSITION_SCHEMES[self.config.position_encoding].biases_scores
+        scheme = POSITION_SCHEMES[self.config.position_encoding]
+        return bool(patterns) and (scheme.as_data or not scheme.biases_scores)
 
     @staticmethod
     def create_masks_for_generate(attention_mask: torch.Tensor | None = None, **kwargs) -> torch.Tensor | None:
@@ -289,6 +295,8 @@ class VanillaTransformerPreTrainedModel(PatternBackend, PreTrainedModel):
             init.uniform_(module.weight, -bound, bound)
         elif isinstance(module, nn.Embedding):
             init.normal_(module.weight, std=factor * module.embedding_dim**-0.5)
+        elif isinstance(module, T5Buckets):
+            init.normal_(module.numbers.weight, std=factor * self.config.hidden_size**-0.5)
         elif isinstance(module, RelativeBiases):
             init.zeros_(module.content)
             init.zeros_(module.position)
@@ -305,6 +313,7 @@ class VanillaTransformerStack(VanillaTransformerPreTrainedModel):
         self.embed_tokens = nn.Embedding(vocab_size, config.hidden_size)
         self.embed_scale = config.hidden_size**0.5 if config.scale_embedding else 1.0
         self.positions = POSITION_SCHEMES[config.position_encoding](config)
+        self.embedding_norm = layer_norm(config) if config.embedding_norm else nn.Identity()
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(blocks)
         self.norm = final_norm(config)
@@ -375,7 +384,7 @@ class VanillaTransformerEncoder(VanillaTransformerStack):
         embeddings = self.token_embeddings(input_ids, inputs_embeds)
         check_some_token(attention_mask)
         hidden_states, masks, order = self.prepare(embeddings, attention_mask)
-        hidden_states = self.dropout(hidden_states)
+        hidden_states = self.dropout(self.embedding_norm(hidden_states))
         for layer, mask in zip(self.layers, masks):
             hidden_states = layer(hidden_states, mask, order=order, **kwargs)
         return BaseModelOutput(last_hidden_state=self.norm(hidden_states))
@@ -437,7 +446,7 @@ class VanillaTransformerDecoder(VanillaTransformerStack):
 
         said = (attention_mask, position_ids, own_past)
         hidden_states, masks, order = self.prepare(embeddings, *said, paged="cache" in kwargs)
-        hidden_states = self.dropout(hidden_states)
+        hidden_states = self.dropout(self.embedding_norm(hidden_states))
         cross_mask = None
         if encoder_hidden_states is not None:
             cross_mask = cross_attention_mask(self.config, embeddings, encoder_hidden_states, encoder_attention_mask)

@@ -9,6 +9,7 @@ that come first, of which models that know order in one way alone take what they
 Shapes: B batch, H heads, T queries, S keys, D head dim, L distances.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -336,10 +337,12 @@ class StackOrder(nn.Module):
         layer: the layer's half.
         num_positions: how many positions there are; None for no limit.
         biases_scores: the layer's half adds a bias to the scores.
+        as_data: that bias reaches block_sparse as data, which computes it; other biases are tensors, which it refuses.
     """
 
     layer: type[LayerOrder] = LayerOrder
     biases_scores = False
+    as_data = False
     num_positions: int | None = None
 
     def __init__(self, config):
@@ -444,11 +447,16 @@ class BiasedLayerOrder(LayerOrder):
     """Base of schemes with a bias on the scores: what sees nothing gives 0, on every backend."""
 
     def collect(self, output: torch.Tensor, attention_mask: Any, order: Any) -> torch.Tensor:
-        if not isinstance(attention_mask, torch.Tensor):  # flex_attention's own masks hide such rows already
-            return output
-        # With a bias, sdpa averages over hidden keys where there are no others.
-        sees_some = attention_mask.any(dim=-1).transpose(1, 2)  # [B or 1, T, H or 1]
-        return output.masked_fill(~sees_some[..., None], 0.0)
+        return nothing_seen_is_zero(output, attention_mask)
+
+
+def nothing_seen_is_zero(output: torch.Tensor, attention_mask: Any) -> torch.Tensor:
+    """The heads' outputs [B, T, H, D] where scores have a bias: then sdpa averages over hidden keys if there are no
+    others."""
+    if not isinstance(attention_mask, torch.Tensor):  # flex_attention's own masks hide such rows already
+        return output
+    sees_some = attention_mask.any(dim=-1).transpose(1, 2)  # [B or 1, T, H or 1]
+    return output.masked_fill(~sees_some[..., None], 0.0)
 
 
 class ShawInLayer(BiasedLayerOrder):
@@ -477,6 +485,95 @@ class ShawInLayer(BiasedLayerOrder):
     def of_all(self, vectors: nn.Embedding, like: torch.Tensor) -> torch.Tensor:
         """[2k + 1, D], those of all clipped distances."""
         return vectors(torch.arange(self.num_distances, device=like.device))
+
+
+class BiasInLayer(BiasedLayerOrder):
+    """The stack's bias on the scores, which all layers share."""
+
+    def relate(self, query, value, order: "torch.Tensor | DistanceBias", scaling: float):
+        return query, value, order
+
+
+class BiasByDistance(StackOrder):
+    """Base of schemes whose bias depends on the head and the distance alone: data for block_sparse, else a tensor."""
+
+    layer = BiasInLayer
+    biases_scores = True
+    as_data = True
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.config = config
+
+    def table(self, distances: torch.Tensor, causal: bool) -> torch.Tensor:
+        """[H, L], the bias at each of the distances [L]."""
+        raise NotImplementedError
+
+    def prepare(self, queries, keys, causal, like) -> torch.Tensor | DistanceBias:
+        """The bias of all distances that S keys can have, or [B, H, T, S]."""
+        length = keys.shape[1]
+        lowest = 0 if causal else 1 - length
+        distances = torch.arange(length - 1, lowest - 1, -1)
+        table = self.table(distances.to(like.device), causal)
+        if self.config._attn_implementation == "block_sparse":
+            return DistanceBias(table, distances)
+        pairs = (queries[:, :, None] - keys[:, None, :]).clamp(lowest, length - 1)
+        return table.to(like.dtype)[:, length - 1 - pairs].transpose(0, 1).expand(like.shape[0], -1, -1, -1)
+
+
+def alibi_slopes(num_heads: int, device: torch.device | None = None) -> torch.Tensor:
+    """[H], 2^(-8i / H) for the i-th head from 1 (Press et al. 2021, arXiv:2108.12409, section 3).
+
+    Where H is no power of two, as in the authors' code: the slopes of the power below it, then every second one of the
+    power above.
+    """
+    power = 2 ** (num_heads.bit_length() - 1)
+    exponents = [8 * i / power for i in range(1, power + 1)]
+    exponents += [8 * i / (2 * power) for i in range(1, 2 * (num_heads - power), 2)]
+    return torch.tensor([2**-exponent for exponent in exponents], device=device)
+
+
+class ALiBi(BiasByDistance):
+    """A penalty of each head's own slope for each token in between (Press et al. 2021, arXiv:2108.12409, section 3).
+
+    Nothing is learned. Where later keys are seen, they are penalised as earlier ones at the same distance.
+    """
+
+    def table(self, distances: torch.Tensor, causal: bool) -> torch.Tensor:
+        return -alibi_slopes(self.config.num_attention_heads, distances.device)[:, None] * distances.abs()
+
+
+def t5_buckets(distances: torch.Tensor, causal: bool, num_buckets: int, max_distance: int) -> torch.Tensor:
+    """The bucket of each distance (Raffel et al. 2019, arXiv:1910.10683, section 2.1).
+
+    Half of the buckets hold one distance each, the others logarithmically more of them up to `max_distance`, from which
+    on all are alike. Unless `causal`, the second half of all is for keys after the query.
+    """
+    later = 0
+    if not causal:
+        num_buckets //= 2
+        later = (distances < 0) * num_buckets
+        distances = distances.abs()
+    exact = num_buckets // 2
+    share = (distances.clamp(min=exact).float() / exact).log() / math.log(max_distance / exact)  # of their logarithms
+    wide = exact + (share * (num_buckets - exact)).long()
+    return later + torch.where(distances < exact, distances, wide.clamp(max=num_buckets - 1))
+
+
+class T5Buckets(BiasByDistance):
+    """A learned number for each head and bucket of distances (Raffel et al. 2019, arXiv:1910.10683, section 2.1).
+
+    As there, all layers of a stack share them, so that the bias is made once a call.
+    """
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.numbers = nn.Embedding(config.relative_attention_num_buckets, config.num_attention_heads)
+
+    def table(self, distances: torch.Tensor, causal: bool) -> torch.Tensor:
+        config = self.config
+        sizes = config.relative_attention_num_buckets, config.relative_attention_max_distance
+        return self.numbers(t5_buckets(distances, causal, *sizes)).T
 
 
 class Shaw(StackOrder):
@@ -540,5 +637,7 @@ POSITION_SCHEMES: dict[str, type[StackOrder]] = {
     "relative": Shaw,
     "transformer_xl": TransformerXLOrder,
     "rotary": Rotary,
+    "alibi": ALiBi,
+    "t5": T5Buckets,
     "none": StackOrder,
 }

@@ -1,4 +1,4 @@
-"""Seven ways of knowing order under the same small decoder, seed and budget, on two tasks.
+"""Nine ways of knowing order under the same small decoder, seed and budget, on two tasks.
 
     python scripts/compare_positions.py --json positions.json --page positions.md --plot positions.png
 
@@ -13,7 +13,7 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from itertools import cycle
@@ -258,6 +258,9 @@ def findings(runs: list[Run], tasks: list[Setting]) -> list[str]:
         f"{when}.",
         f"- Dai et al. 2019: absolute positions do not carry over to longer texts, relative ones do. From {trained} to "
         f"{longest} tokens the bits per byte change by: {others}.",
+        f"- Press et al. 2021: with ALiBi a model trained on short texts reads longer ones no worse. From {trained} to "
+        f"{longest} tokens its bits per byte change by {bits_of['alibi'][longest] - bits_of['alibi'][trained]:+.3f}; "
+        f"T5's buckets by {bits_of['t5'][longest] - bits_of['t5'][trained]:+.3f}.",
     ]
 
 
@@ -292,9 +295,12 @@ def main() -> None:
         parser.add_argument(option, type=Path, metavar="FILE", help=f"write {what} there")
     parser.add_argument("--quick", action="store_true", help="few steps: does it run?")
     parser.add_argument("--runs", type=Path, metavar="FILE", help="what an earlier --json wrote, instead of new runs")
+    parser.add_argument("--add", nargs="+", choices=POSITION_ENCODINGS, default=[], help="run these beside --runs")
     args = parser.parse_args()
     tasks = settings(args.quick)
-    record = json.loads(args.runs.read_text()) if args.runs else compare(tasks)
+    record = json.loads(args.runs.read_text()) if args.runs else compare(tasks, POSITION_ENCODINGS)
+    if args.add:
+        record = added(record, compare(tasks, args.add))
     runs = [Run(**{**kept, "figures": {int(n): f for n, f in kept["figures"].items()}}) for kept in record["runs"]]
     if args.json:
         write(args.json, json.dumps(record, indent=1) + "\n")
@@ -304,11 +310,20 @@ def main() -> None:
         write(args.page, page(runs, tasks, record, args.plot))
 
 
-def compare(tasks: list[Setting]) -> dict:
-    """Every encoding on every task; the runs, and where they were made."""
+def added(record: dict, new: dict) -> dict:
+    """A record with the runs of another in the place of its own of the same encodings."""
+    encodings = sorted({run["encoding"] for run in new["runs"]})
+    kept = [run for run in record["runs"] if run["encoding"] not in encodings]
+    dates = f"{record['date']} and {new['date']} ({', '.join(encodings)}: {new['machine']}, {new['versions']})"
+    told = {"command": f"{record['command']}\n{new['command']}", "date": dates}
+    return {**record, **told, "seconds": record["seconds"] + new["seconds"], "runs": kept + new["runs"]}
+
+
+def compare(tasks: list[Setting], encodings: Iterable[str]) -> dict:
+    """Encodings on every task; the runs, and where they were made."""
     runs, start = [], time.monotonic()
     for setting in tasks:
-        for encoding in POSITION_ENCODINGS:
+        for encoding in encodings:
             runs += [run(setting, encoding, seed) for seed in setting.seeds]
             means = "  ".join(f"{n}: {mean:.3f}" for n, (mean, *_) in summary(runs, setting.name, encoding).items())
             print(f"{time.monotonic() - start:6.0f} s  {setting.name:8}{encoding:20}{means}", flush=True)

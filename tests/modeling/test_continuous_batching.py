@@ -14,6 +14,7 @@ PATTERN = {"type": "local", "window": 4}
 WORKING = [
     ("rope_decoder", {}),
     ("rope_decoder", {"num_key_value_heads": 2}),
+    ("rope_decoder", {"position_encoding": "none"}),
     *(
         ("vanilla_transformer", {"position_encoding": scheme})
         for scheme in ("sinusoidal", "learned", "learned_per_layer", "rotary", "none")
@@ -26,6 +27,8 @@ REFUSED = [
     ("vanilla_transformer", {"decoder_attention_patterns": PATTERN}, "knows no attention patterns"),
     ("vanilla_transformer", {"position_encoding": "relative"}, "position_encoding='relative'"),
     ("vanilla_transformer", {"position_encoding": "transformer_xl"}, "position_encoding='transformer_xl'"),
+    ("vanilla_transformer", {"position_encoding": "alibi"}, "position_encoding='alibi'"),
+    ("rope_decoder", {"position_encoding": "t5"}, "position_encoding='t5'"),
     *((name, {}, "no memory of segments") for name in TINY if TINY[name].recurrent),
 ]
 

@@ -18,10 +18,12 @@ TINY = {
     "num_attention_heads": 4,
     "max_position_embeddings": 64,
     "max_relative_position": 3,
+    "relative_attention_num_buckets": 4,
+    "relative_attention_max_distance": 5,
     "dropout": 0.0,
 }
 encodings = pytest.mark.parametrize("encoding", POSITION_ENCODINGS)
-DISTANCE_ONLY = ("relative", "transformer_xl", "rotary", "none")
+DISTANCE_ONLY = ("relative", "transformer_xl", "rotary", "alibi", "t5", "none")
 
 
 def lively(model):
@@ -43,7 +45,9 @@ def decoder(encoding, implementation="sdpa", **fields):
 
 
 def backends_of(encoding):
-    return ("eager", "sdpa", "flex_attention") + (() if POSITION_SCHEMES[encoding].biases_scores else ("block_sparse",))
+    scheme = POSITION_SCHEMES[encoding]
+    engine = ("block_sparse",) if scheme.as_data or not scheme.biases_scores else ()
+    return ("eager", "sdpa", "flex_attention", *engine)
 
 
 def ids(*shape):
@@ -134,7 +138,7 @@ def test_shaws_unit_values_are_the_weights():
         torch.testing.assert_close(output[..., 8:], weights, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("encoding", ["sinusoidal", "relative", "transformer_xl", "rotary", "none"])
+@pytest.mark.parametrize("encoding", ["sinusoidal", *DISTANCE_ONLY])
 @torch.no_grad()
 def test_there_is_no_longest_text(encoding):
     short = decoder(encoding, max_position_embeddings=4)

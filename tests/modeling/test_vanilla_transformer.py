@@ -34,6 +34,8 @@ TINY = {
     "num_attention_heads": 4,
     "max_position_embeddings": 64,
     "max_relative_position": 3,
+    "relative_attention_num_buckets": 4,
+    "relative_attention_max_distance": 5,
     "dropout": 0.0,
 }
 PATTERNS = {
@@ -72,8 +74,9 @@ def ids(*shape):
 
 
 def backends_of(encoding):
-    biased = POSITION_SCHEMES[encoding].biases_scores
-    return ("eager", "sdpa", "flex_attention") + (() if biased else ("block_sparse",))
+    scheme = POSITION_SCHEMES[encoding]
+    engine = ("block_sparse",) if scheme.as_data or not scheme.biases_scores else ()
+    return ("eager", "sdpa", "flex_attention", *engine)
 
 
 def padded_batch():
@@ -174,7 +177,7 @@ def test_backends_agree(encoding):
 
 
 @patterns
-@pytest.mark.parametrize("encoding", ["sinusoidal", "rotary", "relative", "transformer_xl"])
+@pytest.mark.parametrize("encoding", ["sinusoidal", "rotary", "relative", "transformer_xl", "alibi", "t5"])
 @torch.no_grad()
 def test_backends_agree_under_patterns(pattern, encoding):
     batch = padded_batch()
@@ -259,7 +262,7 @@ def test_padding_changes_no_real_token(encoding, pattern):
         torch.testing.assert_close(found, alone, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("encoding", ["sinusoidal", "relative", "transformer_xl"])
+@pytest.mark.parametrize("encoding", ["sinusoidal", "relative", "transformer_xl", "alibi", "t5"])
 @torch.no_grad()
 def test_queries_that_see_nothing_give_nothing(encoding):
     """The first positions of a block see no summary yet; whatever the backend, their heads give 0."""
@@ -364,7 +367,10 @@ def test_encoder_outputs_may_be_a_tuple():
 
 @pytest.mark.parametrize(
     "encoding",
-    ["transformer_xl", *(pytest.param(name, marks=pytest.mark.slow) for name in ("learned", "relative", "rotary"))],
+    [
+        "transformer_xl",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("learned", "relative", "rotary", "t5")),
+    ],
 )
 def test_compiles_without_graph_breaks(encoding):
     model, source, labels = translator(encoding), ids(2, 6), ids(2, 5)

@@ -25,12 +25,34 @@ def clipped(j: int, i: int, k: int) -> int:
     return max(-k, min(k, j - i)) + k
 
 
+def slope(head: int, num_heads: int) -> float:
+    """m of a head from 1 on: 2^(-8 / n), 2^(-16 / n), ... for n heads (Press et al. 2021, section 3); where n is no
+    power of two, those of the power of two below, then the first, third, ... of twice as many heads."""
+    below = 2 ** math.floor(math.log2(num_heads))
+    if head <= below:
+        return 2 ** (-8 * head / below)
+    return 2 ** (-8 * (2 * (head - below) - 1) / (2 * below))
+
+
+def bucket(i: int, j: int, causal: bool, config) -> int:
+    """Which number the query i has for the key j (Raffel et al. 2019, section 2.1): one a distance at first, then wider
+    and wider ones up to the largest distance; for later keys those behind."""
+    buckets, farthest = config.relative_attention_num_buckets, config.relative_attention_max_distance
+    if not causal:
+        buckets //= 2
+    exact, distance = buckets // 2, abs(i - j)
+    if distance >= exact:
+        share = math.log(distance / exact) / math.log(farthest / exact)
+        distance = min(exact + int(share * (buckets - exact)), buckets - 1)
+    return distance + (buckets if j > i else 0)
+
+
 def linear(layer, vector: torch.Tensor) -> torch.Tensor:
     return layer.weight @ vector + layer.bias
 
 
-def attention(module, queries, keys, causal: bool, encoding: str, config) -> torch.Tensor:
-    """[T, hidden] and [S, hidden] -> [T, hidden], before the residual connection."""
+def attention(module, queries, keys, causal: bool, encoding: str, config, positions=None) -> torch.Tensor:
+    """[T, hidden] and [S, hidden] -> [T, hidden], before the residual connection; `positions` are the stack's own."""
     heads = config.num_attention_heads
     size = config.hidden_size // heads
     rows = []
@@ -54,7 +76,12 @@ def attention(module, queries, keys, causal: bool, encoding: str, config) -> tor
                     score = (q + u) @ k + (q + w) @ distance_key
                 else:
                     score = q @ k
-                scores.append(score / math.sqrt(size))
+                score = score / math.sqrt(size)
+                if encoding == "alibi":
+                    score = score - slope(h + 1, heads) * abs(i - j)
+                elif encoding == "t5":
+                    score = score + positions.numbers.weight[bucket(i, j, causal, config), h]
+                scores.append(score)
                 values.append(v)
             weights = torch.stack(scores).softmax(dim=0)
             outputs.append(sum(w * v for w, v in zip(weights, values)))
@@ -97,7 +124,7 @@ def stack(module, ids: torch.Tensor, causal: bool, encoder_states: torch.Tensor 
         states = connected(
             layer.self_attn_residual,
             states,
-            lambda x, layer=layer: attention(layer.self_attn, x, x, causal, encoding, config),
+            lambda x, layer=layer: attention(layer.self_attn, x, x, causal, encoding, config, module.positions),
             config,
         )
         if encoder_states is not None:

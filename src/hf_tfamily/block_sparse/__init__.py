@@ -8,7 +8,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 from ..modeling.attention import BLOCK_SPARSE, SEAM
-from . import cpu, relative
+from . import cpu, distance_bias, relative
 from .engine import attend, attend_varlen
 from .interface import block_sparse_attention_forward
 from .stock_masks import block_sparse_mask
@@ -20,7 +20,7 @@ block_sparse_attention_forward.version = SEAM
 AttentionInterface.register(BLOCK_SPARSE, block_sparse_attention_forward)
 AttentionMaskInterface.register(BLOCK_SPARSE, block_sparse_mask)
 
-for module in (cpu, relative):
+for module in (cpu, relative, distance_bias):
     module.register_operators()
 for module in (triton_attention, triton_relative):
     module.register_on("cuda")

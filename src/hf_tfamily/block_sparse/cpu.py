@@ -180,14 +180,14 @@ def block_sparse_attention(
     Returns [B, T, H, Dv], with `return_lse` also the log-sum-exp [B, T, H] of each query's scaled scores, in at least
     float32. A query that sees no key gets 0 and -inf, and gives gradient 0. Both can be differentiated once.
     """
-    _check(query, key, value, key_valid)
+    check_inputs(query, key, value, key_valid)
     output, lse = OPERATORS.attention(
         query, key, value, key_valid, to_text(pattern), causal, scale, q_offset, kv_offset
     )
     return (output, lse.masked_fill(lse == float("inf"), float("-inf"))) if return_lse else output
 
 
-def _check(query: Tensor, key: Tensor, value: Tensor, key_valid: Tensor | None) -> None:
+def check_inputs(query: Tensor, key: Tensor, value: Tensor, key_valid: Tensor | None) -> None:
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.dim() != 4 or tensor.dtype != query.dtype:
             raise ValueError(
@@ -225,7 +225,7 @@ def _forward(
     """Output [B, T, H, Dv] and LSE [B, T, H]; the LSE is +inf where a query sees nothing."""
     plan = _plan(query, key, pattern, causal, q_offset, kv_offset)
     kernel = kernel_for(query)
-    q, k, v = _prepare(plan, query, key, value)
+    q, k, v = prepare(plan, query, key, value)
     output = q.new_empty((*q.shape[:3], v.shape[3]))
     lse = q.new_empty(q.shape[:3], dtype=wide(q.dtype))
     if not plan.complete:
@@ -269,12 +269,11 @@ def _backward(
     `grad_lse` [B, T, H], 0 where a query sees nothing, is the gradient of the LSE: dS = P (dP - delta + dLSE).
     """
     num_values = value.shape[3]
-    if grad_lse is not None:  # a column of values 0, outputs 1 and gradients -dLSE says it
-        grad_output = torch.cat([grad_output, -grad_lse[..., None].to(grad_output.dtype)], dim=-1)
-        value, output = F.pad(value, (0, 1)), F.pad(output, (0, 1), value=1.0)
+    if grad_lse is not None:
+        grad_output, value, output = with_lse_gradient(grad_output, grad_lse, value, output, lse)
     plan = _plan(query, key, pattern, causal, q_offset, kv_offset)
     kernel = kernel_for(query)
-    q, k, v = _prepare(plan, query, key, value)
+    q, k, v = prepare(plan, query, key, value)
     output, grad_output = (_widen(x, v.shape[3]) for x in (output, grad_output))
     grad_q = torch.empty_like(q) if plan.complete else torch.zeros_like(q)
     fresh = torch.empty_like if plan.complete_keys and q.shape[2] == k.shape[2] else torch.zeros_like
@@ -289,12 +288,12 @@ def _backward(
             if kernel.leaves_to_products(part):
                 delta = scaled_delta(grad_output, output, scale) if delta is None else delta
                 work = _work(keys, of_queries, of_keys, log2_lse, delta, scale, space)
-                backward_part(part, work, _extra(part, keys, q))
+                backward_part(part, work, extra_of(part, keys, q))
             else:
                 _backward_tiles(part, keys, kernel, of_queries, of_keys, scale)
         keys.put_back(grad_k, group_grad_k)
         keys.put_back(grad_v, group_grad_v)
-    grads = (grad_q, _sum_heads(grad_k, key.shape[2]), _sum_heads(grad_v, key.shape[2]))
+    grads = (grad_q, sum_heads(grad_k, key.shape[2]), sum_heads(grad_v, key.shape[2]))
     widths = (query.shape[3], key.shape[3], num_values)
     return tuple(grad[..., :width].contiguous() for grad, width in zip(grads, widths, strict=True))
 
@@ -315,7 +314,7 @@ def _work(
     return Work(q, k, v, lse, scale, space, grad_out=grad_out, delta=delta, **gradients)
 
 
-def _extra(part: Part, keys: Keys, query: Tensor) -> Extra:
+def extra_of(part: Part, keys: Keys, query: Tensor) -> Extra:
     """What is added to the scores of a part: causality, its mask, and hidden keys."""
     dtype, biases = wide(query.dtype), []
     if part.causal:
@@ -358,7 +357,7 @@ def _plan(query: Tensor, key: Tensor, pattern: str, causal: bool, q_offset: int,
     )
 
 
-def _prepare(plan: Plan, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def prepare(plan: Plan, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The tensors as the kernels want them; copied only where Dv != D, or where grouped heads are planned apart."""
     dim = max(query.shape[3], value.shape[3])
     repeats = query.shape[2] // key.shape[2] if any(len(g.heads) < query.shape[2] for g in plan.groups) else 1
@@ -398,7 +397,7 @@ def _widen(x: Tensor, dim: int) -> Tensor:
     return x if x.shape[-1] == dim else F.pad(x, (0, dim - x.shape[-1]))
 
 
-def _sum_heads(grad: Tensor, num_heads: int) -> Tensor:
+def sum_heads(grad: Tensor, num_heads: int) -> Tensor:
     """The gradient of heads that were repeated for each of their query heads."""
     return grad if grad.shape[2] == num_heads else grad.unflatten(2, (num_heads, -1)).sum(3)
 
@@ -464,10 +463,15 @@ def _sum(biases: tuple[Tensor, ...]) -> Tensor | None:
 
 
 def _forward_fake(query, key, value, key_valid, pattern, causal, scale, q_offset, kv_offset):
-    if torch.onnx.is_in_onnx_export():
-        raise ValueError("attn_implementation='block_sparse' has no form in ONNX; export under 'sdpa' or 'eager'.")
+    refuse_onnx()
     output = query.new_empty((*query.shape[:3], value.shape[3]))
     return output, query.new_empty(query.shape[:3], dtype=wide(query.dtype))
+
+
+def refuse_onnx() -> None:
+    """Raise ValueError while a model is traced for ONNX."""
+    if torch.onnx.is_in_onnx_export():
+        raise ValueError("attn_implementation='block_sparse' has no form in ONNX; export under 'sdpa' or 'eager'.")
 
 
 def _backward_fake(grad_output, query, key, value, *_):
@@ -488,6 +492,17 @@ def _autograd_backward(ctx, grad_output, grad_lse):
         grad_lse = grad_lse.masked_fill(lse == float("inf"), 0.0)
     grads = OPERATORS.attention_backward(grad_output, query, key, value, key_valid, output, lse, *ctx.rest, grad_lse)
     return *grads, *[None] * 6
+
+
+def with_lse_gradient(grad_output: Tensor | None, grad_lse: Tensor | None, value, output, lse) -> tuple[Tensor, ...]:
+    """The gradient of the output, values and output, [..., Dv], as the backward takes them: if the LSE has a gradient
+    too, dS = P (dP - delta + dLSE), a column of values 0, outputs 1 and gradients -dLSE says it."""
+    if grad_output is None:
+        grad_output = torch.zeros_like(output)
+    if grad_lse is None:
+        return grad_output, value, output
+    grad_lse = grad_lse.masked_fill(lse == float("inf"), 0.0)[..., None].to(grad_output.dtype)
+    return torch.cat([grad_output, -grad_lse], dim=-1), F.pad(value, (0, 1)), F.pad(output, (0, 1), value=1.0)
 
 
 def register_operators() -> None:

@@ -15,22 +15,36 @@ from torch import Tensor
 
 from ..modeling.attention import VisibleKeys
 from ..modeling.attention_patterns import Pattern
+from ..modeling.positions import DistanceBias
+from .distance_bias import at_distances, dense_of
 
 
 def attend_one(
-    seen: VisibleKeys, query: Tensor, key: Tensor, value: Tensor, scaling: float, with_lse: bool = False
+    seen: VisibleKeys,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float,
+    with_lse: bool = False,
+    bias: DistanceBias | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of [B, 1, H, D] to those of the keys [B, S, Hk, D] that `seen` shows -> [B, 1, H, Dv], LSE [B, H, 1].
 
-    The keys are those of all slots from `seen.key_offset` on, in order. A query that sees no key gets 0.
+    The keys are those of all slots from `seen.key_offset` on, in order. A query that sees no key gets 0. `bias` is
+    added to the scaled scores, by head and distance.
     """
-    num_heads, slots = query.shape[2], _Slots(seen)
-    found = reachable(seen.pattern, num_heads, _position(seen, query.device), seen.key_length, slots.first)
+    num_heads, slots, position = query.shape[2], _Slots(seen), _position(seen, query.device)
+    found = reachable(seen.pattern, num_heads, position, seen.key_length, slots.first)
+    if found is None and bias is not None:
+        return attend_biased(seen.dense(query.device), query, key, value, scaling, dense_of(seen, bias))
     if found is None:
         return attend_masked(seen.dense(query.device), query, key, value, scaling, with_lse)
     slot, valid = slots.of(found[0])
     key, value = (_pick(x.transpose(1, 2), slot, num_heads).transpose(1, 2) for x in (key, value))
     mask = _by_head(found[1] & valid, num_heads)[:, :, None]  # [R, 1 or H, 1, J]
+    if bias is not None:
+        distances = position[:, None, None] - _by_head(found[0], num_heads)[:, :, None]
+        return attend_biased(mask, query, key, value, scaling, at_distances(bias, distances))
     return attend_masked(mask, query, key, value, scaling, with_lse)
 
 
@@ -50,6 +64,21 @@ def attend_masked(
     scores = (query @ key.mT).to(torch.promote_types(query.dtype, torch.float32)) * scaling
     lse = scores.masked_fill(~(mask | blind), float("-inf")).logsumexp(-1)
     return output, lse.masked_fill(blind[..., 0], float("-inf"))
+
+
+def attend_biased(
+    mask: Tensor, query: Tensor, key: Tensor, value: Tensor, scaling: float, bias: Tensor
+) -> tuple[Tensor, Tensor]:
+    """As attend_masked, with a bias [B or 1, H or 1, T, S] on scaled scores, and always with the log-sum-exp [B, H, T];
+    in at least float32."""
+    dtype, wide = query.dtype, torch.promote_types(query.dtype, torch.float32)
+    groups = query.shape[2] // key.shape[2]
+    query, key, value = (x.transpose(1, 2).to(wide) for x in (query, key, value))
+    key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
+    scores = (query @ key.mT * scaling + bias).masked_fill(~mask, torch.finfo(wide).min)
+    blind = ~mask.any(-1, keepdim=True)
+    output = (scores.softmax(-1) @ value).masked_fill(blind, 0.0).to(dtype)
+    return output.transpose(1, 2), scores.logsumexp(-1).masked_fill(blind[..., 0], float("-inf"))
 
 
 def reachable(

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from ..modeling.attention import BLOCK_SPARSE as NAME
 from ..modeling.attention import VisibleKeys, check_whole_rows
 from ..modeling.attention_patterns import Pattern
-from ..modeling.positions import rows_by_distance
+from ..modeling.positions import DistanceBias, rows_by_distance
 from .alignment import Tensors, attend_packed, attend_padded
 from .cpu import block_sparse_attention
-from .decode import attend_masked, attend_one
+from .decode import attend_biased, attend_masked, attend_one
+from .distance_bias import biased_attention, check_bias, dense_of
 from .patterns import own_mask
 from .relative import relative_attention
 from .stock_masks import bind, check_local_heads
@@ -39,9 +40,10 @@ def block_sparse_attention_forward(
 
     Args:
         attention_mask: VisibleKeys of any copy of modeling/attention.py; None where the layer's pattern says all.
-        position_bias (in kwargs): scores for distances as what they are computed from, positions.DistanceScores. Under
-            a Window2D without a grid the batch is one of windows that are already cut: then the mask's `extra`
-            [L, 1, T, T] holds for each picture's L, and the bias is a tensor [1, H, T, T].
+        position_bias (in kwargs): scores for distances as data: positions.DistanceBias, a number for each head and
+            distance, or what they are computed from, positions.DistanceScores. Under a Window2D without a grid the
+            batch is one of windows that are already cut: then the mask's `extra` [L, 1, T, T] holds for each picture's
+            L, and the bias is a tensor [1, H, T, T].
         s_aux (in kwargs): [H], a learned score for each head of a key without a value (attention sinks).
         return_lse: also return the log-sum-exp [B, H, T] of each query's scores, -inf where it sees nothing.
 
@@ -65,11 +67,11 @@ def block_sparse_attention_forward(
         check_local_heads(seen.pattern, seen.num_heads, query.shape[1])
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     bias = kwargs.get("position_bias")
-    if bias is not None:
+    if bias is not None and not hasattr(bias, "table"):
         return attend_relative(seen, query, key, value, scaling, bias), None
     tensors = (tensor.transpose(1, 2) for tensor in in_one_dtype(query, key, value))
     sinks = kwargs.get("s_aux")
-    output, lse = attend_seen(seen, *tensors, scaling, return_lse or sinks is not None)
+    output, lse = attend_seen(seen, *tensors, scaling, return_lse or sinks is not None, bias)
     if sinks is not None:
         output, lse = with_sinks(output, lse, sinks)
     return output, lse if return_lse else None
@@ -88,18 +90,34 @@ def _attend_window(query, key, value, mask, scaling, dropout, *, position_bias, 
 
 
 def attend_seen(
-    seen: VisibleKeys, query: Tensor, key: Tensor, value: Tensor, scaling: float, with_lse: bool = False
+    seen: VisibleKeys,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float,
+    with_lse: bool = False,
+    bias: DistanceBias | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention [B, T, H, Dv] of queries [B, T, H, D] to the keys [B, S, Hk, D] that `seen` shows, and if asked for the
-    log-sum-exp [B, H, T] of each query's scores, -inf where it sees nothing."""
+    log-sum-exp [B, H, T] of each query's scores, -inf where it sees nothing.
+
+    Args:
+        bias: added to the scaled scores, by head and distance; of any copy of modeling/positions.py.
+    """
 
     def execute(queries: Tensors, key: Tensor, value: Tensor, **where) -> Tensors:
         how = {"causal": seen.causal, "scale": scaling, "return_lse": True}
+        if bias is not None:
+            return biased_attention(*queries, key, value, bias.table, bias.distances, seen.pattern, **how, **where)
         return block_sparse_attention(*queries, key, value, seen.pattern, **how, **where)
 
+    if bias is not None:
+        check_bias(seen, bias, query.shape[2])
     if _is_one_token(seen, key.device):
-        return attend_one(seen, query, key, value, scaling, with_lse)
+        return attend_one(seen, query, key, value, scaling, with_lse, bias)
     if seen.query_positions is not None and (seen.query_length == 1 or seen.key_positions.ndim == 3):
+        if bias is not None:
+            return attend_biased(seen.dense(query.device), query, key, value, scaling, dense_of(seen, bias))
         return attend_masked(seen.dense(query.device), query, key, value, scaling, with_lse)
     output, lse = _run(seen, (query,), key, value, execute)
     return output, lse.transpose(1, 2) if with_lse else None
@@ -162,6 +180,7 @@ def _refuse_unsupported(attention_mask: Any, dropout: float, kwargs: dict[str, A
         return getattr(attention_mask, field, None) is not None
 
     bias = kwargs.get("position_bias")
+    scores, of_distances = hasattr(bias, "relative_key"), "scores of queries and distances (DistanceScores)"
     eager, or_sdpa, softcap = "use 'eager'", "use 'eager' or 'sdpa'", "set attn_logit_softcapping to None in the config"
     masks = "masks that are tensors, whether given as a 4-D attention_mask or built by the model itself"
     off = "set_attention_patterns(model, patterns, attention_dropout=0.0) turns it off"
@@ -169,10 +188,9 @@ def _refuse_unsupported(attention_mask: Any, dropout: float, kwargs: dict[str, A
         ("dropout of attention weights", off if under_pattern else f"set it to 0 in the config, or {or_sdpa}", dropout),
         ("output_attentions", eager, kwargs.get("output_attentions")),
         ("softcap", softcap if under_pattern else f"{softcap}, or {eager}", kwargs.get("softcap") is not None),
-        ("attention sinks (s_aux) beside a position_bias", eager, bias is not None and kwargs.get("s_aux") is not None),
+        (f"attention sinks (s_aux) beside {of_distances}", eager, scores and kwargs.get("s_aux") is not None),
         ("a position_bias that is a tensor", or_sdpa, isinstance(bias, Tensor)),
-        ("scores by distance alone (DistanceBias)", or_sdpa, hasattr(bias, "table")),
-        ("return_lse beside a position_bias", eager, bias is not None and kwargs.get("return_lse")),
+        (f"return_lse beside {of_distances}", eager, scores and kwargs.get("return_lse")),
         ("global tokens", "use 'eager', 'sdpa' or 'flex_attention'", has("global_tokens")),
         (masks, or_sdpa, isinstance(attention_mask, Tensor)),
         ("a 4-D attention_mask", or_sdpa, has("extra")),

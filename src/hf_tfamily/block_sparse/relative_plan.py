@@ -88,7 +88,7 @@ def plan_relative_attention(
     where = {"num_heads": num_heads, "causal": True, "first_query": first_query, "first_key": first_key}
     plan = plan_attention(pattern, num_queries, num_keys, **where)
     cut = (
-        replace(group, parts=tuple(_in_rows(group) if group.index is None else _by_phase(group, pattern, first_query)))
+        replace(group, parts=tuple(in_rows(group) if group.index is None else _by_phase(group, pattern, first_query)))
         for group in plan.groups
     )
     groups, complete, complete_keys = mark_writes(cut, num_queries, num_keys, num_heads)
@@ -195,7 +195,7 @@ def _spread(by_head: Tensor, group: Group, num_heads: int) -> Tensor:
     return spread
 
 
-def _in_rows(group: Group) -> Iterator[Part]:
+def in_rows(group: Group) -> Iterator[Part]:
     """Parts whose large tiles are cut into rows of queries; under causality each row has its earlier keys apart."""
     for part in group.parts:
         if part.mask is not None or part.queries.count <= _ROWS:

@@ -66,6 +66,10 @@ def to_decoder(stock: PreTrainedConfig, weights: dict, prefix: str, **fields) ->
 def from_decoder(ours: RoPEDecoderConfig, weights: dict, config_class: type, **fields) -> tuple[dict, dict]:
     """The side of a decoder of Llama's shape; interleaved pairs are sorted into halves."""
     prefix = config_class.__name__.removesuffix("Config")
+    require(
+        ours.position_encoding == "rotary",
+        f"{prefix} has rotary positions, but this model has position_encoding={ours.position_encoding!r}.",
+    )
     share = ours.rope_parameters.get("partial_rotary_factor", 1.0)
     require(share == 1.0, f"{prefix} rotates whole heads, but this model has partial_rotary_factor={share}.")
     stock = {

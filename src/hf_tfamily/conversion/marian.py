@@ -108,6 +108,8 @@ def to_stock(config: dict, weights: dict[str, torch.Tensor]) -> tuple[dict, dict
         ("position_encoding", "sinusoidal"),
         ("sinusoid_layout", "halves"),
         ("norm_first", False),
+        ("layer_bias", True),
+        ("embedding_norm", False),
         ("attention_patterns", None),
         ("decoder_attention_patterns", None),
         ("layer_norm_eps", 1e-5),
