@@ -5,6 +5,7 @@ import torch
 
 from hf_tfamily.block_sparse import attend, attend_varlen, engine
 from hf_tfamily.modeling.attention_patterns import Fixed, Full, Local, PerHead, Sink, Strided, Union, pattern_from_dict
+from hf_tfamily.modeling.positions import DistanceBias
 from tests.block_sparse.test_plan import PATTERNS
 from tests.reference.attention import dense_mask
 
@@ -20,10 +21,10 @@ def make_inputs(queries, keys=None, *, batch=BATCH, key_heads=KEY_HEADS, dtype=t
     return [x.requires_grad_() for x in (*tensors, torch.randn(HEADS, dtype=dtype))]
 
 
-def dense(query, key, value, sinks=None, *, mask, scale=DIM**-0.5):
+def dense(query, key, value, sinks=None, *, mask, scale=DIM**-0.5, bias=0.0):
     """Output and log-sum-exp under a mask [B or 1, H, T, S]; with sinks there is one more key, of value 0."""
     key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
-    scores = (query @ key.mT * scale).masked_fill(~mask, -1e30)
+    scores = (query @ key.mT * scale + bias).masked_fill(~mask, -1e30)
     if sinks is not None:
         scores = torch.cat([scores, sinks[None, :, None, None].expand(*scores.shape[:3], 1)], -1)
         mask = torch.cat([mask, torch.ones_like(mask[..., :1])], -1)
@@ -80,6 +81,24 @@ def test_packed_documents_are_apart(pattern, causal):
         output, lse = attend_varlen(*packed, pattern, ends.to(kind), causal=causal, sinks=inputs[3], return_lse=True)
         assert_equal((output.transpose(0, 1)[None], lse[None]), dense(*inputs, mask=mask), inputs)
     assert torch.equal(attend_varlen(*packed, pattern, ends, causal=causal, sinks=inputs[3]), output)
+
+
+@pytest.mark.parametrize("pattern", [Full(), Local(7), WINDOW_AND_SINKS, PerHead([Local(3), Strided(4)])], ids=str)
+def test_a_bias_by_distance(pattern):
+    """A table of distances back, or one that says its distances, which may be negative; packed too."""
+    *inputs, sinks = make_inputs(40)
+    distances = torch.arange(-39, 40)
+    table = torch.randn(HEADS, len(distances), dtype=torch.float64, requires_grad=True)
+    apart = torch.arange(40)[:, None] - torch.arange(40)
+    for causal, bias in ((True, table[:, 39:]), (False, DistanceBias(table, distances))):
+        mask = dense_mask(pattern, HEADS, 40, 40, causal=causal)
+        ours = attend(*inputs, pattern, causal=causal, bias=bias, sinks=sinks, return_lse=True)
+        added = table[:, apart + 39][None]
+        assert_equal(ours, dense(*inputs, sinks, mask=mask, bias=added), [*inputs, sinks, table])
+    packed = [x[0].transpose(0, 1) for x in inputs]
+    output = attend_varlen(*packed, pattern, torch.tensor([0, 25, 40]), causal=True, bias=table[:, 39:])
+    second = attend(*(x[:1, :, 25:] for x in inputs), pattern, causal=True, bias=table[:, 39:])
+    torch.testing.assert_close(output[25:].transpose(0, 1)[None], second)
 
 
 def test_dicts_scales_and_one_token():
@@ -155,7 +174,9 @@ def test_what_does_not_fit_is_refused_by_name():
     refused(r"sinks must be floats", sinks=torch.zeros(4, dtype=torch.long))
     refused(r"key_valid must be bool \[B, S\] = \[2, 10\], got torch.bool \[2, 9\]", key_valid=torch.ones(2, 9) > 0)
     refused(r"key_valid must be bool", key_valid=torch.ones(2, 10))
-    refused(r"no bias as yet", bias=torch.zeros(HEADS, 10))
+    refused(r"bias must be a table \[H, L\] or a DistanceBias, got shape \[4\]", bias=torch.zeros(HEADS))
+    refused(r"4", bias=torch.zeros(3, 10))
+    refused(r"distance", bias=torch.zeros(HEADS, 9))
     refused(r"query_offset must be an integer of at least 0, got -1", query_offset=-1)
     refused(r"key_offset must be an integer", key_offset=1.5)
     refused(r"pattern must be a pattern, such as Local\(64\), .* got 'local'", "local")

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..modeling.attention import VisibleKeys, check_whole_rows
 from ..modeling.attention_patterns import Pattern, pattern_from_dict
+from ..modeling.positions import DistanceBias
 from .interface import attend_seen, in_one_dtype, with_sinks
 from .patterns import own_pattern
 
@@ -31,7 +32,7 @@ def attend(
     *,
     causal: bool,
     scale: float | None = None,
-    bias: Tensor | None = None,
+    bias: DistanceBias | Tensor | None = None,
     sinks: Tensor | None = None,
     key_valid: Tensor | None = None,
     query_offset: int = 0,
@@ -48,7 +49,9 @@ def attend(
         pattern: which keys a query may see, by position; a pattern or its dict.
         causal: whether keys at later positions than the query's are hidden.
         scale: D ** -0.5 if None.
-        bias: scores by distance; refused as yet.
+        bias: added to the scaled scores, by head and distance: a table [H, L] whose column d is for the distance
+            i - j = d, or a DistanceBias of a table and the distance of each column (negative ones for keys to come).
+            All distances that are met must be there.
         sinks: [H], for each head the score of a key more, without a value (learned attention sinks).
         key_valid: [B, S] bool, False for keys that nobody may see. It moves no position: for rows that begin at
             different places see attend_varlen.
@@ -61,7 +64,7 @@ def attend(
 
     Raises:
         ValueError: if a shape, dtype, device or offset does not fit, naming it; if the pattern is none, or does not fit
-            the heads; for a bias.
+            the heads; if a distance is met that the bias lacks.
     """
     query, key, value = in_one_dtype(query, key, value)
     _check_tensors(query, key, value, "[B, H, T, D]", "[B, Hk, S, D]", 4)
@@ -96,7 +99,7 @@ def attend_varlen(
     *,
     causal: bool,
     scale: float | None = None,
-    bias: Tensor | None = None,
+    bias: DistanceBias | Tensor | None = None,
     sinks: Tensor | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -144,10 +147,12 @@ def _attend(seen: VisibleKeys, query, key, value, scale, bias, sinks, return_lse
     check_whole_rows()
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     _check_sinks(sinks, seen.num_heads, query.device)
-    if bias is not None:  # to be handed on to attend_seen when plans know scores by distance alone
-        raise ValueError("attend() takes no bias as yet; leave it out, or use eager attention with a position_bias.")
+    if isinstance(bias, Tensor):
+        if bias.dim() != 2:
+            raise ValueError(f"bias must be a table [H, L] or a DistanceBias, got shape {list(bias.shape)}.")
+        bias = DistanceBias(bias, torch.arange(bias.shape[1]))
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-    output, lse = attend_seen(seen, query, key, value, scale, return_lse or sinks is not None)
+    output, lse = attend_seen(seen, query, key, value, scale, return_lse or sinks is not None, bias)
     if sinks is not None:
         output, lse = with_sinks(output, lse, sinks)
     output = output.transpose(1, 2)
