@@ -219,3 +219,18 @@ def test_buckets_are_t5s():
             mine = t5_buckets(distances, causal, *sizes)
             seen = distances >= 0 if causal else distances == distances
             assert torch.equal(mine[seen], theirs[seen])
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "block_sparse"])
+@scored
+@torch.no_grad()
+def test_exports_leave_batch_and_length_open(encoding, implementation):
+    model, inputs = causal_lm(encoding, "layers", implementation), ids(2, 11)
+    mask = (torch.arange(11) >= torch.tensor([[3], [0]])).long()
+    sizes = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+    given = {"input_ids": inputs, "attention_mask": mask, "use_cache": False}
+    shapes = {"input_ids": sizes, "attention_mask": sizes, "use_cache": None}
+    exported = torch.export.export(model, (), given, dynamic_shapes=shapes, strict=False).module()
+    given |= {"input_ids": ids(3, 17), "attention_mask": (torch.arange(17) >= torch.tensor([[0], [4], [0]])).long()}
+    real = given["attention_mask"].bool()
+    torch.testing.assert_close(exported(**given).logits[real], model(**given).logits[real])

@@ -87,13 +87,15 @@ def biased_attention(
 
 def check_table(table: Tensor, distances: Tensor, num_heads: int) -> None:
     """Raise ValueError unless the bias is [H or 1, L] for L integer distances."""
-    if distances.ndim != 1 or distances.is_floating_point() or not len(distances):
+    if distances.ndim != 1 or distances.is_floating_point() or distances.shape[0] == 0:
         raise ValueError(
             f"The distances of a bias must be at least one integer [L], got {list(distances.shape)} {distances.dtype}."
         )
-    if table.shape not in ((num_heads, len(distances)), (1, len(distances))) or not table.is_floating_point():
+    length = distances.shape[0]  # `len` would fix it in an export
+    fits = table.ndim == 2 and table.shape[0] in (1, num_heads) and table.shape[1] == length
+    if not fits or not table.is_floating_point():
         raise ValueError(
-            f"The table of a bias by distance must be floating point [{num_heads} or 1, {len(distances)}], one row for "
+            f"The table of a bias by distance must be floating point [{num_heads} or 1, {length}], one row for "
             f"each head or one for all and one column for each distance, got {list(table.shape)} {table.dtype}."
         )
 
