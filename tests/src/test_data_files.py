@@ -195,7 +195,9 @@ def test_capital_endings_are_found(tmp_path):
     assert "held out: c.Wav" in data.description
 
 
-@pytest.mark.parametrize("content", [gzip.compress(b"abc" * 99)[:-9], gzip.compress(b"abc")[:5], b"no gzip"])
+@pytest.mark.parametrize(
+    "content", [gzip.compress(b"abc" * 99)[:-9], gzip.compress(b"abc")[:5], b"no gzip"], ids=range(3)
+)
 def test_cut_off_gzip_files_are_named(tmp_path, content):
     (tmp_path / "a.gz").write_bytes(content)
     with pytest.raises(ValueError, match=r"a\.gz is no whole gzip file"):
