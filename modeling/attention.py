@@ -550,6 +550,19 @@ def check_whole_rows() -> None:
         )
 
 
+def check_heads_of_mask(attention_mask, num_heads: int) -> None:
+    """A mask [B or 1, H or 1, T, S] with its heads apart is for just these heads.
+
+    Raises:
+        ValueError: if it is for all heads of a layer of which tensor parallelism left this process `num_heads`.
+    """
+    if isinstance(attention_mask, torch.Tensor) and attention_mask.shape[1] not in (1, num_heads):
+        raise ValueError(
+            f"Masks of {attention_mask.shape[1]} heads, as patterns that differ between heads make them, for the "
+            f"{num_heads} heads that a process holds under tensor parallelism; use '{BLOCK_SPARSE}', or FSDP."
+        )
+
+
 @torch.compiler.assume_constant_result
 def _rows_are_dealt_out() -> bool:
     """context_parallel puts a function of its own in the place of PyTorch's attention."""

@@ -22,7 +22,14 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention import PatternBackend, eager_attention_forward, layer_masks, new_positions, query_and_key_positions
+from .attention import (
+    PatternBackend,
+    check_heads_of_mask,
+    eager_attention_forward,
+    layer_masks,
+    new_positions,
+    query_and_key_positions,
+)
 from .attention_patterns import Full, patterns_for_layers
 from .cache_patterns import PatternCacheGenerationMixin
 from .causal_lm import CausalLMHead
@@ -112,6 +119,7 @@ class RoPEDecoderAttention(nn.Module):
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
+        check_heads_of_mask(attention_mask, query.shape[1])
         dropout = self.config.attention_dropout if self.training else 0.0
         output, weights = attention(
             self, query, key, value, attention_mask, scaling=self.scaling, dropout=dropout, **kwargs

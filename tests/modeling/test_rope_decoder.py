@@ -345,3 +345,19 @@ def test_bad_inputs():
     with_patterns.config._attn_implementation = "flash_attention_2"
     with pytest.raises(ValueError, match="cannot run attention patterns"):
         with_patterns(ids(2, 4))
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_masks_of_other_processes_heads_are_refused(implementation):
+    """Two of four heads, as tensor parallelism leaves them, under a pattern that differs between heads."""
+    pattern = {"type": "fixed", "block": 6, "summary": 1, "sub_blocks": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4}
+    config = RoPEDecoderConfig(**{**TINY, **heads}, attention_patterns=pattern)
+    model = RoPEDecoderForCausalLM._from_config(config, attn_implementation=implementation)
+    attention = model.model.layers[0].self_attn
+    half = attention.head_dim * 2
+    for linear in (attention.q_proj, attention.k_proj, attention.v_proj):
+        linear.weight = torch.nn.Parameter(linear.weight[:half].detach())
+    attention.o_proj.weight = torch.nn.Parameter(attention.o_proj.weight[:, :half].detach())
+    with pytest.raises(ValueError, match="Masks of 4 heads.* for the 2 heads that a process holds under tensor"):
+        model(ids(1, 12))
