@@ -359,5 +359,5 @@ def test_masks_of_other_processes_heads_are_refused(implementation):
     for linear in (attention.q_proj, attention.k_proj, attention.v_proj):
         linear.weight = torch.nn.Parameter(linear.weight[:half].detach())
     attention.o_proj.weight = torch.nn.Parameter(attention.o_proj.weight[:, :half].detach())
-    with pytest.raises(ValueError, match="Masks of 4 heads.* for the 2 heads that a process holds under tensor"):
+    with pytest.raises(ValueError, match=r"Masks of 4 heads.* for the 2 heads that a process holds under tensor"):
         model(ids(1, 12))
