@@ -1,9 +1,7 @@
 """Sinks over the Triton kernels, learned ones (softmax with one column more: outputs, and gradients of all four through
 that of the log-sum-exp) and the first tokens, seen by all beside other patterns."""
 
-from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import ClassVar
 
 import pytest
 import torch
@@ -14,7 +12,7 @@ from hf_tfamily.block_sparse.interface import block_sparse_attention_forward
 from hf_tfamily.block_sparse.parts import Extent
 from hf_tfamily.block_sparse.triton.layout import layout, table_heads
 from hf_tfamily.modeling.attention import VisibleKeys
-from hf_tfamily.modeling.attention_patterns import Fixed, FixedBlock, Local, Pattern, Strided, Union
+from hf_tfamily.modeling.attention_patterns import Fixed, FixedBlock, Local, Sink, Strided, Union
 from tests.block_sparse.test_cpu import make_inputs
 from tests.block_sparse.test_triton import assert_as_exact_as_dense
 from tests.block_sparse.triton_support import DEVICE, models_on_triton
@@ -24,20 +22,6 @@ NAMES = ("output", "query", "key", "value", "sinks")
 HEADS, KEY_HEADS, LENGTH, BATCH = 4, 2, 24, 2
 ROUNDINGS = {torch.float32: 32, torch.bfloat16: 2, torch.float16: 2}
 MODULE = SimpleNamespace(config=SimpleNamespace(), is_causal=True, training=True)
-
-
-@dataclass(frozen=True)
-class FirstTokens(Pattern):
-    """The first `count` tokens, seen by all."""
-
-    type: ClassVar[str] = "first_tokens_of_a_test"
-    count: int
-
-    def visible(self, head, query, key):
-        return (key < self.count) & (query == query)
-
-    def interval(self, query):
-        return query * 0, query * 0 + self.count
 
 
 def eager(query, key, value, sinks, mask):
@@ -118,12 +102,12 @@ def test_sinks_in_the_widest_heads(dims):
     assert_as_exact_as_eager(*of_rows(Local(5)), dims=dims, dtype=torch.bfloat16)
 
 
-FIRST = FirstTokens(3)
+FIRST = Sink(3)
 WITH_FIRST_TOKENS = [  # pattern, whether one launch runs all heads
     (FIRST, True),
     (Union([Local(5), FIRST]), True),
     (Union([FIRST, FixedBlock(8)]), True),
-    (Union([Local(1), FirstTokens(40)]), True),  # more than there are
+    (Union([Local(1), Sink(40)]), True),  # more than there are
     (Union([Local(2), FixedBlock(4), FIRST]), True),
     (Union([FIRST, Strided(4)]), False),
     (Union([Local(3, dilation=2), FIRST]), False),

@@ -63,7 +63,7 @@ def block_sparse_attention_forward(
     if stock:
         is_causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
         seen = bind(seen, module, query, key, is_causal)
-    else:
+    elif seen.num_heads != query.shape[1]:
         check_local_heads(seen.pattern, seen.num_heads, query.shape[1])
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     bias = kwargs.get("position_bias")
