@@ -4,6 +4,8 @@ import copy
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
@@ -142,8 +144,15 @@ def test_decoders(name, side):
     assert_equal(ours, twin, valid, input_ids=tokens(), attention_mask=valid)
 
 
+def skip_old_chunks(name):
+    """Transformers 5.17 chunks packed rows by slots, which is refused, and fails at masks of static caches."""
+    if name == "llama4" and Version(transformers.__version__) < Version("5.23"):
+        pytest.skip("chunks of an older Transformers")
+
+
 @each_decoder
 def test_packed_rows(name):
+    skip_old_chunks(name)
     ours, twin = pair(*DECODERS[name])
     positions = torch.tensor([[*range(25), *range(15)]])
     assert_equal(ours, twin, input_ids=tokens(1), position_ids=positions, use_cache=False)
@@ -159,6 +168,8 @@ def test_gradient_checkpointing(name):
 @each_decoder
 @pytest.mark.parametrize("how", [{}, {"use_cache": False}, {"cache_implementation": "static"}, {"num_beams": 2}])
 def test_generation(name, how):
+    if "cache_implementation" in how:
+        skip_old_chunks(name)
     ours, twin = pair(*DECODERS[name])
     inputs = {"input_ids": tokens(), "attention_mask": padding("left"), "max_new_tokens": 12, "do_sample": False}
     assert torch.equal(ours.generate(**inputs, **how), twin.generate(**inputs, **how))
@@ -258,6 +269,8 @@ REFUSED = {
 @pytest.mark.parametrize("build", REFUSED)
 def test_what_cannot_be_is_refused_by_name(build):
     ours, _ = pair(*build())
+    if getattr(ours, "encoder", ours).config._attn_implementation != "block_sparse":
+        pytest.skip("an older Transformers leaves T5's stacks under sdpa")
     inputs = {"decoder_input_ids": tokens()} if ours.config.is_encoder_decoder else {}
     with pytest.raises((ValueError, AttributeError), match=REFUSED[build]):
         ours(input_ids=tokens(), **inputs)
