@@ -280,3 +280,13 @@ def test_a_model_with_attention_of_its_own_is_refused_by_name():
     config = BloomConfig(vocab_size=50, hidden_size=32, n_layer=2, n_head=4)
     with pytest.raises(AttributeError, match="this model reads 'values' of its mask: it cannot run under it"):
         BloomForCausalLM._from_config(config, attn_implementation="block_sparse")(tokens())
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_window_of_no_size_is_refused_by_name(compiled):
+    """Also in a graph, where no mask is evaluated."""
+    ours, _ = pair(*DECODERS["mistral"])
+    ours.config.sliding_window = -3
+    call = torch.compile(ours, backend="eager") if compiled else ours
+    with pytest.raises(Exception, match=r"Local\.window must be an integer of at least 1, got -3"):
+        call(tokens())

@@ -31,7 +31,7 @@ def window_pattern(size: int | None, causal: bool) -> Pattern:
     """Transformers' windows hold `size` keys where they are causal, else `size` on either side of the query's own."""
     if size is None:
         return Full()
-    return Local(max(size, 1) if causal else size + 1)
+    return Local(size if causal else size + 1)
 
 
 def verify(

@@ -66,8 +66,9 @@ def block_sparse_mask(
     causal = "allow_is_bidirectional_skip" not in kwargs
     valid = None if attention_mask is None else attention_mask.bool()
     chunked = _is_chunked(local_size, config)
+    shows_nothing = causal and local_size == 0  # as in configs of models whose layers have no windows
     seen = VisibleKeys(
-        FixedBlock(local_size) if chunked else window_pattern(local_size, causal),
+        FixedBlock(local_size) if chunked else window_pattern(None if shows_nothing else local_size, causal),
         num_heads=1,
         causal=causal,
         batch_size=batch_size,
@@ -78,7 +79,7 @@ def block_sparse_mask(
         all_places=True,
         awaits_pattern=True,
     )
-    if local_size == 0 and causal:  # in the configs of models whose layers have no windows, as it shows nothing
+    if shows_nothing:
         return replace(seen, key_valid=torch.zeros(batch_size, kv_length, dtype=torch.bool, device=device))
     padded = seen if _hides_nothing(valid, seen) else with_padding(seen, valid)
     if chunked and valid is not None:  # chunks count from the first token of each row
