@@ -150,11 +150,9 @@ class Benchmark:
         """Milliseconds of each contender, called in turn in every round, after one call to warm up.
 
         Short calls get more rounds: the speed of a shared machine changes from second to second. With `--cpu-time`
-        they hold on a machine that others use, too. With `rounds=0` the first call is all, for those that take minutes.
+        they hold on a machine that others use, too.
         """
         once = {name: self._seconds(run) for name, run in contenders.items()}
-        if rounds == 0:
-            return {name: measure([seconds * 1e3]) for name, seconds in once.items()}
         repeats = {name: max(1, int(ROUND_SECONDS / seconds)) for name, seconds in once.items()}
         if rounds is None:
             a_round = sum(max(ROUND_SECONDS, seconds) for seconds in once.values())
