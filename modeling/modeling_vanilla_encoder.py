@@ -33,6 +33,7 @@ class VanillaEncoderPreTrainedModel(VanillaTransformerPreTrainedModel):
     """What Transformers wants to know about the family."""
 
     config: VanillaEncoderConfig
+    _no_split_modules = ["VanillaTransformerEncoderBlock"]
     _can_record_outputs = {"hidden_states": VanillaTransformerEncoderBlock, "attentions": MultiHeadAttention}
 
 

@@ -357,6 +357,7 @@ class VanillaTransformerStack(VanillaTransformerPreTrainedModel):
 class VanillaTransformerEncoder(VanillaTransformerStack):
     """Source ids or embeddings in, hidden states [B, S, hidden] out."""
 
+    _no_split_modules = ["VanillaTransformerEncoderBlock"]
     _can_record_outputs = {
         "hidden_states": VanillaTransformerEncoderBlock,
         "attentions": MultiHeadAttention,
@@ -393,6 +394,7 @@ class VanillaTransformerEncoder(VanillaTransformerStack):
 class VanillaTransformerDecoder(VanillaTransformerStack):
     """Target ids or embeddings in, hidden states [B, T, hidden] out."""
 
+    _no_split_modules = ["VanillaTransformerDecoderBlock"]
     is_causal = True
     _can_record_outputs = {
         "hidden_states": VanillaTransformerDecoderBlock,
@@ -664,6 +666,8 @@ class VanillaTransformerForConditionalGeneration(VanillaTransformerPreTrainedMod
 class VanillaTransformerDecoderModel(VanillaTransformerPreTrainedModel):
     """The decoder alone, under the name that it has beside an encoder, so that it takes such a checkpoint's weights."""
 
+    _no_split_modules = ["VanillaTransformerDecoderBlock"]
+
     def __init__(self, config: VanillaTransformerConfig):
         super().__init__(config)
         self.decoder = VanillaTransformerDecoder(config)
@@ -682,6 +686,7 @@ class VanillaTransformerDecoderModel(VanillaTransformerPreTrainedModel):
 class VanillaTransformerForCausalLM(CausalLMHead, VanillaTransformerPreTrainedModel, VanillaTransformerGenerationMixin):
     """The decoder alone as a language model; with add_cross_attention it may attend to an encoder's states."""
 
+    _no_split_modules = ["VanillaTransformerDecoderBlock"]
     _tied_weights_keys = {"lm_head.weight": "model.decoder.embed_tokens.weight"}
 
     def __init__(self, config: VanillaTransformerConfig):

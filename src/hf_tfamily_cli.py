@@ -224,7 +224,21 @@ def convert(
             raise typer.Exit(1)
 
 
-@app.command()
+@app@app.command()
+def consolidate(
+    checkpoint: Annotated[Path, typer.Argument(help="OUTPUT.partial/checkpoint-N of a run.", exists=True, file_okay=False)],
+    output: Annotated[Path, typer.Argument(help="New folder.")],
+) -> None:
+    """Put a sharded checkpoint (FSDP2) together: a folder with safetensors that loads like any model."""
+    with _one_line_errors():
+        from hf_tfamily import checkpoints
+
+        _quiet()
+        checkpoints.consolidate(checkpoint, output)
+        console.print(f"Model: {escape(str(output))}")
+
+
+.command()
 def show(
     what: Annotated[
         str | None, typer.Argument(metavar="RECIPE|PATTERN", help="A recipe, or a pattern such as local:window=8")

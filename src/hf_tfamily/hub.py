@@ -45,8 +45,13 @@ def export(model: PreTrainedModel, folder: str | Path, processor: Any = None) ->
     `trust_remote_code=True`.
 
     Raises:
-        ValueError: for any other model, which `save_pretrained` saves whole.
+        ValueError: for any other model, which `save_pretrained` saves whole, and for one that is sharded.
     """
+    if any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):
+        raise ValueError(
+            f"This {type(model).__name__} is spread over several processes; save what "
+            "hf_tfamily.processes.whole_model(trainer) puts together."
+        )
     ours = type(model).__module__.startswith(MODELING)
     if not ours and not getattr(model.config, "attention_patterns", None):
         raise ValueError(

@@ -26,6 +26,10 @@ from .recipe_yaml import read_yaml
 from .value_types import annotations_of, check_value
 
 SECTIONS = ("model", "data", "training")
+# Keys of `training` that are no TrainingArguments, and their values beside null; `hf_tfamily.processes` carries them out.
+OWN_TRAINING = {"ddp_comm_hook": ("bf16",)}
+# A folder of configs/ without recipes: configuration files of `accelerate launch`.
+LAUNCHER_FILES = "accelerate"
 
 
 class RecipeError(ValueError):
@@ -44,7 +48,8 @@ class Recipe:
         parameters: exact number of the model's parameters; None where unknown or where an override touched the model.
         model: `model_type` and fields of its config class.
         data: `source` and its arguments (see hf_tfamily.data).
-        training: fields of transformers.TrainingArguments.
+        training: fields of transformers.TrainingArguments, and `ddp_comm_hook: bf16`: under DDP, gradients cross from
+            process to process in bfloat16, half the bytes.
     """
 
     name: str
@@ -59,7 +64,7 @@ class Recipe:
 
 def list_recipes() -> list[str]:
     """Names of the recipes that come with the package, such as "sparse_transformer/digits"."""
-    systems = [entry for entry in _configs().iterdir() if entry.is_dir()]
+    systems = [entry for entry in _configs().iterdir() if entry.is_dir() and entry.name != LAUNCHER_FILES]
     files = [(system.name, file.name) for system in systems for file in system.iterdir()]
     return sorted(f"{system}/{file.removesuffix('.yaml')}" for system, file in files if file.endswith(".yaml"))
 
@@ -77,8 +82,7 @@ def load_recipe(name_or_path: str | Path, overrides: Iterable[str] = ()) -> Reci
         _apply(override, content)
     _check_model(content["model"], name)
     _check_data(content["data"], name)
-    _check_keys(content["training"], [f.name for f in fields(TrainingArguments)], f"{name}: training")
-    _check_types(content["training"], TrainingArguments, f"{name}: training.")
+    _check_training(content["training"], name)
     if any(override.startswith("model.") for override in overrides):
         content["parameters"] = None
     if content["data"] != own_data:
@@ -201,6 +205,15 @@ def _check_names(model: dict[str, Any], name: str) -> None:
         raise RecipeError(f"{name}: model.dtype must be float32, float64, float16 or bfloat16, got {dtype!r}.")
     if activation is not None and activation not in ACT2FN:
         raise RecipeError(f"{name}: model.hidden_act cannot be {activation!r}{nearest(str(activation), ACT2FN)}")
+
+
+def _check_training(training: dict[str, Any], name: str) -> None:
+    _check_keys(training, [*(f.name for f in fields(TrainingArguments)), *OWN_TRAINING], f"{name}: training")
+    _check_types(training, TrainingArguments, f"{name}: training.")
+    for key, allowed in OWN_TRAINING.items():
+        if training.get(key) not in (None, *allowed):
+            words = ", ".join(allowed)
+            raise RecipeError(f"{name}: training.{key} must be {words} or null, got {training[key]!r}.")
 
 
 def _check_data(data: dict[str, Any], name: str) -> None:

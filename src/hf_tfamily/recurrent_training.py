@@ -98,6 +98,8 @@ class RecurrentTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            check_processes(checkpoint, self.args.world_size)
         if checkpoint is not None and self._within_an_epoch():
             model = self.accelerator.unwrap_model(self.model)
             self.memory = load_memory(model, self._memory_file(checkpoint))
@@ -134,6 +136,16 @@ def check_arguments(arguments: TrainingArguments) -> None:
     for name, (asked, instead) in refused.items():
         if asked:
             raise ValueError(f"{name} would mix up the streams that a RecurrentTrainer's memory belongs to; {instead}.")
+
+
+def check_processes(checkpoint: str | Path, processes: int) -> None:
+    """Raise ValueError if another number of processes wrote a checkpoint: each has its own streams and memory."""
+    written = len(list(Path(checkpoint).glob("rng_state*.pth")))  # the Trainer writes one in every process
+    if written not in (0, processes):
+        raise ValueError(
+            f"{checkpoint} was written by {written} process(es), and {processes} read it. A RecurrentTrainer's streams "
+            f"and memories belong to their processes: resume with {written}, or begin anew."
+        )
 
 
 def empty_memory(model: PreTrainedModel, input_ids: torch.Tensor) -> Cache:

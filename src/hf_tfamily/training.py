@@ -9,6 +9,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
@@ -19,19 +20,21 @@ from transformers.trainer_callback import ProgressCallback
 
 from . import plots
 from .card import model_card
+from .checkpoints import check_engine_of, describe, is_whole
 from .data import LoadedData, load_data
 from .data.sequences import require
 from .finished import RECIPE_FILE
 from .hub import export
 from .label_smoothing import smooth_inside
 from .pattern_views import config_panels
+from .processes import everyone_waits, is_sharded, prepare_for_processes, whole_model
 from .recipe_yaml import write_yaml
-from .recipes import Recipe, RecipeError, load_recipe
+from .recipes import OWN_TRAINING, Recipe, RecipeError, load_recipe
 from .recurrent_training import RecurrentTrainer as RecurrentTrainer
 from .tasks import Task, task_of
 
 # What a run's working folder holds beside the files of loggers.
-WORKING_FILES = ("finished", "replaced-*", "checkpoint-*", "tmp-checkpoint-*", "recipe.*", "trainer_state.json")
+WORKING_FILES = ("finished", "replaced-*", "checkpoint-*", "tmp-checkpoint-*", "recipe.*", "model", "trainer_state.json")
 
 
 class RunError(ValueError):
@@ -80,12 +83,20 @@ def train(
         trainer = task.build_trainer(model, arguments, data)
         smooth_inside(trainer)
         _watch(trainer, task)
+        held = prepare_for_processes(trainer, recipe.training.get("ddp_comm_hook"))
     with arguments.main_process_first(local=False):
         if is_main:
             run.open(recipe, resume)
-    trainer.train(run.last_whole_checkpoint(), ignore_keys_for_eval=["past_key_values"])
-    if is_main:
-        run.publish(lambda folder: _finish(trainer, task, recipe, data, folder))
+            if is_sharded(trainer):
+                describe(model, data.processor, run.partial)
+    checkpoint = run.last_whole_checkpoint()
+    if checkpoint is not None:
+        check_engine_of(Path(checkpoint), trainer)
+    trainer.train(checkpoint, ignore_keys_for_eval=["past_key_values"])
+    whole = whole_model(trainer)
+    with everyone_waits():
+        if is_main:
+            run.publish(lambda folder: _finish(whole, held.bytes, trainer, task, recipe, data, folder))
     return run.output
 
 
@@ -141,7 +152,7 @@ class RunFolder:
     def last_whole_checkpoint(self) -> str | None:
         """The newest checkpoint that was written to its end; the Trainer writes the trainer_state.json last."""
         checkpoints = sorted(self.partial.glob("checkpoint-*"), key=lambda folder: int(folder.name.split("-")[-1]))
-        whole = [folder for folder in checkpoints if _is_whole(folder)]
+        whole = [folder for folder in checkpoints if is_whole(folder)]
         return str(whole[-1]) if whole else None
 
     def publish(self, write) -> None:
@@ -206,7 +217,11 @@ def _training_arguments(recipe: Recipe, task: Task, folder: Path) -> TrainingArg
             raise ValueError(f"{field.name} must be a number or true or false, got {value!r}.")
     cpu = not torch.accelerator.is_available()
     defaults = {"use_cpu": cpu, "dataloader_pin_memory": not cpu, "report_to": "none", "save_total_limit": 2}
-    return TrainingArguments(**{**defaults, **recipe.training, **ours})
+    asked = {key: deepcopy(value) for key, value in recipe.training.items() if key not in OWN_TRAINING}
+    arguments = TrainingArguments(**{**defaults, **asked, **ours})
+    if arguments.fp16 and arguments.device.type == "cpu":
+        raise ValueError("fp16=true would compute in float32 on a CPU, where Accelerate scales no losses; use bf16=true.")
+    return arguments
 
 
 def _with_weights(model: PreTrainedModel, weights: str | Path) -> PreTrainedModel:
@@ -230,9 +245,17 @@ def _watch(trainer: Trainer, task: Task) -> None:
     trainer.add_callback(LossProgress(task))
 
 
-def _finish(trainer: Trainer, task: Task, recipe: Recipe, data: LoadedData, folder: Path) -> None:
-    """Fill the finished folder: the model, what it reaches, samples, and a card."""
-    model, history = trainer.accelerator.unwrap_model(trainer.model), trainer.state.log_history
+def _finish(
+    model: PreTrainedModel,
+    held: int | None,
+    trainer: Trainer,
+    task: Task,
+    recipe: Recipe,
+    data: LoadedData,
+    folder: Path,
+) -> None:
+    """Fill the finished folder: the whole model, what it reaches, samples, and a card."""
+    history = trainer.state.log_history
     model.config.use_cache = True  # the Trainer turned it off
     export(model, folder, data.processor)
     (folder / RECIPE_FILE).write_text(recipe_yaml(recipe), encoding="utf-8")
@@ -245,6 +268,8 @@ def _finish(trainer: Trainer, task: Task, recipe: Recipe, data: LoadedData, fold
         "parameters": model.num_parameters(),
         "processes": trainer.args.world_size,
     }
+    if held is not None:
+        metrics["bytes_held_by_a_process"] = held
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     plots.loss_curve(history, task.loss_unit, task.nats, task.uniform_loss(data), folder / "loss.png", recipe.name)
     if getattr(model.config, "attention_patterns", None) is not None:
@@ -275,15 +300,6 @@ def _differences(recorded: Recipe, asked: Recipe) -> str:
 def _holds_something(path: Path) -> bool:
     """Is there a file, or a folder that is not empty?"""
     return path.is_file() or (path.is_dir() and any(path.iterdir()))
-
-
-def _is_whole(checkpoint: Path) -> bool:
-    """Does it have weights, and a trainer_state.json that is not cut off?"""
-    try:
-        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return any(checkpoint.glob("*.safetensors"))
 
 
 @contextmanager
