@@ -1,4 +1,4 @@
-"""The command `hf-tfamily`: train, evaluate, sample, push, convert, show, info, recipes.
+"""The command `hf-tfamily`: train, evaluate, sample, push, convert, consolidate, show, info, recipes.
 
 What is wrong with a request is said in one line, with exit code 2. A module of its own, outside the package: that
 imports torch, which the commands need and `--help` does not.
@@ -224,9 +224,11 @@ def convert(
             raise typer.Exit(1)
 
 
-@app@app.command()
+@app.command()
 def consolidate(
-    checkpoint: Annotated[Path, typer.Argument(help="OUTPUT.partial/checkpoint-N of a run.", exists=True, file_okay=False)],
+    checkpoint: Annotated[
+        Path, typer.Argument(help="OUTPUT.partial/checkpoint-N of a run.", exists=True, file_okay=False)
+    ],
     output: Annotated[Path, typer.Argument(help="New folder.")],
 ) -> None:
     """Put a sharded checkpoint (FSDP2) together: a folder with safetensors that loads like any model."""
@@ -238,7 +240,7 @@ def consolidate(
         console.print(f"Model: {escape(str(output))}")
 
 
-.command()
+@app.command()
 def show(
     what: Annotated[
         str | None, typer.Argument(metavar="RECIPE|PATTERN", help="A recipe, or a pattern such as local:window=8")

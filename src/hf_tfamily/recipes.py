@@ -26,7 +26,7 @@ from .recipe_yaml import read_yaml
 from .value_types import annotations_of, check_value
 
 SECTIONS = ("model", "data", "training")
-# Keys of `training` that are no TrainingArguments, and their values beside null; `hf_tfamily.processes` carries them out.
+# Keys of `training` that are no TrainingArguments, and their values (hf_tfamily.processes carries them out).
 OWN_TRAINING = {"ddp_comm_hook": ("bf16",)}
 # A folder of configs/ without recipes: configuration files of `accelerate launch`.
 LAUNCHER_FILES = "accelerate"
