@@ -34,14 +34,9 @@ from .recurrent_training import RecurrentTrainer as RecurrentTrainer
 from .tasks import Task, task_of
 
 # What a run's working folder holds beside the files of loggers.
-WORKING_FILES = ("finished", "replaced-*", "checkpoint-*", "tmp-checkpoint-*", "recipe.*", DESCRIPTION, "trainer_state.json")
-    "finished",
-    "replaced-*",
-    "checkpoint-*",
-    "tmp-checkpoint-*",
-    "recipe.*",
-    "model",
-    "trainer_state.json",
+WORKING_FILES = (
+    *("finished", "replaced-*", "checkpoint-*", "tmp-checkpoint-*", "recipe.*", "trainer_state.json"),
+    DESCRIPTION,
 )
 
 
@@ -228,9 +223,7 @@ def _training_arguments(recipe: Recipe, task: Task, folder: Path) -> TrainingArg
     asked = {key: deepcopy(value) for key, value in recipe.training.items() if key not in OWN_TRAINING}
     arguments = TrainingArguments(**{**defaults, **asked, **ours})
     if arguments.fp16 and arguments.device.type == "cpu":
-        raise ValueError(
-            "fp16=true would compute in float32 on a CPU, as Accelerate has it; use bf16=true."
-        )
+        raise ValueError("fp16=true would compute in float32 on a CPU, as Accelerate has it; use bf16=true.")
     return arguments
 
 
