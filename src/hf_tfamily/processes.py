@@ -10,16 +10,15 @@ from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
-from accelerate.utils import DDPCommunicationHookType, DistributedType
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 from torch import distributed
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
-# `hf_tfamily.recipes` lists the same names.
-COMMUNICATION_HOOKS = {"bf16": DDPCommunicationHookType.BF16}
 FOR_EVER = timedelta(days=365)
 
 
@@ -71,7 +70,21 @@ def _compress_gradients(trainer: Trainer, hook: str) -> None:
             f"ddp_comm_hook={hook!r} is for DDP; {accelerator.distributed_type.value} averages gradients in the dtype "
             "of its mixed precision (training.bf16=true)."
         )
-    accelerator.ddp_handler.comm_hook = COMMUNICATION_HOOKS[hook]
+    accelerator.ddp_handler = SentInBfloat16(**vars(accelerator.ddp_handler))
+
+
+class SentInBfloat16(DistributedDataParallelKwargs):
+    """Lets Accelerate register torch's hook for bfloat16, on CPUs too.
+
+    DistributedDataParallel knows that hook by its name and takes it for NVIDIA's and Intel's GPUs alone; gloo sums
+    bfloat16 as well.
+    """
+
+    def register_comm_hook(self, model):
+        def send_in_bfloat16(group, bucket):
+            return bf16_compress_hook(group, bucket)
+
+        model.register_comm_hook(None, send_in_bfloat16)
 
 
 def cut_by_blocks(trainer: Trainer) -> None:

@@ -10,7 +10,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 from torch import distributed
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook, bf16_compress_hook
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hf_tfamily import training
 from hf_tfamily.checkpoints import consolidate, has_shards
-from hf_tfamily.processes import held_bytes
+from hf_tfamily.processes import SentInBfloat16, held_bytes
 from hf_tfamily.recipes import load_recipe
 from tests.loss_cases import Case, cases
 
@@ -192,7 +192,10 @@ def refusals_and_reductions(folder: Path) -> None:
     with reductions() as found:
         training.train(recipe, folder / "stock-hook")
     (folder / f"reduced-{distributed.get_rank()}.json").write_text(json.dumps(found))
-    torch.save([average_gradients(hook) for hook in (None, "bf16")], folder / f"averages-{distributed.get_rank()}.pt")
+    torch.save(
+        [average_gradients(in_bfloat16) for in_bfloat16 in (False, True)],
+        folder / f"averages-{distributed.get_rank()}.pt",
+    )
 
 
 def _refusal(folder: Path, name: str, output: Path, overrides: list[str]) -> str:
@@ -219,11 +222,14 @@ def reductions():
         distributed.all_reduce = all_reduce
 
 
-def average_gradients(hook: str | None) -> tuple[dict, dict]:
+def average_gradients(in_bfloat16: bool) -> tuple[dict, dict]:
     """One backward pass of two ranks under DDP: the gradients, and the bytes that were sent for them."""
     case = cases()["sparse_transformer-CausalLM"]
     model = DistributedDataParallel(case.build().train())
-    model.register_comm_hook(None, bf16_compress_hook if hook else allreduce_hook)
+    if in_bfloat16:
+        SentInBfloat16().register_comm_hook(model)
+    else:
+        model.register_comm_hook(None, allreduce_hook)
     with reductions() as found:
         model(**halves(case)[distributed.get_rank()]).loss.backward()
     return {name: parameter.grad for name, parameter in model.module.named_parameters()}, found
