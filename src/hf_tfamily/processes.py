@@ -43,14 +43,17 @@ def prepare_for_processes(trainer: Trainer, ddp_comm_hook: str | None = None) ->
 
 def check_engine(trainer: Trainer) -> None:
     """Raise ValueError if the engine that was asked for is not the one that would run, or is not supported here."""
-    accelerator, processes = trainer.accelerator, trainer.args.world_size
-    fsdp_asked = trainer.args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
-    if fsdp_asked and accelerator.distributed_type != DistributedType.FSDP:
-        raise ValueError(
-            f"FSDP was asked for, but Accelerate does not shard in {in_words(processes)} on {accelerator.device.type}: "
-            "each would hold the whole model. FSDP needs several processes with a GPU each; without, leave FSDP out "
-            "(DDP, torchrun --nproc_per_node 2)."
-        )
+    accelerator, arguments = trainer.accelerator, trainer.args
+    for engine, asked in (
+        (DistributedType.FSDP, arguments.fsdp or _is_set("ACCELERATE_USE_FSDP")),
+        (DistributedType.DEEPSPEED, arguments.deepspeed or _is_set("ACCELERATE_USE_DEEPSPEED")),
+    ):
+        if asked and accelerator.distributed_type != engine:
+            raise ValueError(
+                f"{engine.value} was asked for, but Accelerate does not shard in {in_words(arguments.world_size)} on "
+                f"{accelerator.device.type}: each would hold the whole model. It takes several processes with a GPU "
+                f"each; without, leave {engine.value} out (DDP, torchrun --nproc_per_node 2)."
+            )
     if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
         raise ValueError("fsdp_version=1 is not supported; use fsdp_version: 2 (configs/accelerate/fsdp2.yaml).")
     sizes = accelerator.parallelism_config
@@ -60,6 +63,11 @@ def check_engine(trainer: Trainer) -> None:
                 f"{name}={getattr(sizes, name)} is not supported by `hf-tfamily train`, which cuts no layer and no "
                 "sequence; leave it at 1, or see docs/many_processes.md for scripts of your own."
             )
+
+
+def _is_set(variable: str) -> bool:
+    """Does `accelerate launch` say so in the environment?"""
+    return os.environ.get(variable, "").lower() == "true"
 
 
 def _compress_gradients(trainer: Trainer, hook: str) -> None:
