@@ -184,10 +184,9 @@ def refusals_and_reductions(folder: Path) -> None:
         kind, output, overrides = arguments
         with fsdp2_on_a_cpu(kind):
             said[name] = _refusal(folder, "stock", folder / output, overrides)
-    for engine in ("FSDP", "DEEPSPEED"):
-        os.environ[f"ACCELERATE_USE_{engine}"] = "true"
-        said[engine] = _refusal(folder, "stock", folder / "unused", [])
-        del os.environ[f"ACCELERATE_USE_{engine}"]
+    os.environ["ACCELERATE_USE_FSDP"] = "true"
+    said["not forced"] = _refusal(folder, "stock", folder / "unused", [])
+    del os.environ["ACCELERATE_USE_FSDP"]
     (folder / f"said-{distributed.get_rank()}.json").write_text(json.dumps(said))
     recipe = load_recipe(folder / "stock.yaml", ["training.ddp_comm_hook=bf16", "training.eval_strategy=no"])
     with reductions() as found:
