@@ -32,11 +32,11 @@ def test_what_is_there_is_taken():
 
 
 def test_an_engine_that_does_not_come(monkeypatch):
-    with pytest.raises(ValueError, match="DEEPSPEED was asked for, but .* does not shard in 2 processes on cpu"):
+    with pytest.raises(ValueError, match=r"DEEPSPEED was asked for, but .* does not shard in 2 processes on cpu"):
         check_engine(trainer(DistributedType.MULTI_CPU, deepspeed="zero3.json"))
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     check_engine(trainer(DistributedType.FSDP))
-    with pytest.raises(ValueError, match="FSDP was asked for, but .* does not shard in 1 process on cpu"):
+    with pytest.raises(ValueError, match=r"FSDP was asked for, but .* does not shard in 1 process on cpu"):
         check_engine(trainer(DistributedType.NO, processes=1))
 
 
