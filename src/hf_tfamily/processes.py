@@ -98,8 +98,8 @@ class SentInBfloat16(DistributedDataParallelKwargs):
 def cut_by_blocks(trainer: Trainer) -> None:
     """Let Accelerate's FSDP2 cut the model of `trainer` into its blocks (`_no_split_modules`) and one unit of the rest.
 
-    By itself Accelerate also makes units of embeddings and head. That fails where three share a table (the vanilla
-    Transformer), and where a head is called by other names than forward (the adaptive softmax).
+    By itself Accelerate also makes units of embeddings and head. torch refuses that where three share a table (the
+    vanilla Transformer) and where they share several (an adaptive softmax).
     """
     prepare = trainer.accelerator.prepare
 
