@@ -183,6 +183,6 @@ def assert_equals_eager(model):
             loss = model(ids, attention_mask=mask, labels=targets).loss
             loss.backward()
         found[implementation] = {n: p.grad.clone() for n, p in model.named_parameters()} | {"loss": loss.detach()}
-    assert ON_TRITON <= ran or DEVICE == "cuda"
+    assert ran >= ON_TRITON or DEVICE == "cuda"
     for name, theirs in found["eager"].items():
         torch.testing.assert_close(found["block_sparse"][name], theirs, atol=2e-5, rtol=1e-4, msg=name)

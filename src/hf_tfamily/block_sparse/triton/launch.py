@@ -204,8 +204,8 @@ def _strides(letter: str, x: Tensor) -> dict[str, int]:
 
 
 def _bias_arguments(call: Call, launch, bias: Tensor | None) -> dict:
-    """A bias [B, H, T, distances] (any tensor if there is none), its strides, how many distances it has, and how far the
-    first query lies behind a key at the first of them."""
+    """A bias [B, H, T, distances] (any tensor if there is none), its strides, how many distances it has, and the
+    distance of query 0 from key 0, counted from the first of them."""
     strides, distances, first = (0, 0, 0, 0), 0, call.extent.distance
     if bias is not None:
         strides, distances = bias.stride(), bias.shape[3]
