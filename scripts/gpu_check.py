@@ -48,6 +48,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import hf_tfamily  # noqa: F401  registers the systems
 from hf_tfamily.block_sparse.patterns import to_text
 from hf_tfamily.block_sparse.triton import attention as triton_attention
+from hf_tfamily.block_sparse.triton import distance_bias as triton_distance_bias
 from hf_tfamily.block_sparse.triton import relative as triton_relative
 from hf_tfamily.block_sparse.triton.call import Call
 from hf_tfamily.block_sparse.triton.layout import layout
@@ -79,6 +80,7 @@ def main() -> int:
     if options.dry_run:
         triton_attention.register_on("cpu")
         triton_relative.register_on("cpu")
+        triton_distance_bias.register_on("cpu")
     if options.compile:
         compile_some(run, *map(int, options.compile.split("/")))
         return 0

@@ -12,6 +12,7 @@ from gpu_shapes import PATTERNS
 
 from hf_tfamily.block_sparse.cpu import block_sparse_attention
 from hf_tfamily.block_sparse.decode import attend_one
+from hf_tfamily.block_sparse.distance_bias import biased_attention
 from hf_tfamily.block_sparse.interface import with_sinks
 from hf_tfamily.block_sparse.relative import relative_attention
 from hf_tfamily.block_sparse.triton import views
@@ -123,6 +124,7 @@ def jobs(run: Run) -> Iterator[Job]:
     yield from kernel_jobs(run)
     yield from wide_jobs(run)
     yield from relative_jobs(run)
+    yield from bias_jobs(run)
 
 
 def kernel_jobs(run: Run) -> Iterator[Job]:
@@ -184,6 +186,35 @@ def relative_job(run: Run, name: str, pattern: Pattern, dtype: torch.dtype) -> J
 
     def ours(*tensors):
         return relative_attention(*tensors, distances, pattern, scale=dim**-0.5, q_offset=0)
+
+    return Job(name, ours, dense, lambda: [torch.randn(shape, device=run.device, dtype=dtype) for shape in shapes])
+
+
+def bias_jobs(run: Run) -> Iterator[Job]:
+    """Biases by distance, causal and not: outputs and the gradients of all four tensors."""
+    names = ("local", "strided merged", "fixed merged", "by table")
+    for (dtype_name, dtype), name, causal in product(DTYPES.items(), names, (True, False)):
+        if run.mode != "quick" or dtype == torch.bfloat16:
+            title = f"bias by distance, {name}, {dtype_name}{'' if causal else ', not causal'}"
+            yield bias_job(run, title, PATTERNS[name], dtype, causal)
+
+
+def bias_job(run: Run, name: str, pattern: Pattern, dtype: torch.dtype, causal: bool) -> Job:
+    length, heads, dim = (320, 4, 64) if run.is_gpu else (40, 4, 16)
+    places, distances = torch.arange(length), torch.arange(1 - length, length)
+    rows = rows_by_distance(distances, places[:, None] - places).to(run.device)
+    of_keys = (2, length, heads // 2, dim)
+    shapes = [(2, length, heads, dim), of_keys, of_keys, (heads, len(distances)), (2, length, heads, dim)]
+
+    def dense(query, key, value, table):
+        key, value = (x.repeat_interleave(2, 2) for x in (key, value))
+        scores = torch.einsum("bthd,bshd->bhts", query, key) * dim**-0.5 + table[:, rows]
+        mask = visible(run, pattern, heads, length, causal)
+        weights = scores.masked_fill(~mask, float("-inf")).softmax(-1).masked_fill(~mask, 0)
+        return torch.einsum("bhts,bshd->bthd", weights, value)
+
+    def ours(*tensors):
+        return biased_attention(*tensors, distances, pattern, causal=causal, scale=dim**-0.5, q_offset=0)
 
     return Job(name, ours, dense, lambda: [torch.randn(shape, device=run.device, dtype=dtype) for shape in shapes])
 

@@ -156,6 +156,7 @@ def compile_case(case: Case) -> Usage:
         "GRANULE": case.granule,
         "HAS_VALID": case.has_valid,
         "HAS_BIAS": _is_biased(case),
+        "GRAD_BIAS": _is_biased(case),
         "MERGE": case.later,
         "FINAL": True,
         "ADD": case.later,

@@ -157,7 +157,7 @@ def test_never_length_times_length(pattern, causal, monkeypatch):
     distance_bias._plan_in_rows.cache_clear()
     with LargestTensor() as largest:  # it does not see inside the operator, so past it
         output, lse = distance_bias._forward(*inputs, distances, None, *where)
-        distance_bias._backward(output, *inputs, distances, None, output, lse, *where)
+        distance_bias._backward(output, *inputs, distances, None, output, lse, *where, None, True)
     rows = length * 256 * 2 if pattern.is_full else length * length / 8  # of queries that are taken together
     assert largest.elements <= rows
 

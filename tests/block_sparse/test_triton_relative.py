@@ -145,7 +145,7 @@ def test_a_pass_scores_no_more_distances_than_it_reaches():
         query, key = torch.zeros(1, 128, 2, 16), torch.zeros(1, 256, 2, 16)
         made = call.Call.of(query, key, key, None, to_text(pattern), True, 1.0, 128, 0)
         launches = [launch for launches in made.launches for launch in launches]
-        assert [triton_relative._num_distances(launch) for launch in launches] == numbers
+        assert [call.pass_distances(launch) for launch in launches] == [range(number) for number in numbers]
 
 
 def test_what_the_kernels_cannot_is_left_to_pytorch():

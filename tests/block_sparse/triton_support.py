@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import torch
 
 from hf_tfamily.block_sparse.cpu import NAMESPACE
-from hf_tfamily.block_sparse.triton import attention
+from hf_tfamily.block_sparse.triton import attention, distance_bias
 from hf_tfamily.block_sparse.triton import relative as triton_relative
 from hf_tfamily.modeling.attention_patterns import grid_of
 
@@ -16,6 +16,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OPERATORS = {
     "attention": attention.forward,
     "attention_backward": attention.backward,
+    "biased_attention": distance_bias.forward,
+    "biased_attention_backward": distance_bias.backward,
     "relative_attention": triton_relative.forward,
     "relative_attention_backward": triton_relative.backward,
 }
@@ -41,6 +43,8 @@ def models_on_triton() -> Iterator[set[str]]:
 
 class GivenBias:
     """A bias [B, H, T, distances] for each pass, in their order; gradients are left in their `.grad`."""
+
+    has_gradient = True
 
     def __init__(self, biases):
         self.biases = biases

@@ -139,7 +139,7 @@ def check_bias(seen: VisibleKeys, bias: DistanceBias, num_heads: int) -> None:
 
 def at_distances(bias: DistanceBias, distances: Tensor) -> Tensor:
     """The bias [B or 1, H, T, S] at distances [B or 1, H or 1, T, S]; what is not listed gets that of another one."""
-    columns, _ = _columns(bias.distances.to(distances.device), distances)
+    columns, _ = columns_of(bias.distances.to(distances.device), distances)
     heads = torch.arange(len(bias.table), device=columns.device)[:, None, None]
     return bias.table[heads, columns]
 
@@ -208,11 +208,19 @@ def _backward(
     scale: float,
     q_offset: int,
     kv_offset: int,
+    grad_lse: Tensor | None,
+    of_table: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of query, key, value and table."""
+    """Gradients of query, key, value and table (of no elements unless `of_table`).
+
+    `grad_lse` [B, T, H] is the gradient of the LSE.
+    """
+    num_values = value.shape[3]
+    if grad_lse is not None:
+        grad_output, value, output = with_lse_gradient(grad_output, grad_lse, value, output, lse)
     plan = _plan(query, key, pattern, causal, q_offset, kv_offset)
     q, k, v = (_widen(x) for x in prepare(plan, query, key, value))
-    bias = _Bias(table, distances, q, k, q_offset - kv_offset, with_gradient=True)
+    bias = _Bias(table, distances, q, k, q_offset - kv_offset, with_gradient=of_table)
     grad_out, out = (torch.nn.functional.pad(_widen(x), (0, v.shape[3] - x.shape[3])) for x in (grad_output, output))
     delta, lse, space = scaled_delta(grad_out, out, scale), (lse * LOG2_E)[..., None], Space(q)
     grad_q, grad_k, grad_v = (torch.zeros_like(x) for x in (q, k, v))
@@ -226,8 +234,9 @@ def _backward(
         keys.put_back(grad_k, picked[0])
         keys.put_back(grad_v, picked[1])
     grads = (grad_q, sum_heads(grad_k, key.shape[2]), sum_heads(grad_v, key.shape[2]))
-    grads = (grad[..., : x.shape[3]].to(x.dtype, copy=True) for grad, x in zip(grads, (query, key, value)))
-    return *grads, bias.gradient_of_table().to(table.dtype)
+    widths = (query.shape[3], key.shape[3], num_values)
+    grads = (grad[..., :width].to(query.dtype, copy=True) for grad, width in zip(grads, widths))
+    return *grads, bias.gradient_of_table().to(table.dtype) if of_table else table.new_empty(0)
 
 
 def _widen(x: Tensor) -> Tensor:
@@ -266,7 +275,7 @@ class _Bias:
         self.table, self.distance = table, distance
         self.highest = distance + query.shape[1] - 1
         wanted = torch.arange(self.highest, distance - key.shape[1], -1)
-        self.columns, self.listed = (x.to(table.device) for x in _columns(distances, wanted))
+        self.columns, self.listed = (x.to(table.device) for x in columns_of(distances, wanted))
         self.by_distance = table.to(query.dtype)[:, self.columns]
         self.gradient = torch.zeros_like(self.by_distance) if with_gradient else None
 
@@ -276,7 +285,7 @@ class _Bias:
         return gradient.index_add_(1, self.columns[self.listed], self.gradient[:, self.listed])
 
 
-def _columns(distances: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+def columns_of(distances: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
     """For each of the wanted distances its column, any where it is not listed; and which are."""
     order = distances.argsort()
     place = torch.searchsorted(distances[order], wanted).clamp(max=len(distances) - 1)
@@ -315,6 +324,8 @@ class _EvenBias:
         return bias if repeats == 1 or len(bias) == 1 else bias.repeat_interleave(repeats, 0)
 
     def backward(self, grad_scores: ScoreMemory, piece: Piece) -> None:
+        if self.gradient is None:
+            return
         by_distance = grad_scores.by_distance(piece.count, len(piece.heads), range(self.pitch))
         self.gradient[piece.heads.start : piece.heads.stop].add_(by_distance.sum(1), alpha=1 / self.scale)
 
@@ -335,6 +346,8 @@ class _LookedUpBias:
         return found[:, None].expand(-1, len(piece.batch), -1, -1, -1).flatten(0, 2)
 
     def backward(self, grad_scores: ScoreMemory, piece: Piece) -> None:
+        if self.bias.gradient is None:
+            return
         heads, entries = self._entries(piece)
         found = grad_scores.by_key(piece.count).unflatten(0, tuple(map(len, piece))).sum(1) / self.scale
         at = heads * self.bias.gradient.shape[1] + entries
@@ -364,8 +377,10 @@ def _forward_fake(query, key, value, *_):
     return output, query.new_empty(query.shape[:3], dtype=wide(query.dtype))
 
 
-def _backward_fake(grad_output, query, key, value, table, *_):
-    return tuple(x.new_empty(x.shape) for x in (query, key, value, table))
+def _backward_fake(grad_output, query, key, value, table, *rest):
+    *_, of_table = rest
+    of_inputs = (x.new_empty(x.shape) for x in (query, key, value))
+    return *of_inputs, table.new_empty(table.shape if of_table else 0)
 
 
 def _save_for_backward(ctx, inputs, output):
@@ -375,12 +390,14 @@ def _save_for_backward(ctx, inputs, output):
 
 
 def _autograd_backward(ctx, grad_output, grad_lse):
-    query, key, value, *bias, key_valid, output, lse = ctx.saved_tensors
-    width = value.shape[3]
-    grad_output, value, output = with_lse_gradient(grad_output, grad_lse, value, output, lse)
-    rest = ctx.pattern, ctx.causal, ctx.scale, ctx.q_offset, ctx.kv_offset
-    grads = OPERATORS.biased_attention_backward(grad_output, query, key, value, *bias, key_valid, output, lse, *rest)
-    return *grads[:2], grads[2][..., :width], grads[3], *[None] * 7
+    *inputs, output, lse = ctx.saved_tensors
+    grad_output = torch.zeros_like(output) if grad_output is None else grad_output
+    if grad_lse is not None:
+        grad_lse = grad_lse.masked_fill(lse == float("inf"), 0.0)
+    of_table = ctx.needs_input_grad[3]
+    rest = ctx.pattern, ctx.causal, ctx.scale, ctx.q_offset, ctx.kv_offset, grad_lse, of_table
+    *grads, grad_table = OPERATORS.biased_attention_backward(grad_output, *inputs, output, lse, *rest)
+    return *grads, grad_table if of_table else None, *[None] * 7
 
 
 def register_operators() -> None:

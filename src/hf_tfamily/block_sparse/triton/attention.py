@@ -84,11 +84,11 @@ def backward(
     for launches in call.launches:
         for number, launch in enumerate(launches):
             of_pass = None if bias is None else bias.of(launch)
-            grad_bias = None if bias is None else torch.zeros_like(of_pass)
+            grad_bias = torch.zeros_like(of_pass) if bias is not None and bias.has_gradient else None
             launch_query_grad(call, launch, of_pass, grad_bias, grad_output, lse, delta, grads, number > 0)
             for source in getattr(launch, "sources", (None,)):
                 launch_key_grad(call, launch, source, of_pass, grad_output, lse, delta, grads)
-            if bias is not None:
+            if grad_bias is not None:
                 bias.take_gradient(launch, grad_bias)
     return grads.finished()
 

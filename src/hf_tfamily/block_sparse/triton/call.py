@@ -34,13 +34,20 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MINIMUM_TRITON = (3, 6)
 _NARROW_KEYS = 256  # mean keys of a query, up to which tiles are small
 _FEW_QUERIES = 16
+ROUNDED = 16  # distances of a bias are a multiple of this, so that kernels are not compiled anew
 
 
 class Bias(Protocol):
-    """What is added to the scaled scores by distance, made for one pass at a time."""
+    """What is added to the scaled scores by distance, made for one pass at a time.
+
+    Attributes:
+        has_gradient: whether the backward is to give one; then `of` returns dense tensors.
+    """
+
+    has_gradient: bool
 
     def of(self, launch: Pass | TablePass) -> Tensor:
-        """[B, H, T, distances], dense: entry r is for the key r steps of the pass (r tokens in a table) behind."""
+        """[B, H, T, distances], an entry for each of `pass_distances(launch)`."""
 
     def take_gradient(self, launch: Pass | TablePass, gradient: Tensor) -> None:
         """The gradient of what `of` returned; 0 where no key was seen."""
@@ -190,6 +197,32 @@ def kernels() -> _Kernels:
 def _is_older(device: torch.device) -> bool:
     """Compute capability 8 or 12, with less shared memory and no wgmma or its successor."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] not in (9, 10, 11)
+
+
+@lru_cache(maxsize=512)
+def pass_distances(launch: Pass | TablePass) -> range:
+    """How far keys of a pass lie behind its queries, in its steps (in tokens in a table); negative if ahead.
+
+    As many as a multiple of ROUNDED.
+    """
+    extent = launch.extent
+    query = torch.arange(extent.num_queries) + extent.distance
+    behind, ahead = 0, 0
+    if isinstance(launch, TablePass):
+        behind, ahead = int(query[-1]), 0 if extent.causal else extent.num_keys - 1 - int(query[0])
+    else:
+        for source in launch.sources:
+            first, last = source.low.long(), source.high.long() - 1
+            if source.picked is not None and source.picked.shape[1] == 0:
+                continue  # no summary yet
+            if source.picked is not None:
+                picked = source.picked.long()
+                first, last = (picked.gather(1, x.clamp(0, picked.shape[1] - 1)) for x in (first, last))
+            seen = source.low < source.high
+            behind = max(behind, int(torch.where(seen, query // launch.step - first, 0).max()))
+            ahead = max(ahead, int(torch.where(seen, last - query // launch.step, 0).max()))
+    first = -max(ahead, 0)
+    return range(first, first - (-(max(behind, 0) + 1 - first) // ROUNDED) * ROUNDED)
 
 
 def padded(dim: int) -> int:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .call import Call, kernels, padded
+from .call import Call, kernels, padded, pass_distances
 from .layout import Pass, Source, key_items, row_items
 from .tables import Table, TablePass
 from .tiles import FORWARD, KEY_GRAD, QUERY_GRAD, Tile, sum_warps
@@ -124,6 +124,7 @@ def launch_query_grad(
     kernels().query_grad[(programs,)](
         grad_query_ptr=grads.query,
         grad_bias_ptr=call.query if grad_bias is None else grad_bias,
+        GRAD_BIAS=grad_bias is not None,
         **_strides("g", grads.query),
         **_of_output(call, grad_output, lse, delta),
         **_other_source(walk),
@@ -180,7 +181,7 @@ def _arguments(call: Call, launch, walk: _Walk, tile: Tile, bias: Tensor | None,
         **_strides("q", call.query),
         **_strides("k", call.key),
         **_strides("v", call.value),
-        **_bias_arguments(call, bias),
+        **_bias_arguments(call, launch, bias),
         "stride_valid": valid.stride(0),
         "stride_listed": walk.listed.stride(0),
         "num_queries": call.extent.num_queries,
@@ -190,7 +191,6 @@ def _arguments(call: Call, launch, walk: _Walk, tile: Tile, bias: Tensor | None,
         "repeats": repeats,
         "period": launch.period,
         "step": getattr(launch, "step", 1),
-        "first_distance": call.extent.distance,
         **call.constants(tile),
         **{"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "KIND": walk.kind, "GRANULE": walk.granule},
         **{"HAS_VALID": call.key_valid is not None, "HAS_BIAS": bias is not None},
@@ -203,13 +203,16 @@ def _strides(letter: str, x: Tensor) -> dict[str, int]:
     return {f"stride_{letter}{axis}": stride for axis, stride in zip("bth", x.stride())}
 
 
-def _bias_arguments(call: Call, bias: Tensor | None) -> dict:
-    """A bias [B, H, T, distances] (any tensor if there is none), its strides, and how many distances it has."""
-    strides, distances = (0, 0, 0, 0), 0
+def _bias_arguments(call: Call, launch, bias: Tensor | None) -> dict:
+    """A bias [B, H, T, distances] (any tensor if there is none), its strides, how many distances it has, and the
+    distance of query 0 from key 0, counted from the first of them."""
+    strides, distances, first = (0, 0, 0, 0), 0, call.extent.distance
     if bias is not None:
         strides, distances = bias.stride(), bias.shape[3]
+        first -= pass_distances(launch).start * getattr(launch, "step", 1)
     named = {f"stride_b{axis}": stride for axis, stride in zip("bhtr", strides)}
-    return {"bias_ptr": call.query if bias is None else bias, **named, "num_biases": distances}
+    bias = call.query if bias is None else bias
+    return {"bias_ptr": bias, **named, "num_biases": distances, "first_distance": first}
 
 
 def _other_source(walk: _Walk) -> dict:

@@ -94,11 +94,12 @@ def query_grad_walk(
     GRANULE: tl.constexpr,
     HAS_VALID: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    GRAD_BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Add what the tiles of one source give to dQ; write the gradient of their biases."""
+    """Add what the tiles of one source give to dQ; if GRAD_BIAS write the gradient of their biases."""
     number, start, left, full, count = walk_of(source, MASKED)
     for tile in range(0, count):
         position = position_of(tile, left, full, MASKED)
@@ -111,7 +112,7 @@ def query_grad_walk(
         value = load_rows(values, tokens, stride_vt, inside, DV, BLOCK_DV, MASKED)
         grad_weights = dot(grad_output, tl.trans(value), PRECISION, UPCAST)
         grad_scores = weights * (grad_weights - delta[:, None])
-        if HAS_BIAS:
+        if GRAD_BIAS:
             tl.store(grad_bias + bias_places, grad_scores.to(grad_bias.dtype.element_ty), mask=has_bias)
         grad_query += dot(grad_scores.to(key.dtype), key, PRECISION, UPCAST)
     return grad_query
@@ -182,6 +183,7 @@ def query_grad_kernel(
     GRANULE: tl.constexpr,
     HAS_VALID: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    GRAD_BIAS: tl.constexpr,
     ADD: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
@@ -225,7 +227,7 @@ def query_grad_kernel(
             grad_query, query, grad_output, lse, delta, keys, values, valid, bias, grad_bias, low, high, rows,
             row_tokens, in_rows, item + 6, first_key, step, listed, slots_ptr, bits_ptr, stride_kt, stride_vt,
             stride_bt, stride_br, num_biases, score_scale, first_distance, row_distance, D, DV, BLOCK_M, BLOCK_N,
-            BLOCK_D, BLOCK_DV, KIND, GRANULE, HAS_VALID, HAS_BIAS, PRECISION, UPCAST, phase == 1,
+            BLOCK_D, BLOCK_DV, KIND, GRANULE, HAS_VALID, HAS_BIAS, GRAD_BIAS, PRECISION, UPCAST, phase == 1,
         )  # fmt: skip
     if OTHER == PICKED:
         low = tl.load(other_low_ptr + bounds, mask=in_rows, other=0)
@@ -236,7 +238,7 @@ def query_grad_kernel(
                 grad_query, query, grad_output, lse, delta, keys, values, valid, bias, grad_bias, low, high, rows,
                 row_tokens, in_rows, item + 11, 0, 1, listed, slots_ptr, bits_ptr, stride_kt, stride_vt, stride_bt,
                 stride_br, num_biases, score_scale, first_distance, row_distance, D, DV, BLOCK_M, BLOCK_N, BLOCK_D,
-                BLOCK_DV, PICKED, GRANULE, HAS_VALID, HAS_BIAS, PRECISION, UPCAST, phase == 1,
+                BLOCK_DV, PICKED, GRANULE, HAS_VALID, HAS_BIAS, GRAD_BIAS, PRECISION, UPCAST, phase == 1,
             )  # fmt: skip
     grads = grad_query_ptr + batch * stride_gb + head.to(tl.int64) * stride_gh
     store_rows(grads, row_tokens, stride_gt, in_rows, grad_query * scale, D, BLOCK_D, ADD)

@@ -10,7 +10,6 @@ Legend: B batch, H heads, T queries, S keys, D head dimension, L distances.
 """
 
 from collections.abc import Iterator
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -24,14 +23,13 @@ from ..relative import _forward as pytorch_forward
 from .attention import backward as attention_backward
 from .attention import forward as attention_forward
 from .attention import register_kernels
-from .call import DTYPES
+from .call import DTYPES, ROUNDED, pass_distances
 from .layout import Pass, table_heads
 from .tables import TablePass
 from .tiles import HEAD_DIMS
 
 _SCORES = 1 << 27  # scores of one pass held at once: 256 MB in half precision, twice that in the backward
 _LEAST_ROWS = 128
-_ROUNDED = 16  # distances of a bias are a multiple of this, so that kernels are not compiled anew
 
 
 def forward(
@@ -117,7 +115,7 @@ def _rows(query: Tensor, distances: Tensor, text: str, distance: int) -> Iterato
     pattern = from_text(text)
     met = distances_met(pattern, reach)
     _check_distances(distances, met)
-    widest = reach if table_heads(pattern, heads) else len(met) + _ROUNDED
+    widest = reach if table_heads(pattern, heads) else len(met) + ROUNDED
     at_once = max(_LEAST_ROWS, _SCORES // (batch * heads * widest) // _LEAST_ROWS * _LEAST_ROWS)
     yield from (slice(start, min(start + at_once, length)) for start in range(0, max(length, 1), at_once))
 
@@ -140,7 +138,7 @@ class _RelativeBias:
         self.shape = position_query.shape
         self.position_query = position_query.permute(2, 0, 1, 3).flatten(1, 2)  # [H, B * T, D]
         self.relative_key, self.distances, self.scale = relative_key, distances, scale
-        self.gradient = gradient
+        self.gradient, self.has_gradient = gradient, gradient is not None
         self.sum = None if gradient is None else torch.zeros_like(self.position_query, dtype=torch.float32)
 
     def of(self, launch: Pass | TablePass) -> Tensor:
@@ -169,7 +167,7 @@ class _RelativeBias:
 
     def _rows(self, launch: Pass | TablePass) -> Tensor:
         """Rows of relative_key for the distances of a pass; any where the pattern never meets a distance."""
-        wanted = torch.arange(_num_distances(launch)) * getattr(launch, "step", 1)
+        wanted = torch.tensor(pass_distances(launch)) * getattr(launch, "step", 1)
         return rows_by_distance(self.distances, wanted).to(self.relative_key.device)
 
 
@@ -178,23 +176,3 @@ def _heads(launch: Pass | TablePass) -> list[slice]:
     if len(launch.heads) == launch.period:
         return [slice(None)]
     return [slice(head, None, launch.period) for head in launch.heads]
-
-
-@lru_cache(maxsize=512)
-def _num_distances(launch: Pass | TablePass) -> int:
-    """How many distances a pass reaches, counted in its steps, rounded up."""
-    extent = launch.extent
-    query = torch.arange(extent.num_queries) + extent.distance
-    farthest = 0
-    if isinstance(launch, TablePass):
-        farthest = int(query[-1])
-    else:
-        for source in launch.sources:
-            first = source.low.long()
-            if source.picked is not None and source.picked.shape[1] == 0:
-                continue  # no summary yet
-            if source.picked is not None:
-                first = source.picked.long().gather(1, first.clamp(max=source.picked.shape[1] - 1))
-            steps = torch.where(source.low < source.high, query // launch.step - first, 0)
-            farthest = max(farthest, int(steps.max()))
-    return -(-(farthest + 1) // _ROUNDED) * _ROUNDED
