@@ -7,16 +7,25 @@ import copy
 from functools import partial
 from itertools import product
 
+import pytest
 import torch
 from torch import distributed
+from torch.distributed.device_mesh import init_device_mesh
+from torch.nn.parallel import DistributedDataParallel
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertModel,
     GPT2Config,
     GPT2LMHeadModel,
     GptOssConfig,
     GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaForSequenceClassification,
     MistralConfig,
     MistralForCausalLM,
 )
@@ -27,7 +36,7 @@ from hf_tfamily.distributed import context_parallel, predicted_bytes
 from hf_tfamily.distributed.attention import attend_slices
 from hf_tfamily.distributed.exchange import Wire
 from hf_tfamily.distributed.exchange_plan import Sizes, Slices, plan_exchange
-from hf_tfamily.modeling.attention_patterns import Fixed, Full, Local, PerHead, Sink, Strided, Union
+from hf_tfamily.modeling.attention_patterns import Fixed, Local, PerHead, Sink, Strided, Union
 from tests.pattern_examples import EXAMPLES
 from tests.tiny_models import tiny_model
 
@@ -138,8 +147,25 @@ def gpt_oss():
     return GptOssForCausalLM(config)
 
 
+def bert():
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    dropped = dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), 0.0)
+    config = BertConfig(**sizes, **dropped, vocab_size=50, attn_implementation="block_sparse")
+    return BertModel(config, add_pooling_layer=False)
+
+
 def ours(name, **changes):
-    return tiny_model(name, AutoModelForCausalLM, vocab_size=50, attn_implementation="block_sparse", **changes)
+    return without_dropout(
+        tiny_model(name, AutoModelForCausalLM, vocab_size=50, attn_implementation="block_sparse", **changes)
+    )
+
+
+def without_dropout(model):
+    """Each rank draws its own."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    return model
 
 
 def batch_of(length, padding=None):
@@ -196,6 +222,171 @@ def model_equals(build, lengths=(37,), paddings=(None, "left", "right"), checkpo
     close(whole_step(model, batch)[0], loss, 0)  # nothing stays behind
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Recurrent models: each rank's memory is the next one's
+
+
+def memory_equals(name, length=37, padded=False, **changes):
+    """As one process that reads the slices in a row; then a second batch that goes on."""
+    model = without_dropout(tiny_model(name, AutoModelForCausalLM, vocab_size=50, **changes)).train()
+    alone = copy.deepcopy(model)
+    batches = [batch_of(length, "left" if padded else None), batch_of(length)][: 1 if padded else 2]
+    memory, rank, size = None, distributed.get_rank(), distributed.get_world_size()
+    ours_memory = None
+    for batch in batches:
+        model.zero_grad()
+        alone.zero_grad()
+        with context_parallel(model) as ranks:
+            mine = ranks.shard(batch)
+            outputs = model(**mine, past_key_values=ours_memory)
+            outputs.loss.backward()
+            ranks.sum_gradients()
+            ours_memory = ranks.hand_round(outputs.past_key_values)
+        assert (ranks.sent["memory", "forward"] > 0) == (size > 1)
+        targets = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)
+        losses = []
+        for held in _all_slices(model, length):
+            read = slice(held.start, held.stop)
+            mask = {"attention_mask": batch["attention_mask"][:, : held.stop]} if padded else {}
+            given = {"input_ids": batch["input_ids"][:, read], "shift_labels": targets[:, read], **mask}
+            one = alone(**given, past_key_values=memory, use_cache=True, num_items_in_batch=(targets != -100).sum())
+            memory = one.past_key_values
+            one.loss.backward()
+            losses.append(one.loss.detach())
+        close(outputs.loss.detach(), losses[rank], 1e-5)
+        found, wanted = gradients(model), gradients(alone)
+        for key, gradient in wanted.items():
+            close(found[key], gradient, 1e-5)
+    assert (ours_memory is not None) == (rank == 0)
+
+
+def _all_slices(model, length):
+    step = model.config.segment_length or 1
+    cut = Slices(-(-length // step), distributed.get_world_size())
+    return [range(held.start * step, min(held.stop * step, length)) for held in map(cut.of, range(cut.ranks))]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is refused, by all ranks alike
+
+
+def refused(call, *words):
+    with pytest.raises(ValueError) as refusal:  # noqa: PT011
+        call()
+    assert all(word in str(refusal.value) for word in words), str(refusal.value)
+
+
+def refusals_of_models():
+    def entered(model):
+        return lambda: context_parallel(model).start()
+
+    refused(entered(llama(attn_implementation="eager")), "eager", "set_attn_implementation")
+    refused(entered(LlamaForSequenceClassification(LlamaConfig(**SIZES))), "head", "whole rows")
+    refused(entered(llama(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4})), "dynamic")
+    encoder = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    refused(entered(BertModel(BertConfig(**encoder, attn_implementation="block_sparse"))), "pooler")
+    refused(entered(tiny_model("vanilla_transformer", AutoModelForSeq2SeqLM)), "two sequences")
+    refused(entered(ours("rope_decoder", position_encoding="alibi")), "scores by distance")
+    refused(entered(torch.nn.Linear(2, 2)), "Linear")
+    refused(entered(tiny_model("transformer_xl", AutoModelForSequenceClassification)), "whole rows")
+
+    wrong = llama()
+    wrong.model.rotary_emb.forward = _positions_from_zero(wrong.model.rotary_emb.forward)
+    refused(entered(wrong), "does not equal one process")
+    half = llama()
+    half.model.layers[1].self_attn.forward = lambda hidden_states, **kwargs: (hidden_states, None)
+    refused(entered(half), "1 of 2 layers")
+    assert not any(hasattr(module, "context_parallel") for module in half.modules())
+
+
+def _positions_from_zero(forward):
+    return lambda states, position_ids: forward(states, torch.arange(states.shape[1])[None])
+
+
+def refusals_of_batches():
+    model, batch = llama(Local(6)).train(), batch_of(24)
+    with context_parallel(model) as ranks:
+        refused(lambda: context_parallel(model).start(), "already")
+        refused(lambda: ranks.shard({"input_ids": torch.ones(1, 1, dtype=torch.long)}), "cannot be cut")
+        packed = torch.arange(24).remainder(9).expand(3, -1)
+        refused(lambda: ranks.shard({**batch, "position_ids": packed}), "packed")
+        refused(lambda: ranks.shard({**batch, "pixels": torch.ones(3, 24)}), "pixels")
+        refused(lambda: ranks.shard({**batch, "attention_mask": torch.ones(3, 1, 24, 24)}), "attention_mask")
+        refused(lambda: ranks.shard({**batch, "logits_to_keep": 1}), "logits_to_keep")
+        refused(lambda: model(**batch), "position_ids")
+        cut = ranks.shard(batch)
+        refused(lambda: model(**{**cut, "shift_labels": None}), "shift_labels")
+        refused(lambda: model(**{**cut, "use_cache": True}), "no generation")
+        refused(lambda: model.generate(batch["input_ids"], max_new_tokens=2), "generation")
+        refused(lambda: model(**{**cut, "position_ids": torch.arange(cut["input_ids"].shape[1])[None]}), "shard")
+        first = 1 if ranks.rank == 0 else 0  # one rank alone has another batch: all must say so
+        refused(lambda: model(input_ids=cut["input_ids"][first:], position_ids=cut["position_ids"][first:]), "rows")
+        refused(lambda: model.model(input_ids=cut["input_ids"]), "call the model that was given")
+        model.set_attn_implementation("sdpa")
+        refused(lambda: model(**cut), "exchanges keys")
+    model(**batch)
+
+
+def refusals_of_losses():
+    model = tiny_model("vanilla_encoder", AutoModelForMaskedLM, vocab_size=50, attn_implementation="block_sparse")
+    with context_parallel(model) as ranks:
+        refused(lambda: ranks.shard(batch_of(24)), "loss of its own")
+
+
+def one_way_equals(build, padding=None):
+    """Without a loss: hidden states or logits, and gradients of a sum of them, in float64."""
+    model = build().double().train()
+    alone, batch = copy.deepcopy(model), batch_of(37, padding)
+    batch.pop("labels")
+    mask = batch.get("attention_mask")
+    whole = alone(**batch)[0]
+    weights = torch.randn_like(whole.detach()) * (1 if mask is None else mask[..., None])
+    (whole * weights).sum().backward()
+    with context_parallel(model) as ranks:
+        found = model(**ranks.shard(batch))[0]
+        cut = ranks.shard({"inputs_embeds": weights, **({} if mask is None else {"attention_mask": mask})})
+        (found * cut["inputs_embeds"]).sum().backward()
+        ranks.sum_gradients()
+    valid = slice(None) if mask is None else mask.bool()
+    close(ranks.gather(found.detach(), mask)[valid], whole.detach()[valid], 1e-10)
+    for wanted, found in zip(alone.parameters(), model.parameters()):
+        if wanted.grad is not None:
+            close(found.grad, wanted.grad, 1e-10)
+
+
+def two_batches_in_flight():
+    """Checkpoints compute each batch anew, with its own padding."""
+    model = llama(Local(6)).train()
+    alone = copy.deepcopy(model)
+    model.gradient_checkpointing_enable()
+    batches = [batch_of(37, "right"), batch_of(41), batch_of(37)]
+    batches[2]["attention_mask"] = batches[0]["attention_mask"].flip(0)
+    with context_parallel(model) as ranks:
+        sum([model(**ranks.shard(batch)).loss for batch in batches]).backward()
+        ranks.sum_gradients()
+    sum(alone(**batch, use_cache=False).loss for batch in batches).backward()
+    found = gradients(model)
+    for name, gradient in gradients(alone).items():
+        close(found[name], gradient, 1e-5)
+
+
+def data_and_context_parallel():
+    """Ranks 0 and 1 share rows, 2 and 3 others; DistributedDataParallel averages over all four."""
+    if distributed.get_world_size() != 4:
+        return
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "cp"))
+    model, batch = llama(Local(6)).train(), batch_of(24)
+    _, _, wanted = whole_step(copy.deepcopy(model), batch)
+    mine = {name: value[mesh["dp"].get_local_rank() :: 2] for name, value in batch.items()}
+    mine["num_items_in_batch"] = torch.tensor(3 * 23)
+    with context_parallel(model, mesh["cp"]) as ranks:
+        parallel = DistributedDataParallel(model)
+        outputs = parallel(**ranks.shard(mine))
+        (outputs.loss * distributed.get_world_size()).backward()
+    for name, gradient in gradients(model).items():
+        close(gradient, wanted[name], 1e-5)
+
+
 PER_HEAD = PerHead([Union([Local(5), Sink(2)]), Strided(6), Fixed(7, 2), Local(9)])
 MODELS = {
     "llama": partial(model_equals, llama, (37, 8), checkpointing=False),
@@ -212,9 +403,24 @@ MODELS = {
         model_equals, partial(ours, "rope_decoder", attention_patterns=Fixed(8, 2, sub_blocks=2).to_dict())
     ),
     "sparse_transformer": partial(model_equals, partial(ours, "sparse_transformer"), checkpointing=True),
+    "vanilla_transformer": partial(model_equals, partial(ours, "vanilla_transformer")),
+    "bert": partial(one_way_equals, bert, "right"),
+}
+MEMORIES = {
+    "transformer_xl": partial(memory_equals, "transformer_xl"),
+    "transformer_xl, segments": partial(memory_equals, "transformer_xl", segment_length=5),
+    "transformer_xl, padding": partial(memory_equals, "transformer_xl", padded=True),
+    "compressive_transformer": partial(memory_equals, "compressive_transformer"),
+    "xl_sparse": partial(memory_equals, "xl_sparse"),
 }
 CASES = {
     **{f"attention under example {index}": partial(attention_under, index) for index in range(len(EXAMPLES))},
     "columns": columns,
     **MODELS,
+    **MEMORIES,
+    "two batches in flight": two_batches_in_flight,
+    "data and context parallel": data_and_context_parallel,
+    "refusals of models": refusals_of_models,
+    "refusals of batches": refusals_of_batches,
+    "refusals of losses": refusals_of_losses,
 }

@@ -77,7 +77,7 @@ def block_sparse_attention_forward(
     if slices is None:
         output, lse = attend_seen(seen, *tensors, scaling, return_lse or sinks is not None, bias)
     else:
-        output, lse = slices.attend(module, seen, *tensors, scaling, bias)
+        output, lse = slices.attend(module, attention_mask, seen, *tensors, scaling, bias)
     if sinks is not None:
         output, lse = with_sinks(output, lse, sinks)
     return output, lse if return_lse else None

@@ -159,7 +159,7 @@ class _Layer:
         query, key_value = held.split([heads * self.head_dim, held.shape[-1] - heads * self.head_dim], dim=-1)
         residues = len(columns.residues.of(self.rank))
         positions = columns.positions(range(self.slices.length), self.rank)
-        # In the order of positions each column is every so many-th; moved on, keys are out of sight that a window shows.
+        # In the order of positions each column is every so many-th; moved on, keys that the window shows are hidden.
         where = {"q_offset": 0, "kv_offset": columns.shift * residues}
         sizes = (heads, -1), (key_heads, -1)
         query, key_value = (x.unflatten(-1, size) for x, size in zip((query, key_value), sizes))

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from ..modeling.attention import BLOCK_SPARSE
 
 LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}  # of Transformers' layer_types
+LENGTH_ROPES = {"dynamic", "longrope"}
 NEXT_TOKENS = ("ForCausalLM", "LMHeadModel")
 HEADS = (*NEXT_TOKENS, "ForMaskedLM", "ForTokenClassification", "Model")
 OF_TOKENS = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "shift_labels", "labels", "token_type_ids"}
@@ -31,6 +32,8 @@ def check_model(model: PreTrainedModel) -> None:
     layers = set(getattr(config.get_text_config(), "layer_types", None) or ()) - LAYERS
     mixing = (nn.Conv1d, nn.Conv2d, nn.RNNBase)
     mixers = sorted({type(module).__name__ for module in model.modules() if isinstance(module, mixing)})
+    ropes = _rope_types(getattr(config.get_text_config(), "rope_parameters", None)) & LENGTH_ROPES
+    tuned = getattr(config.get_text_config(), "attn_temperature_tuning", False)
     pooler = [part for part, module in model.named_modules() if part.split(".")[-1] == "pooler"]
     backend = config._attn_implementation
     refused = [
@@ -41,6 +44,8 @@ def check_model(model: PreTrainedModel) -> None:
             f"{', '.join(pooler)} of {name} looks at each row's first token; load it with add_pooling_layer=False",
         ),
         (layers or mixers, f"{name} mixes positions by {', '.join([*sorted(layers), *mixers])}; {ALONGSIDE}"),
+        (ropes, f"rope_type {', '.join(ropes)!r} looks at the length of a row; use 'yarn', 'linear' or 'default'"),
+        (tuned, f"attn_temperature_tuning of {name} counts positions from 0 on each rank; {ALONGSIDE}"),
         (
             "position_ids" not in inspect.signature(model.forward).parameters,
             f"{name} takes no position_ids, so it would number each rank's positions from 0; {ALONGSIDE}",
@@ -53,6 +58,14 @@ def check_model(model: PreTrainedModel) -> None:
     for applies, why in refused:
         if applies:
             raise ValueError(f"context_parallel: {why}.")
+
+
+def _rope_types(parameters: Mapping | None) -> set[str]:
+    """Of one set of rotary positions, or of several by kinds of layers."""
+    inner = [value for value in (parameters or {}).values() if isinstance(value, Mapping)]
+    return (
+        {parameters.get("rope_type", "default")} if parameters and not inner else set().union(*map(_rope_types, inner))
+    )
 
 
 def check_batch(batch: Mapping, model: PreTrainedModel, ranks: int) -> Tensor:
@@ -79,8 +92,8 @@ def check_batch(batch: Mapping, model: PreTrainedModel, ranks: int) -> Tensor:
             raise ValueError(f"{name} must have shape {list(shape)}, got {list(batch[name].shape)}.")
     if ("labels" in batch or "shift_labels" in batch) and not learns_next_tokens(model):
         raise ValueError(
-            f"{type(model).__name__} has a loss of its own, whose slices do not add up; leave the labels out, and compute "
-            "it from the logits."
+            f"{type(model).__name__} has a loss of its own, whose slices do not add up; leave the labels out, and "
+            "compute it from the logits."
         )
     _check_positions(batch, tokens)
     if tokens.shape[1] < ranks:

@@ -13,6 +13,8 @@ Shapes: B batch, N positions of a row, T of them in this rank's slice, R ranks.
 
 import inspect
 from collections.abc import Mapping
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, distributed, nn
@@ -56,6 +58,13 @@ def context_parallel(
     return (MemoryRanks if is_recurrent else ContextParallel)(model, group)
 
 
+class Rows(NamedTuple):
+    """How the rows of a batch are cut, and how many tokens each has [B]; None if none is padded."""
+
+    slices: Slices
+    lengths: Tensor | None
+
+
 class ContextParallel:
     """What `context_parallel` returns for a model that attends.
 
@@ -68,8 +77,9 @@ class ContextParallel:
         self.model = model
         self.wire = Wire(group)
         self.handles: list = []
-        self.slices: Slices | None = None  # of the rows of the last forward pass
-        self.lengths: Tensor | None = None
+        self.rows: Rows | None = None  # of the batch that went forward last
+        self.is_forward = False
+        self.rows_of: WeakKeyDictionary = WeakKeyDictionary()  # by mask, for what checkpoints compute anew
         self.attended: set[nn.Module] = set()
         self.loss_is_known = False
         self.signature = inspect.signature(model.forward)
@@ -83,15 +93,28 @@ class ContextParallel:
         return self.wire.rank
 
     def start(self) -> "ContextParallel":
+        """Mark the modules, and hold a small batch to one process; all ranks call it together.
+
+        Raises:
+            ValueError: if it differs.
+        """
         modules = list(self.model.modules())
         if any(hasattr(module, MARK) for module in modules):
             raise ValueError("This model is under context_parallel already.")
+        tokens = _few_tokens(self.model, 2 * self.wire.size + 1)
+        whole = _states(self.model, {"input_ids": tokens})
         for module in modules:
             setattr(module, MARK, self)
         self.handles = [
             self.model.register_forward_pre_hook(self._before, with_kwargs=True),
             self.model.register_forward_hook(self._after, with_kwargs=True),
         ]
+        try:
+            self._check_states(_states(self.model, self.shard({"input_ids": tokens})), whole)
+        except BaseException:
+            self.stop()
+            raise
+        self.sent.clear()
         return self
 
     def stop(self) -> None:
@@ -156,7 +179,7 @@ class ContextParallel:
         Args:
             attention_mask: [B, N] of the batch, so that what belongs to padding goes back to its place.
         """
-        starts = [self.slices.of(rank) for rank in range(self.wire.size)]
+        starts = [self.rows.slices.of(rank) for rank in range(self.wire.size)]
         pieces = [sliced.new_empty(sliced.shape[0], len(held), *sliced.shape[2:]) for held in starts]
         rank = self.rank
         for source, piece in enumerate(pieces):  # of uneven sizes, which an all-gather need not take
@@ -170,6 +193,16 @@ class ContextParallel:
     def sum_gradients(self) -> None:
         """Add up the gradients of all ranks, in place; after the last backward pass of a step."""
         self.wire.sum_gradients(self.model)
+
+    def _check_states(self, found: list[Tensor], whole: list[Tensor]) -> None:
+        held = self.rows.slices.of(self.rank)
+        same = [_alike(mine, theirs[:, held.start : held.stop]) for mine, theirs in zip(found, whole)]
+        told = self.wire.gather_numbers(torch.tensor([int(not all(same))], device=found[0].device))
+        if bool(told.any()):
+            raise ValueError(
+                f"{type(self.model).__name__} whose rows are cut does not equal one process: something in it counts "
+                "positions, or mixes them, by itself. Use FSDP with gradient checkpointing for long rows."
+            )
 
     # Around the model's forward pass
 
@@ -198,9 +231,11 @@ class ContextParallel:
                 f"Slices of rank {told[:, 0].nonzero()[:, 0].tolist()} are not those of rows that shard(batch) cut: it "
                 "puts padding behind each row, and numbers positions over all ranks (packed rows cannot be cut)."
             )
-        self.slices, self.lengths = slices, lengths
+        self.rows, self.is_forward = Rows(slices, lengths), True
         self.attended.clear()
-        return args, {**kwargs, "use_cache": False} if "use_cache" in self.signature.parameters else kwargs
+        # Without a mask no model counts positions by itself: those that nobody may see are known here.
+        changed = {"use_cache": False, "attention_mask": None}
+        return args, {**kwargs, **{name: new for name, new in changed.items() if name in self.signature.parameters}}
 
     def _problem(self, said: dict) -> int:
         """The number of what in this rank's arguments cannot be, 0 for nothing."""
@@ -211,16 +246,18 @@ class ContextParallel:
             said.get("past_key_values") is not None or bool(said.get("use_cache")),
             said.get("position_ids") is None,
             isinstance(mask, dict) or (mask is not None and mask.ndim != 2),
+            said.get("labels") is not None and (said.get("shift_labels") is None or not said.get("num_items_in_batch")),
         )
         return next((number for number, applies in enumerate(wrong, 1) if applies), 0)
 
     def _raise_alike(self, told: Tensor) -> None:
         """told: [R, 4], the problem, B, T and whether there is a mask."""
         reasons = (
-            f"only attn_implementation='{BLOCK_SPARSE}' exchanges keys; model.set_attn_implementation('{BLOCK_SPARSE}')",
+            f"only '{BLOCK_SPARSE}' exchanges keys; model.set_attn_implementation('{BLOCK_SPARSE}') first",
             "keys of other ranks are in no cache, so there is no generation and no past_key_values; leave the context",
             "positions are counted over all ranks, so forward needs the position_ids of shard(batch)",
             "a mask for pairs of tokens cannot be cut; give a 2-D attention_mask to shard(batch)",
+            "labels lose a target at each cut; shard(batch) makes shift_labels and num_items_in_batch of them",
         )
         for problem in told[:, 0].tolist():
             if problem:
@@ -243,11 +280,12 @@ class ContextParallel:
 
     def _after(self, model: nn.Module, args: tuple, kwargs: dict, outputs):
         """Did every layer's attention come here, and is the loss what it is taken for?"""
+        self.is_forward = False
         layers = model.config.get_text_config().num_hidden_layers
         if len(self.attended) != layers:
             raise ValueError(
-                f"{len(self.attended)} of {layers} layers of {type(model).__name__} attend through '{BLOCK_SPARSE}'; the "
-                "others would see their slice alone. Use FSDP with gradient checkpointing for long rows."
+                f"{len(self.attended)} of {layers} layers of {type(model).__name__} attend through '{BLOCK_SPARSE}'; "
+                "the others would see their slice alone. Use FSDP with gradient checkpointing for long rows."
             )
         loss, logits = getattr(outputs, "loss", None), getattr(outputs, "logits", None)
         if loss is None or logits is None or self.loss_is_known or kwargs.get("label_smoothing"):
@@ -267,40 +305,67 @@ class ContextParallel:
 
     @torch.compiler.disable  # what is sent depends on lengths that ranks tell each other
     def attend(
-        self, module: nn.Module, seen: VisibleKeys, query: Tensor, key: Tensor, value: Tensor, scaling: float, bias=None
+        self, module: nn.Module, mask, seen: VisibleKeys, query: Tensor, key: Tensor, value: Tensor, scaling, bias=None
     ) -> tuple[Tensor, Tensor]:
-        """Attention [B, T, H, Dv] of queries [B, T, H, D] to the keys of all ranks, of which this one has [B, T, Hk, D];
-        and its log-sum-exp [B, H, T].
+        """Attention [B, T, H, Dv] of queries [B, T, H, D] to the keys of all ranks, here [B, T, Hk, D], and its
+        log-sum-exp [B, H, T].
+
+        Args:
+            mask: what the model handed over; `seen`: what it says of this layer.
 
         Raises:
-            ValueError: for scores by distance, and for a batch that is not the one of the last forward pass.
+            ValueError: for scores by distance, and where another module than the model was called.
         """
         if bias is not None:
             raise ValueError(
                 "Under context_parallel scores by distance (position_bias: ALiBi, T5's buckets) are not supported; use "
                 "rotary or learned positions."
             )
-        if self.slices is None or not self._is_of_last_batch(seen, query, key):
-            raise ValueError(
-                "Under context_parallel call the model that was given to it, and go back through one batch before the "
-                "next one goes forward, where gradient checkpointing computes anew."
-            )
+        rows = self._rows(mask, query.shape[1])
         self.attended.add(module)
         sizes = Sizes(query.shape[2], key.shape[2], query.shape[3], value.shape[3])
-        plan = plan_exchange(own_pattern(seen.pattern), self.slices, seen.causal, sizes)
+        plan = plan_exchange(own_pattern(seen.pattern), rows.slices, seen.causal, sizes)
         name = getattr(module, "layer_idx", None)
-        output, lse = attend_slices(plan, self.wire, query, key, value, scaling, self.lengths, name)
+        output, lse = attend_slices(plan, self.wire, query, key, value, scaling, rows.lengths, name)
         return output, lse.transpose(1, 2)
 
-    def _is_of_last_batch(self, seen: VisibleKeys, query: Tensor, key: Tensor) -> bool:
-        held = self.slices.of(self.rank)
-        if not query.shape[1] == key.shape[1] == len(held):
-            return False
-        if self.lengths is None:
-            return seen.key_valid is None
-        here = (self.lengths - held.start).clamp(0, len(held))
-        told = len(held) if seen.key_valid is None else seen.key_valid.sum(dim=-1)
-        return here.shape[0] == query.shape[0] and bool((here == told).all())
+    def _rows(self, mask, length: int) -> Rows:
+        """Those of the forward pass, or where a checkpoint computes a layer anew those that its mask was made for."""
+        if self.is_forward and mask is not None:
+            self.rows_of[mask] = self.rows
+        rows = self.rows if self.is_forward else None if mask is None else self.rows_of.get(mask)
+        if rows is None or length != len(rows.slices.of(self.rank)):
+            raise ValueError(
+                "Under context_parallel call the model that was given to it, not one inside; and no gradient "
+                "checkpointing for models that make no mask, as those that are not causal."
+            )
+        return rows
+
+
+def _few_tokens(model: PreTrainedModel, length: int) -> Tensor:
+    """[2, length] ids, the same on all ranks."""
+    size = model.config.get_text_config().vocab_size
+    return torch.randint(size, (2, length), generator=torch.Generator().manual_seed(0)).to(model.device)
+
+
+@torch.no_grad()
+def _states(model: PreTrainedModel, batch: dict) -> list[Tensor]:
+    """Hidden states [B, T, *] of a model in evaluation, and logits where it has some."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        outputs = model(**batch, output_hidden_states=True)
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    states = [getattr(outputs, name, None) for name in ("last_hidden_state", "logits")]
+    return [state for state in (*states, *(outputs.hidden_states or ())[-1:]) if state is not None]
+
+
+def _alike(found: Tensor, wanted: Tensor) -> bool:
+    """But for rounding."""
+    tolerance = 1e-4 if found.dtype in (torch.float32, torch.float64) else 0.05
+    return bool((found - wanted).abs().max() <= tolerance * wanted.abs().max())
 
 
 def _tokens_first(valid: Tensor) -> Tensor:
