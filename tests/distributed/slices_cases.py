@@ -119,6 +119,40 @@ def columns():
     assert taken or distributed.get_world_size() == 2
 
 
+def half_precision():
+    """Log-sum-exps travel in float32, beside outputs in bfloat16; bytes are counted so."""
+    for pattern in (Union([Local(3), Strided(5)]), Union([Local(5), Sink(2)])):
+        whole = [torch.randn(2, 41, 4, 16, dtype=torch.bfloat16) for _ in range(3)]
+        wanted = block_sparse_attention(*(x.double() for x in whole), pattern, causal=True, scale=0.25, q_offset=0)
+        wire, slices = Wire(None), Slices(41, distributed.get_world_size())
+        held = slices.of(wire.rank)
+        mine = [x[:, held.start : held.stop].clone().requires_grad_() for x in whole]
+        plan = plan_exchange(pattern, slices, True, Sizes(4, 4, 16, 16))
+        output, lse = attend_slices(plan, wire, *mine, 0.25, None, 0)
+        assert (output.dtype, lse.dtype) == (torch.bfloat16, torch.float32)
+        close(output.double(), wanted[:, held.start : held.stop], 0.05)
+        output.sum().backward()
+        for backward, direction in ((False, "forward"), (True, "backward")):
+            foretold = predicted_bytes(pattern, 41, slices.ranks, 4, 16, 2, batch_size=2, backward=backward)
+            assert wire.sent[0, direction] == foretold[wire.rank]
+
+
+def autocast():
+    """A model under autocast, held to itself in one process."""
+    model, batch = llama(Union([Local(6), Sink(2)])).train(), batch_of(37, "right")
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, _, wanted = whole_step(copy.deepcopy(model), batch)
+        with context_parallel(model) as ranks:
+            outputs = model(**ranks.shard(batch))
+            outputs.loss.backward()
+            ranks.sum_gradients()
+    total = outputs.loss.detach().clone()
+    distributed.all_reduce(total)
+    close(total, loss, 0.01)
+    for name, gradient in gradients(model).items():
+        close(gradient, wanted[name], 0.02)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Models
 
@@ -416,6 +450,8 @@ MEMORIES = {
 CASES = {
     **{f"attention under example {index}": partial(attention_under, index) for index in range(len(EXAMPLES))},
     "columns": columns,
+    "half precision": half_precision,
+    "autocast": autocast,
     **MODELS,
     **MEMORIES,
     "two batches in flight": two_batches_in_flight,

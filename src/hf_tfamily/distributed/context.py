@@ -354,7 +354,8 @@ def _states(model: PreTrainedModel, batch: dict) -> list[Tensor]:
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        outputs = model(**batch, output_hidden_states=True)
+        with torch.autocast(model.device.type, enabled=False):  # whose rounding would hide what is wrong
+            outputs = model(**batch, output_hidden_states=True)
     finally:
         for module, mode in modes.items():
             module.training = mode
