@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import (
     AutoModelForCausalLM,
@@ -294,6 +295,20 @@ def memory_equals(name, length=37, padded=False, **changes):
     assert (ours_memory is not None) == (rank == 0)
 
 
+@torch.no_grad()
+def memory_evaluates(name, length=37, **changes):
+    """Without gradients memories hold keys and values."""
+    model, batch = tiny_model(name, AutoModelForCausalLM, vocab_size=50, **changes), batch_of(length)
+    memory, found = None, []
+    for held in _all_slices(model, length):
+        outputs = model(batch["input_ids"][:, held.start : held.stop], past_key_values=memory, use_cache=True)
+        memory = outputs.past_key_values
+        found.append(outputs.logits)
+    with context_parallel(model) as ranks:
+        logits = model(**ranks.shard({"input_ids": batch["input_ids"]})).logits
+    close(logits, found[ranks.rank], 1e-5)
+
+
 def _all_slices(model, length):
     step = model.config.segment_length or 1
     cut = Slices(-(-length // step), distributed.get_world_size())
@@ -388,6 +403,23 @@ def one_way_equals(build, padding=None):
             close(found.grad, wanted.grad, 1e-10)
 
 
+def sharded_parameters():
+    """FSDP2 over the same ranks, which averages gradients."""
+    model, batch = llama(Local(6)).train(), batch_of(37, "left")
+    loss, _, wanted = whole_step(copy.deepcopy(model), batch)
+    for layer in model.model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    with context_parallel(model) as ranks:
+        outputs = model(**ranks.shard(batch))
+        (outputs.loss * distributed.get_world_size()).backward()
+    total = outputs.loss.detach().clone()
+    distributed.all_reduce(total)
+    close(total, loss, 1e-5)
+    for name, parameter in model.named_parameters():
+        close(parameter.grad.full_tensor(), wanted[name], 1e-5)
+
+
 def two_batches_in_flight():
     """Checkpoints compute each batch anew, with its own padding."""
     model = llama(Local(6)).train()
@@ -446,6 +478,9 @@ MEMORIES = {
     "transformer_xl, padding": partial(memory_equals, "transformer_xl", padded=True),
     "compressive_transformer": partial(memory_equals, "compressive_transformer"),
     "xl_sparse": partial(memory_equals, "xl_sparse"),
+    "transformer_xl evaluates": partial(memory_evaluates, "transformer_xl"),
+    "compressive_transformer evaluates": partial(memory_evaluates, "compressive_transformer"),
+    "xl_sparse evaluates": partial(memory_evaluates, "xl_sparse"),
 }
 CASES = {
     **{f"attention under example {index}": partial(attention_under, index) for index in range(len(EXAMPLES))},
@@ -455,6 +490,7 @@ CASES = {
     **MODELS,
     **MEMORIES,
     "two batches in flight": two_batches_in_flight,
+    "sharded parameters": sharded_parameters,
     "data and context parallel": data_and_context_parallel,
     "refusals of models": refusals_of_models,
     "refusals of batches": refusals_of_batches,

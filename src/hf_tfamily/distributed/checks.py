@@ -38,7 +38,10 @@ def check_model(model: PreTrainedModel) -> None:
     backend = config._attn_implementation
     refused = [
         (config.is_encoder_decoder, f"{name} reads two sequences, which are not cut together; {ALONGSIDE}"),
-        (not name.endswith(HEADS), f"the head of {name} looks at whole rows, of which a rank has a slice; {ALONGSIDE}"),
+        (
+            not name.endswith(HEADS),
+            f"the head of {name} may look at whole rows, of which a rank has a slice; {ALONGSIDE}",
+        ),
         (
             pooler,
             f"{', '.join(pooler)} of {name} looks at each row's first token; load it with add_pooling_layer=False",
