@@ -347,6 +347,11 @@ def refusals_of_models():
     refused(entered(half), "1 of 2 layers")
     assert not any(hasattr(module, "context_parallel") for module in half.modules())
 
+    different = llama()
+    with torch.no_grad():
+        different.model.layers[0].self_attn.k_proj.weight.mul_(1 + distributed.get_rank())
+    refused(entered(different), "different weights")
+
 
 def _positions_from_zero(forward):
     return lambda states, position_ids: forward(states, torch.arange(states.shape[1])[None])
@@ -363,6 +368,8 @@ def refusals_of_batches():
         refused(lambda: ranks.shard({**batch, "attention_mask": torch.ones(3, 1, 24, 24)}), "attention_mask")
         refused(lambda: ranks.shard({**batch, "logits_to_keep": 1}), "logits_to_keep")
         refused(lambda: model(**batch), "position_ids")
+        others = {**batch, "input_ids": batch["input_ids"] + (ranks.rank == 1)}
+        refused(lambda: ranks.shard(others), "different batches")
         cut = ranks.shard(batch)
         refused(lambda: model(**{**cut, "shift_labels": None}), "shift_labels")
         refused(lambda: model(**{**cut, "use_cache": True}), "no generation")
@@ -436,6 +443,22 @@ def two_batches_in_flight():
         close(found[name], gradient, 1e-5)
 
 
+def backward_outside():
+    """Without checkpoints it is all the same; with them layers are computed anew, and need the others."""
+    model, batch = llama(Local(6)).train(), batch_of(24)
+    with context_parallel(model) as ranks:
+        loss = model(**ranks.shard(batch)).loss
+    loss.backward()
+    ranks.sum_gradients()
+    _, _, wanted = whole_step(copy.deepcopy(model), batch)
+    for name, gradient in gradients(model).items():
+        close(gradient, wanted[name], 1e-5)
+    model.gradient_checkpointing_enable()
+    with context_parallel(model) as ranks:
+        loss = model(**ranks.shard(batch)).loss
+    refused(loss.backward, "go back inside it")
+
+
 def data_and_context_parallel():
     """Ranks 0 and 1 share rows, 2 and 3 others; DistributedDataParallel averages over all four."""
     if distributed.get_world_size() != 4:
@@ -490,6 +513,7 @@ CASES = {
     **MODELS,
     **MEMORIES,
     "two batches in flight": two_batches_in_flight,
+    "backward outside": backward_outside,
     "sharded parameters": sharded_parameters,
     "data and context parallel": data_and_context_parallel,
     "refusals of models": refusals_of_models,

@@ -14,7 +14,6 @@ Shapes: B batch, N positions of a row, T of them in this rank's slice, R ranks.
 import inspect
 from collections.abc import Mapping
 from typing import NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, distributed, nn
@@ -79,7 +78,6 @@ class ContextParallel:
         self.handles: list = []
         self.rows: Rows | None = None  # of the batch that went forward last
         self.is_forward = False
-        self.rows_of: WeakKeyDictionary = WeakKeyDictionary()  # by mask, for what checkpoints compute anew
         self.attended: set[nn.Module] = set()
         self.loss_is_known = False
         self.signature = inspect.signature(model.forward)
@@ -133,7 +131,7 @@ class ContextParallel:
     # What ranks get, and what comes of it
 
     def shard(self, batch: Mapping) -> dict:
-        """This rank's slice of a batch that every rank has whole.
+        """This rank's slice of a batch that every rank has whole; all ranks call it together.
 
         Padding goes to the end of each row first, so that a token's slot is its position. `labels` [B, N] become
         `shift_labels`, the next tokens, before they are cut, and `num_items_in_batch` the number of targets of all
@@ -145,11 +143,12 @@ class ContextParallel:
                 count the tokens; labels or shift_labels [B, N]; token_type_ids; what is no tensor stays as it is.
 
         Raises:
-            ValueError: for packed rows, 4-D masks, rows with fewer positions than there are ranks, targets of another
-                kind than next tokens, and tensors that it does not know.
+            ValueError: for batches that differ between ranks, packed rows, 4-D masks, rows with fewer positions than
+                there are ranks, targets of another kind than next tokens, and tensors that it does not know.
         """
         batch = {name: value for name, value in batch.items() if value is not None}
         tokens = check_batch(batch, self.model, self.wire.size)
+        self.wire.check_same(batch)
         slices = Slices(tokens.shape[1], self.wire.size)
         targets = next_tokens(batch.pop("labels", None), batch.get("shift_labels"))
         if targets is not None:
@@ -201,7 +200,8 @@ class ContextParallel:
         if bool(told.any()):
             raise ValueError(
                 f"{type(self.model).__name__} whose rows are cut does not equal one process: something in it counts "
-                "positions, or mixes them, by itself. Use FSDP with gradient checkpointing for long rows."
+                "positions, or mixes them, by itself (use FSDP with gradient checkpointing for long rows), or ranks "
+                "have different weights."
             )
 
     # Around the model's forward pass
@@ -331,9 +331,10 @@ class ContextParallel:
 
     def _rows(self, mask, length: int) -> Rows:
         """Those of the forward pass, or where a checkpoint computes a layer anew those that its mask was made for."""
-        if self.is_forward and mask is not None:
-            self.rows_of[mask] = self.rows
-        rows = self.rows if self.is_forward else None if mask is None else self.rows_of.get(mask)
+        memo = getattr(mask, "memo", {})
+        if self.is_forward:
+            memo[MARK] = self.rows
+        rows = self.rows if self.is_forward else memo.get(MARK)
         if rows is None or length != len(rows.slices.of(self.rank)):
             raise ValueError(
                 "Under context_parallel call the model that was given to it, not one inside; and no gradient "

@@ -83,6 +83,7 @@ class MemoryRanks:
         unknown = [name for name, value in batch.items() if isinstance(value, Tensor) and name not in known]
         if tokens is None or unknown:
             raise ValueError(f"shard cuts {', '.join(sorted(known))}, got {', '.join(map(str, batch))}.")
+        self.wire.check_same(batch)
         targets = next_tokens(batch.pop("labels", None), batch.pop("shift_labels", None))
         if targets is not None and not learns_next_tokens(self.model):
             raise ValueError(f"{type(self.model).__name__} has no loss; leave the labels out.")
