@@ -372,6 +372,7 @@ def refusals_of_batches():
         refused(lambda: ranks.shard(others), "different batches")
         cut = ranks.shard(batch)
         refused(lambda: model(**{**cut, "shift_labels": None}), "shift_labels")
+        refused(lambda: model(**{**cut, "labels": None, "num_items_in_batch": None}), "num_items_in_batch")
         refused(lambda: model(**{**cut, "use_cache": True}), "no generation")
         refused(lambda: model.generate(batch["input_ids"], max_new_tokens=2), "generation")
         refused(lambda: model(**{**cut, "position_ids": torch.arange(cut["input_ids"].shape[1])[None]}), "shard")
