@@ -546,7 +546,8 @@ def check_whole_rows() -> None:
     if _rows_are_dealt_out():
         raise ValueError(
             "Under torch's context_parallel each process holds a part of every row, and attention patterns, padding "
-            "and positions would be wrong; use data parallelism or FSDP, with gradient checkpointing for long rows."
+            "and positions would be wrong; use data parallelism or FSDP, with gradient checkpointing for long rows, or "
+            "hf_tfamily.distributed.context_parallel."
         )
 
 

@@ -23,6 +23,9 @@ from .relative import relative_attention
 from .stock_masks import bind, check_local_heads
 from .windows import window_attention
 
+# The attribute of a model's modules that says who holds the other slices of its rows (hf_tfamily.distributed).
+SLICES = "context_parallel"
+
 
 def block_sparse_attention_forward(
     module: nn.Module,
@@ -66,15 +69,30 @@ def block_sparse_attention_forward(
     elif seen.num_heads != query.shape[1]:
         check_local_heads(seen.pattern, seen.num_heads, query.shape[1])
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    bias = kwargs.get("position_bias")
-    if bias is not None and not hasattr(bias, "table"):
+    bias, slices = kwargs.get("position_bias"), _other_slices(module, attention_mask)
+    if bias is not None and not hasattr(bias, "table") and slices is None:
         return attend_relative(seen, query, key, value, scaling, bias), None
     tensors = (tensor.transpose(1, 2) for tensor in in_one_dtype(query, key, value))
     sinks = kwargs.get("s_aux")
-    output, lse = attend_seen(seen, *tensors, scaling, return_lse or sinks is not None, bias)
+    if slices is None:
+        output, lse = attend_seen(seen, *tensors, scaling, return_lse or sinks is not None, bias)
+    else:
+        output, lse = slices.attend(module, attention_mask, seen, *tensors, scaling, bias)
     if sinks is not None:
         output, lse = with_sinks(output, lse, sinks)
     return output, lse if return_lse else None
+
+
+def _other_slices(module: nn.Module, attention_mask: Any):
+    """Who holds the other slices of the rows; None if there are none.
+
+    Raises:
+        ValueError: where a checkpoint computes slices anew that no longer have any.
+    """
+    slices = getattr(module, SLICES, None)
+    if slices is None and SLICES in getattr(attention_mask, "memo", ()):
+        raise ValueError("This batch went forward under context_parallel: go back inside it, too.")
+    return slices
 
 
 def _is_window(pattern: Pattern) -> bool:

@@ -465,6 +465,11 @@ def _groups_of_one(leaf: Pattern, heads: range, extent: Extent) -> list[Group] |
     return None if leaf.block_span(extent.first_query) is None else run_groups(leaf, heads, extent)
 
 
+def layout_of(pattern: Pattern, extent: Extent) -> Layout | None:
+    """How a pattern falls apart into views, or None if it does not."""
+    return _layout(_simplify(pattern.parts, extent))
+
+
 def _layout(leaves: list[Pattern]) -> Layout | None:
     """How a union falls apart into views, or None if it does not."""
     kinds = {_kind(leaf): leaf for leaf in leaves}
