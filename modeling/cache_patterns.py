@@ -122,8 +122,50 @@ class Step:
         return {**self.__dict__, "_worked_out": {}}
 
 
+class Places(NamedTuple):
+    """Where a step's keys go: an index of a buffer [B, heads, slots], and one of the states [B, Hk, T] to put there."""
+
+    kept: tuple
+    states: tuple
+
+
+class Store:
+    """What stores of any kind share: indices that are worked out once for all layers of a step.
+
+    Subclasses have `heads`, and say the slots where keys are written [R, 1 or heads, T] and read [R, 1 or heads, S].
+    """
+
+    heads: tuple[int, ...]
+
+    def places(self, step: Step) -> Places:
+        slots = step.once(self.write_slots)
+        heads, every = list(self.heads), slice(None)
+        if heads == list(range(heads[0], heads[-1] + 1)):
+            heads = slice(heads[0], heads[-1] + 1)
+        if slots.shape == (1, 1, 1):  # a token that stands at one position in all rows
+            slot = int(slots)
+            here = slice(slot, slot + 1) if slot >= 0 else slice(0)
+            return Places((every, every, here), (every, heads, every if slot >= 0 else slice(0)))
+        slots = slots.expand(-1, len(self.heads), -1)
+        row, head, token = (slots >= 0).nonzero(as_tuple=True)
+        rows = every if len(slots) == 1 else row
+        of_head = torch.tensor(self.heads, device=slots.device)[head]
+        return Places((rows, head, slots[row, head, token]), (rows, of_head, token))
+
+    def seen(self, step: Step) -> slice | torch.Tensor:
+        """The slots to read; a slice where they follow each other in all rows."""
+        slots = step.once(self.read_slots)
+        if slots.shape[:2] != (1, 1):
+            return slots.clamp(min=0)
+        slots = slots[0, 0]
+        first, count = int(slots[0]) if len(slots) else 0, len(slots)
+        if first >= 0 and torch.equal(slots.cpu(), torch.arange(first, first + count)):
+            return slice(first, first + count)
+        return slots.clamp(min=0)
+
+
 @dataclass(frozen=True)
-class Ring:
+class Ring(Store):
     """The last `size` keys, where each of `parts` sees no farther back."""
 
     heads: tuple[int, ...]
@@ -147,19 +189,28 @@ class Ring:
         first = torch.stack([part.first_key(step.first) for part in self.parts]).amin(dim=0)
         return torch.maximum(first, step.first - self.size + 1)
 
+    def is_read_whole(self, step: Step) -> bool:
+        """Does a single query see all that is in the ring? Then keys are taken as they lie, and none is moved."""
+        return step.length == 1 and bool((step.newest - step.once(self.start) + 1 == self.size).all())
+
     def read_positions(self, step: Step) -> torch.Tensor:
         start = step.once(self.start)
+        if step.once(self.is_read_whole):
+            slots = torch.arange(self.size, device=start.device)
+            return (step.newest - (step.newest - slots) % self.size)[:, None]
         span = int((step.newest - start + 1).max())
         positions = step.newest - torch.arange(span - 1, -1, -1, device=start.device)
         return positions.masked_fill(positions < start, -1)[:, None]
 
     def read_slots(self, step: Step) -> torch.Tensor:
         positions = step.once(self.read_positions)
+        if step.once(self.is_read_whole):
+            return torch.arange(positions.shape[-1], device=positions.device)[None, None]
         return torch.where(positions >= 0, positions % self.size, -1)
 
 
 @dataclass(frozen=True)
-class Picture:
+class Picture(Store):
     """The keys of a pattern over a picture of known size that a query still to come can see.
 
     The room follows from the pattern and the picture's width, never from its height.
@@ -226,7 +277,7 @@ def _slot_table(pattern: Pattern) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class Summaries:
+class Summaries(Store):
     """The summary positions of every block; `firsts` says where in a block those of each head begin."""
 
     heads: tuple[int, ...]
@@ -260,7 +311,7 @@ class Summaries:
 
 
 @dataclass(frozen=True)
-class Everything:
+class Everything(Store):
     """Every key; position p in lane p mod `lanes`, so that a column of that stride is contiguous."""
 
     heads: tuple[int, ...]
@@ -549,7 +600,8 @@ class PatternCacheLayer(CacheLayerMixin):
                 f"{key_states.shape[2]} tokens come unannounced: models whose layers follow attention patterns call "
                 "announce() on this cache; give other models a DynamicCache."
             )
-        if self.is_initialized and (len(key_states), key_states.dtype) != (len(self.buffers[0]), self.dtype):
+        batch_size = key_states.shape[0]
+        if self.is_initialized and (batch_size, key_states.dtype) != (self.buffers[0].shape[0], self.dtype):
             raise ValueError(
                 f"The cache holds {len(self.buffers[0])} rows of {self.dtype}, got keys of {len(key_states)} rows of "
                 f"{key_states.dtype}; start with a cache of its own."
@@ -560,14 +612,10 @@ class PatternCacheLayer(CacheLayerMixin):
         before = []
         for index, store in enumerate(self.past.stores):
             self.buffers[index] = buffer = self._writable(self.buffers[index], store.room(step.end))
-            slots = step.once(store.write_slots).expand(-1, len(store.heads), -1)  # [R, heads, T]
-            row, head, token = (slots >= 0).nonzero(as_tuple=True)
-            of_head = torch.tensor(store.heads, device=slots.device)[head]
-            rows = slice(None) if len(slots) == 1 else row
-            stored, where = buffer.flatten(2, 3), (rows, head, slots[row, head, token])
+            places, stored = step.once(store.places), buffer.flatten(2, 3)
             if self.record_past and store.overwrites:
-                before.append((index, where, stored[where]))
-            stored[where] = states[rows, of_head, token]
+                before.append((index, places.kept, stored[places.kept].clone()))
+            stored[places.kept] = states[places.states]
         self._in_a_graph = torch.is_grad_enabled()
         if self.record_past:
             self._recorded.append(_Written(step, states, before, self.newest_step))
@@ -585,7 +633,7 @@ class PatternCacheLayer(CacheLayerMixin):
     def _read(self, step: Step) -> torch.Tensor:
         """[B, Hk, S, W]"""
         read = [
-            _select(buffer.flatten(2, 3), step.once(store.read_slots))
+            _select(buffer.flatten(2, 3), step.once(store.seen))
             for buffer, store in zip(self.buffers, self.past.stores)
         ]
         return self.past.join_heads(read)
@@ -722,13 +770,11 @@ class PatternCacheGenerationMixin(GenerationMixin):
             )
 
 
-def _select(buffer: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-    """From [B, heads, room, W] the `slots` [R, heads or 1, S]; a view where they follow each other in all rows."""
-    if slots.shape[:2] == (1, 1):
-        slots = slots[0, 0]
-        first, count = int(slots[0]) if len(slots) else 0, len(slots)
-        if first >= 0 and torch.equal(slots.cpu(), torch.arange(first, first + count)):
-            return buffer[:, :, first : first + count]
-        return buffer.index_select(2, slots.clamp(min=0).to(buffer.device))
-    slots = slots.clamp(min=0).to(buffer.device).expand(*buffer.shape[:2], -1)
+def _select(buffer: torch.Tensor, slots: slice | torch.Tensor) -> torch.Tensor:
+    """From [B, heads, room, W] the `slots` [S] or [R, heads or 1, S]; a view where they are a slice."""
+    if isinstance(slots, slice):
+        return buffer[:, :, slots]
+    if slots.ndim == 1:
+        return buffer.index_select(2, slots.to(buffer.device))
+    slots = slots.to(buffer.device).expand(*buffer.shape[:2], -1)
     return buffer.gather(2, slots[..., None].expand(-1, -1, -1, buffer.shape[-1]))

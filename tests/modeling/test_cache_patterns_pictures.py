@@ -37,7 +37,7 @@ def read_in_steps(pattern, sizes, heads=4):
 def test_one_query_reads_just_what_it_sees(pattern, prompt):
     for start, read in list(read_in_steps(pattern, [prompt] + [1] * (46 - prompt)))[1:]:
         expected = [key for key in range(start + 1) if pattern.visible(0, start, key)]
-        assert read[0].tolist() == expected
+        assert sorted(read[0].tolist()) == expected  # in any order: attention has none
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)

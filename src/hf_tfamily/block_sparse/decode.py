@@ -38,32 +38,61 @@ def attend_one(
     if found is None and bias is not None:
         return attend_biased(seen.dense(query.device), query, key, value, scaling, dense_of(seen, bias))
     if found is None:
-        return attend_masked(seen.dense(query.device), query, key, value, scaling, with_lse)
+        mask = seen.dense(query.device)
+        return attend_masked(mask, ~mask.any(-1, keepdim=True), query, key, value, scaling, with_lse)
     slot, valid = slots.of(found[0])
     key, value = (_pick(x.transpose(1, 2), slot, num_heads).transpose(1, 2) for x in (key, value))
     mask = _by_head(found[1] & valid, num_heads)[:, :, None]  # [R, 1 or H, 1, J]
     if bias is not None:
         distances = position[:, None, None] - _by_head(found[0], num_heads)[:, :, None]
         return attend_biased(mask, query, key, value, scaling, at_distances(bias, distances))
-    return attend_masked(mask, query, key, value, scaling, with_lse)
+    return attend_masked(mask, ~mask.any(-1, keepdim=True), query, key, value, scaling, with_lse)
+
+
+def mask_of_step(seen: VisibleKeys, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+    """The mask of what `seen` says and the rows where it is False alone, worked out once for all layers.
+
+    On the CPU, where a look costs nothing: None for a mask that shows everything, and where there is no such row.
+    """
+    if "step" not in seen.memo:
+        mask = seen.dense(device)
+        blind = ~mask.any(-1, keepdim=True)
+        looks = mask.device.type == "cpu" and not torch.compiler.is_compiling()
+        if looks and bool(mask.all()):
+            mask = None
+        seen.memo["step"] = mask, None if looks and not bool(blind.any()) else blind
+    return seen.memo["step"]
 
 
 def attend_masked(
-    mask: Tensor, query: Tensor, key: Tensor, value: Tensor, scaling: float, with_lse: bool = False
+    mask: Tensor | None,
+    blind: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float,
+    with_lse: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of [B, T, H, D] to keys [B, S, Hk, D] under a mask [B or 1, H or 1, T, S], where nothing is left to
-    skip."""
+    skip.
+
+    None for a mask that shows everything; `blind` [B or 1, H or 1, T, 1] is True for rows that see nothing, None if
+    there are none.
+    """
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # [B, H, T, D], as caches store them
     grouped = {"enable_gqa": True} if query.shape[1] != key.shape[1] else {}
     output = F.scaled_dot_product_attention(query, key, value, mask, scale=scaling, **grouped)
-    blind = ~mask.any(-1, keepdim=True)
-    output = output.masked_fill(blind, 0.0).transpose(1, 2)
+    if blind is not None:
+        output = output.masked_fill(blind, 0.0)
+    output = output.transpose(1, 2)
     if not with_lse:
         return output, None
     key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
     scores = (query @ key.mT).to(torch.promote_types(query.dtype, torch.float32)) * scaling
-    lse = scores.masked_fill(~(mask | blind), float("-inf")).logsumexp(-1)
-    return output, lse.masked_fill(blind[..., 0], float("-inf"))
+    if mask is not None:
+        scores = scores.masked_fill(~mask if blind is None else ~(mask | blind), float("-inf"))
+    lse = scores.logsumexp(-1)
+    return output, lse if blind is None else lse.masked_fill(blind[..., 0], float("-inf"))
 
 
 def attend_biased(

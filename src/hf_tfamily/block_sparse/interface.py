@@ -16,7 +16,7 @@ from ..modeling.attention_patterns import Pattern
 from ..modeling.positions import DistanceBias, rows_by_distance
 from .alignment import Tensors, attend_packed, attend_padded
 from .cpu import block_sparse_attention
-from .decode import attend_biased, attend_masked, attend_one
+from .decode import attend_biased, attend_masked, attend_one, mask_of_step
 from .distance_bias import biased_attention, check_bias, dense_of
 from .patterns import own_mask
 from .relative import relative_attention
@@ -136,7 +136,7 @@ def attend_seen(
     if seen.query_positions is not None and (seen.query_length == 1 or seen.key_positions.ndim == 3):
         if bias is not None:
             return attend_biased(seen.dense(query.device), query, key, value, scaling, dense_of(seen, bias))
-        return attend_masked(seen.dense(query.device), query, key, value, scaling, with_lse)
+        return attend_masked(*mask_of_step(seen, query.device), query, key, value, scaling, with_lse)
     output, lse = _run(seen, (query,), key, value, execute)
     return output, lse.transpose(1, 2) if with_lse else None
 
