@@ -21,6 +21,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .data import check_data
 from .data.text_lines import read_text
+from .kept_activations import KEPT_ACTIVATIONS
 from .modeling.attention_patterns import nearest
 from .recipe_yaml import read_yaml
 from .value_types import annotations_of, check_value
@@ -44,7 +45,8 @@ class Recipe:
         parameters: exact number of the model's parameters; None where unknown or where an override touched the model.
         model: `model_type` and fields of its config class.
         data: `source` and its arguments (see hf_tfamily.data).
-        training: fields of transformers.TrainingArguments.
+        training: fields of transformers.TrainingArguments, and `kept_activations`: "memory", "disk" or "bfloat16" (see
+            hf_tfamily.kept_activations).
     """
 
     name: str
@@ -77,8 +79,7 @@ def load_recipe(name_or_path: str | Path, overrides: Iterable[str] = ()) -> Reci
         _apply(override, content)
     _check_model(content["model"], name)
     _check_data(content["data"], name)
-    _check_keys(content["training"], [f.name for f in fields(TrainingArguments)], f"{name}: training")
-    _check_types(content["training"], TrainingArguments, f"{name}: training.")
+    _check_training(content["training"], name)
     if any(override.startswith("model.") for override in overrides):
         content["parameters"] = None
     if content["data"] != own_data:
@@ -208,6 +209,14 @@ def _check_data(data: dict[str, Any], name: str) -> None:
         check_data(data)
     except ValueError as error:
         raise RecipeError(f"{name}: {error}") from error
+
+
+def _check_training(training: dict[str, Any], name: str) -> None:
+    _check_keys(training, [*(f.name for f in fields(TrainingArguments)), "kept_activations"], f"{name}: training")
+    _check_types(training, TrainingArguments, f"{name}: training.")
+    kept = str(training.get("kept_activations", "memory"))
+    if kept not in KEPT_ACTIVATIONS:
+        raise RecipeError(f"{name}: training.kept_activations cannot be {kept!r}{nearest(kept, KEPT_ACTIVATIONS)}")
 
 
 def _check_types(values: dict[str, Any], fields_of: type, where: str) -> None:

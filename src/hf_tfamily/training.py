@@ -23,6 +23,7 @@ from .data import LoadedData, load_data
 from .data.sequences import require
 from .finished import RECIPE_FILE
 from .hub import export
+from .kept_activations import KEPT_ACTIVATIONS
 from .label_smoothing import smooth_inside
 from .pattern_views import config_panels
 from .recipe_yaml import write_yaml
@@ -31,7 +32,15 @@ from .recurrent_training import RecurrentTrainer as RecurrentTrainer
 from .tasks import Task, task_of
 
 # What a run's working folder holds beside the files of loggers.
-WORKING_FILES = ("finished", "replaced-*", "checkpoint-*", "tmp-checkpoint-*", "recipe.*", "trainer_state.json")
+WORKING_FILES = (
+    "finished",
+    "replaced-*",
+    "checkpoint-*",
+    "tmp-checkpoint-*",
+    "activations-*",
+    "recipe.*",
+    "trainer_state.json",
+)
 
 
 class RunError(ValueError):
@@ -83,7 +92,8 @@ def train(
     with arguments.main_process_first(local=False):
         if is_main:
             run.open(recipe, resume)
-    trainer.train(run.last_whole_checkpoint(), ignore_keys_for_eval=["past_key_values"])
+    with KEPT_ACTIVATIONS[recipe.training.get("kept_activations", "memory")](run.partial):
+        trainer.train(run.last_whole_checkpoint(), ignore_keys_for_eval=["past_key_values"])
     if is_main:
         run.publish(lambda folder: _finish(trainer, task, recipe, data, folder))
     return run.output
@@ -206,7 +216,8 @@ def _training_arguments(recipe: Recipe, task: Task, folder: Path) -> TrainingArg
             raise ValueError(f"{field.name} must be a number or true or false, got {value!r}.")
     cpu = not torch.accelerator.is_available()
     defaults = {"use_cpu": cpu, "dataloader_pin_memory": not cpu, "report_to": "none", "save_total_limit": 2}
-    return TrainingArguments(**{**defaults, **recipe.training, **ours})
+    given = {key: value for key, value in recipe.training.items() if key != "kept_activations"}
+    return TrainingArguments(**{**defaults, **given, **ours})
 
 
 def _with_weights(model: PreTrainedModel, weights: str | Path) -> PreTrainedModel:
