@@ -185,7 +185,7 @@ def check_loss_is_inside(labels: torch.Tensor | None, num_items_in_batch: torch.
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Long rows in chunks. In training a chunk keeps its inputs alone: what is made of them is computed again in the backward.
+# Long rows in chunks: in training a chunk keeps its inputs alone, and the backward computes the rest of it again.
 
 
 def position_wise(function: Callable, hidden_states: torch.Tensor, size: int) -> torch.Tensor:

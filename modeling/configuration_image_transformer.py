@@ -50,8 +50,8 @@ class ImageTransformerConfig(PreTrainedConfig):
             for output="logistic_mixture".
         layer_norm_eps: epsilon of the layer norms.
         initializer_range: standard deviation of the initial weights.
-        chunk_size_feed_forward: positions that feed-forward layers and their norms take at a time, 0 for all; training then
-            keeps only what they begin with.
+        chunk_size_feed_forward: positions that feed-forward layers and their norms take at a time, 0 for all; training
+            then keeps only what they begin with.
         bos_token_id, decoder_start_token_id: start token of images without classes; num_values if None.
     """
 

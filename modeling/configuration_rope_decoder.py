@@ -54,9 +54,9 @@ class RoPEDecoderConfig(PreTrainedConfig):
         classifier_dropout: dropout before the token classification head.
         rms_norm_eps: epsilon of the norms.
         initializer_range: standard deviation of the initial weights.
-        chunk_size_feed_forward: positions that feed-forward layers and their norms take at a time, 0 for all; training then
-            keeps only what they begin with.
-        chunk_size_lm_head: tokens whose logits the loss takes at a time, 0 for all; with targets there are then no logits.
+        chunk_size_feed_forward: positions that feed-forward layers and their norms take at a time, 0 for all; training
+            then keeps only what they begin with.
+        chunk_size_lm_head: positions whose logits the loss takes at a time, 0 for all; then it comes without logits.
     """
 
     model_type = "rope_decoder"

@@ -35,9 +35,9 @@ class SparseTransformerConfig(PreTrainedConfig):
         resid_dropout: dropout at the end of each residual branch; the paper has no other.
         layer_norm_eps: epsilon of the layer norms.
         initializer_scale: variance of the initial weights, times the number of inputs (section 6: 0.125).
-        chunk_size_feed_forward: positions that feed-forward layers and their norms take at a time, 0 for all; training then
-            keeps only what they begin with.
-        chunk_size_lm_head: tokens whose logits the loss takes at a time, 0 for all; with targets there are then no logits.
+        chunk_size_feed_forward: positions that feed-forward layers and their norms take at a time, 0 for all; training
+            then keeps only what they begin with.
+        chunk_size_lm_head: positions whose logits the loss takes at a time, 0 for all; then it comes without logits.
         upcast_sampling: float32 query-key products when sampling in half precision, that is outside training, with a
             cache (section 5.6).
     """

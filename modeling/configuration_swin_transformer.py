@@ -148,8 +148,8 @@ class SwinTransformerConfig(BackboneConfigMixin, PreTrainedConfig):
         """Every config of Transformers has this field; blocks of windows are short."""
         if self.chunk_size_feed_forward:
             raise ValueError(
-                f"chunk_size_feed_forward={self.chunk_size_feed_forward}: a Swin Transformer takes no chunks; leave it 0, "
-                "and use gradient checkpointing."
+                f"chunk_size_feed_forward={self.chunk_size_feed_forward}: a Swin Transformer takes no chunks; leave "
+                "it 0, and use gradient checkpointing."
             )
 
 

@@ -53,9 +53,9 @@ class VanillaStackConfig(PreTrainedConfig):
         activation_dropout: dropout inside the feed-forward layers.
         layer_norm_eps: epsilon of the layer norms.
         initializer_factor: factor on the initial weights, which are uniform within sqrt(6 / (inputs + outputs)).
-        chunk_size_feed_forward: positions that feed-forward layers and their norms take at a time, 0 for all; training then
-            keeps only what they begin with.
-        chunk_size_lm_head: tokens whose logits the loss takes at a time, 0 for all; with targets there are then no logits.
+        chunk_size_feed_forward: positions that feed-forward layers and their norms take at a time, 0 for all; training
+            then keeps only what they begin with.
+        chunk_size_lm_head: positions whose logits the loss takes at a time, 0 for all; then it comes without logits.
     """
 
     vocab_size: int = 37000

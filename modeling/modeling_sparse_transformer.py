@@ -141,10 +141,11 @@ class SparseTransformerBlock(GradientCheckpointingLayer):
         past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
-        attended, _ = self.self_attn(
-            self.attention_norm(hidden_states), attention_mask, past_key_values=past_key_values, **kwargs
-        )
-        hidden_states = hidden_states + self.dropout(attended)  # H + a(H), equation 12
+        hidden_states = hidden_states + self.dropout(
+            self.self_attn(
+                self.attention_norm(hidden_states), attention_mask, past_key_values=past_key_values, **kwargs
+            )[0]
+        )  # H + a(H), equation 12
         return position_wise(self.feed_forward, hidden_states, self.chunk_size)
 
     def feed_forward(self, hidden_states: torch.Tensor) -> torch.Tensor:

@@ -2,9 +2,9 @@
 
     python scripts/benchmark_scale.py --json benchmarks/scale.json --page benchmarks/scale.md
 
-The model is the music recipe's, 4 layers of width 256 in 8 heads, whose stride is the square root of the length. Ways of
-training it are first held to the plain one, loss and gradients, in a row that no chunk divides. Processes run under the
-allocator that `hf-tfamily train` sets; what needs more than `--most` GiB is stopped and said so. `--only` runs some
+The model is the music recipe's, 4 layers of width 256 in 8 heads, whose stride is the square root of the length. Ways
+of training it are first held to the plain one, loss and gradients, in a row that no chunk divides. Processes run under
+the allocator that `hf-tfamily train` sets; what needs more than `--most` GiB is stopped and said so. `--only` runs some
 sections and keeps the others of FILE; `--quick` takes short rows and few layers.
 """
 
@@ -58,6 +58,11 @@ LINES = {
     "and kept on disk": (plots.BLUE, "s", ":"),
     "dense SDPA": (plots.ORANGE, "o", "-"),
 }
+
+INTRODUCTION = f"""One optimizer step of the music recipe's model at width {WIDTH}, float32, one row: peak resident memory of the
+whole process, libraries included, and seconds. Each in a process of its own, under the allocator that `hf-tfamily train`
+sets. "and" adds to what stands before it: chunks of {CHUNK:,} positions for feed-forward layers and loss; and what layers
+begin with, kept in bfloat16 or on disk ([how to](../docs/length_and_depth.md))."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -190,16 +195,10 @@ def by_way(record: dict, section: str) -> dict[str, list[dict]]:
     return found
 
 
-def page(record: dict, folder: Path) -> str:
+def page(record: dict) -> str:
     lines = ["# Long rows and many layers", "", f"{record['machine']}, {record['versions']}, {record['date']}", ""]
     lines += ["```", *record["commands"], "```", ""]
-    lines += [
-        f"One optimizer step of the music recipe's model at width {record['width']}, float32, one row: peak resident memory of "
-        "the whole process, libraries included, and seconds. Each in a process of its own, under the allocator that "
-        f'`hf-tfamily train` sets. "and" adds to what stands before it: chunks of {CHUNK:,} positions for feed-forward '
-        "layers and loss, and what layers begin with kept in bfloat16 or on disk "
-        "([how to](../docs/length_and_depth.md)).",
-    ]
+    lines += [INTRODUCTION]
     if "tokens" in record["rows"]:
         lines += ["", "## Tokens", "", "4 layers; the stride is the square root of the number of tokens.", ""]
         lines += table(by_way(record, "tokens"), "tokens", record["most"])
@@ -333,7 +332,7 @@ def main() -> int:
     record = run(args)
     wrong = [way for way, error in record["differences"].items() if error > (0.05 if "bfloat16" in way else 1e-5)]
     if args.page:
-        write(args.page, page(record, args.page.parent))
+        write(args.page, page(record))
         for section in record["rows"]:
             draw(by_way(record, section), section, args.page.parent / f"scale_{section}.png")
     for section, said in (("tokens", said_of_tokens), ("layers", said_of_layers)):

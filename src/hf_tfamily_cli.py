@@ -19,8 +19,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-# glibc then maps what is larger than 128 KiB by itself and gives it back when it is freed (mallopt(3)), where by default
-# it learns to keep up to 32 MiB in heaps, which activations of many layers tear. It reads this as a process starts.
+# glibc then maps what is larger than 128 KiB by itself and gives it back once it is freed (mallopt(3)); left alone, it
+# learns to keep up to 32 MiB in heaps, which the activations of many layers tear. It reads this as a process starts.
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
 
 app = typer.Typer(

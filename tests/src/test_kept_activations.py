@@ -33,7 +33,7 @@ def test_gradients(name, checkpointing, tmp_path):
     assert torch.equal(gradients(name, on_disk(tmp_path, least_bytes=1), checkpointing), expected)
     rounded = gradients(name, in_bfloat16(least_bytes=1), checkpointing)
     assert not torch.equal(rounded, expected)
-    assert (rounded - expected).norm() < 0.02 * expected.norm()
+    assert (rounded - expected).norm() < 0.05 * expected.norm()
     assert not list(tmp_path.iterdir())
 
 
@@ -79,5 +79,5 @@ def test_a_recipe_says_it(kept, micro_file, tmp_path, monkeypatch):
 
 
 def test_an_unknown_word_is_refused(micro_file):
-    with pytest.raises(RecipeError, match="kept_activations.*'disk'"):
+    with pytest.raises(RecipeError, match=r"kept_activations.*'disk'"):
         load_recipe(micro_file, ["training.kept_activations=disc"])
