@@ -32,17 +32,16 @@ from hf_tfamily_cli import ALLOCATOR
 
 RECIPE = "sparse_transformer/music"
 CHUNK = 4096
-CHUNKS = {"chunk_size_feed_forward": CHUNK, "chunk_size_lm_head": CHUNK}
-# What a way of training is: fields of the config, whether layers are computed again, and what is kept where.
-PLAIN = {"fields": {}, "checkpointing": False, "kept": nullcontext}
+# What a way of training is: whether it takes chunks, whether layers are computed again, and what is kept where.
+PLAIN = {"chunks": False, "checkpointing": False, "kept": nullcontext}
 CHECKPOINTING = PLAIN | {"checkpointing": True}
 WAYS = {
     "plain": PLAIN,
     "checkpointing": CHECKPOINTING,
-    "and chunks": CHECKPOINTING | {"fields": CHUNKS},
-    "and kept in bfloat16": CHECKPOINTING | {"fields": CHUNKS, "kept": in_bfloat16},
-    "and kept on disk": CHECKPOINTING | {"fields": CHUNKS, "kept": on_disk},
-    "dense SDPA": CHECKPOINTING | {"fields": CHUNKS},
+    "and chunks": CHECKPOINTING | {"chunks": True},
+    "and kept in bfloat16": CHECKPOINTING | {"chunks": True, "kept": in_bfloat16},
+    "and kept on disk": CHECKPOINTING | {"chunks": True, "kept": on_disk},
+    "dense SDPA": CHECKPOINTING | {"chunks": True},
 }
 LEANEST = "and kept on disk"
 TOKENS, LAYERS = (4096, 16_384, 65_536, 262_144, 1_048_576), (4, 16, 64, 128)
@@ -59,17 +58,19 @@ LINES = {
     "dense SDPA": (plots.ORANGE, "o", "-"),
 }
 
-INTRODUCTION = f"""One optimizer step of the music recipe's model at width {WIDTH}, float32, one row: peak resident memory of the
-whole process, libraries included, and seconds. Each in a process of its own, under the allocator that `hf-tfamily train`
-sets. "and" adds to what stands before it: chunks of {CHUNK:,} positions for feed-forward layers and loss; and what layers
-begin with, kept in bfloat16 or on disk ([how to](../docs/length_and_depth.md))."""
+INTRODUCTION = f"""One optimizer step of the music recipe's model at width {WIDTH}, float32, one row: peak resident
+memory of the whole process, libraries included, and seconds. Each in a process of its own, under the allocator that
+`hf-tfamily train` sets. "and" adds to what stands before it: chunks of {CHUNK:,} positions for feed-forward layers and
+loss; and what layers begin with, kept in bfloat16 or on disk ([how to](../docs/length_and_depth.md))."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # One case, in its own process
 
 
-def build(way: str, tokens: int, layers: int, width: int) -> SparseTransformerForCausalLM:
+def build(
+    way: str, tokens: int, layers: int, width: int, chunk: int = CHUNK, dropout: float | None = None
+) -> SparseTransformerForCausalLM:
     """The music recipe's model for rows of so many tokens, made smaller."""
     stride = 2 ** round(math.log2(tokens) / 2)
     recipe = load_recipe(RECIPE).model
@@ -84,8 +85,9 @@ def build(way: str, tokens: int, layers: int, width: int) -> SparseTransformerFo
         attention_patterns=Full().to_dict() if dense else [
             patterns[of_layer["type"]].to_dict() for of_layer in recipe["attention_patterns"]
         ],
-        resid_dropout=recipe["resid_dropout"],
-        **WAYS[way]["fields"],
+        resid_dropout=recipe["resid_dropout"] if dropout is None else dropout,
+        chunk_size_feed_forward=chunk if WAYS[way]["chunks"] else 0,
+        chunk_size_lm_head=chunk if WAYS[way]["chunks"] else 0,
     )  # fmt: skip
     torch.manual_seed(0)
     model = SparseTransformerForCausalLM._from_config(config, attn_implementation="sdpa" if dense else "block_sparse")
@@ -132,18 +134,13 @@ def in_own_process(case: dict, most: float) -> dict:
 # All cases
 
 
-def differences(tokens: int = 600) -> dict[str, float]:
+def differences(tokens: int = 300) -> dict[str, float]:
     """How far loss and gradients of each way are from the plain one's, in a short row and without dropout."""
     found = {}
     for way in WAYS:
         if way == "dense SDPA":
             continue
-        model = build(way, tokens, layers=4, width=64)
-        for module in model.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0
-            if hasattr(module, "chunk_size") and module.chunk_size:
-                module.chunk_size = 256
+        model = build(way, tokens, layers=2, width=64, chunk=128, dropout=0.0)
         model.lm_head.weight.data.normal_(std=0.1)  # zero at first, and then so are most gradients
         ids = torch.randint(256, (1, tokens), generator=torch.Generator().manual_seed(1))
         with WAYS[way]["kept"](least_bytes=0) if WAYS[way]["kept"] is not nullcontext else nullcontext():
@@ -294,7 +291,7 @@ def run(args: argparse.Namespace, measured: Callable[[dict, float], dict] = in_o
     """All figures of the sections that were asked for, beside those that an earlier run left in the JSON file."""
     tokens, layers, row, width = TOKENS, LAYERS, ROW, WIDTH
     if args.quick:
-        tokens, layers, row, width = (256, 1024), (2, 4), 256, 64
+        tokens, layers, row, width = (64, 256), (1, 2), 64, 32
     tokens = tuple(length for length in tokens if length <= args.longest)
     before = json.loads(args.json.read_text())["rows"] if args.json and args.json.exists() else {}
     record = surroundings() | {"most": args.most, "row": row, "width": width, "differences": differences()}

@@ -14,7 +14,17 @@ def run(monkeypatch, tmp_path):
 
     def run(*arguments):
         json_file, page = tmp_path / "scale.json", tmp_path / "scale.md"
-        command = ["benchmark_scale.py", "--quick", "--json", str(json_file), "--page", str(page), *arguments]
+        command = [
+            "benchmark_scale.py",
+            "--quick",
+            "--threads",
+            "1",
+            "--json",
+            str(json_file),
+            "--page",
+            str(page),
+            *arguments,
+        ]
         monkeypatch.setattr(sys, "argv", command)
         status = script.main()
         return status, json.loads(json_file.read_text()), page.read_text()
