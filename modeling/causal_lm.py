@@ -189,8 +189,8 @@ def check_loss_is_inside(labels: torch.Tensor | None, num_items_in_batch: torch.
 
 
 def position_wise(function: Callable, hidden_states: torch.Tensor, size: int) -> torch.Tensor:
-    """`function` of hidden states [B, T, hidden], each position for itself: `size` of them at a time, 0 for all."""
-    return torch.cat(_of_chunks(function, size, hidden_states), dim=1) if size else function(hidden_states)
+    """`function` of hidden states [B, T, hidden], each position for itself, `size` of them at a time."""
+    return torch.cat(_of_chunks(function, size, hidden_states), dim=1)
 
 
 def sum_of_chunks(loss_of: Callable, size: int, hidden_states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

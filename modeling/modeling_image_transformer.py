@@ -515,7 +515,9 @@ class ImageTransformerBlock(GradientCheckpointingLayer):
                 **kwargs,
             )
             hidden_states = self.cross_attn_norm(hidden_states + self.dropout(attended))
-        return position_wise(self.feed_forward, hidden_states, self.chunk_size)
+        if self.chunk_size:
+            return position_wise(self.feed_forward, hidden_states, self.chunk_size)
+        return self.feed_forward(hidden_states)
 
     def feed_forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.mlp_norm(hidden_states + self.dropout(self.mlp(hidden_states)))  # equation 2

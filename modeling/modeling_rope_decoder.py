@@ -163,7 +163,9 @@ class RoPEDecoderBlock(GradientCheckpointingLayer):
             self.input_layernorm(hidden_states), attention_mask, past_key_values=past_key_values, **kwargs
         )
         hidden_states = hidden_states + attended
-        return position_wise(self.feed_forward, hidden_states, self.chunk_size)
+        if self.chunk_size:
+            return position_wise(self.feed_forward, hidden_states, self.chunk_size)
+        return self.feed_forward(hidden_states)
 
     def feed_forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))

@@ -146,7 +146,9 @@ class SparseTransformerBlock(GradientCheckpointingLayer):
                 self.attention_norm(hidden_states), attention_mask, past_key_values=past_key_values, **kwargs
             )[0]
         )  # H + a(H), equation 12
-        return position_wise(self.feed_forward, hidden_states, self.chunk_size)
+        if self.chunk_size:
+            return position_wise(self.feed_forward, hidden_states, self.chunk_size)
+        return self.feed_forward(hidden_states)
 
     def feed_forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return hidden_states + self.dropout(self.mlp(self.mlp_norm(hidden_states)))  # + b(H), equations 13 and 14

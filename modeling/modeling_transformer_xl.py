@@ -163,7 +163,9 @@ class TransformerXLBlock(GradientCheckpointingLayer):
             self.attention_pre_norm(hidden_states), self.attention_pre_norm(past_states), *context, **kwargs
         )
         hidden_states = self.attention_post_norm(hidden_states + self.dropout(attended))
-        return position_wise(self.feed_forward, hidden_states, self.chunk_size), weights
+        if self.chunk_size:
+            return position_wise(self.feed_forward, hidden_states, self.chunk_size), weights
+        return self.feed_forward(hidden_states), weights
 
     def feed_forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         transformed = self.mlp(self.mlp_pre_norm(hidden_states))

@@ -193,7 +193,7 @@ class FeedForwardBranch:
 
     def feed_forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         branch = partial(self.mlp_residual, sublayer=lambda states: self.mlp(states))
-        return position_wise(branch, hidden_states, self.chunk_size)
+        return position_wise(branch, hidden_states, self.chunk_size) if self.chunk_size else branch(hidden_states)
 
 
 class VanillaTransformerEncoderBlock(FeedForwardBranch, GradientCheckpointingLayer):
