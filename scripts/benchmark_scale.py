@@ -237,8 +237,8 @@ def said_of_tokens(rows: dict[str, list[dict]]) -> list[str]:
             goal = verdict(time_exponent, GOALS["cost exponent"]) if way == LEANEST else ""
             said.append(f"{way}: seconds grow with tokens to the power {time_exponent:.2f} {goal}".rstrip())
             said[-1] += f", memory at last {memory:.2f}" if memory is not None else ""
-    longest = rows[LEANEST][-1]
-    if longest["GiB"] is not None:
+    longest = rows[LEANEST][-1] if LEANEST in rows else {"GiB": None}
+    if longest["GiB"] is not None and longest["tokens"] == max(TOKENS):
         goal = verdict(longest["GiB"], GOALS["GiB of the longest row"])
         said.append(f"{longest['tokens']:,} tokens, {LEANEST}: {longest['GiB']:.2f} GiB {goal}, "
                     f"{longest['parameters'] / 1e6:.1f}M parameters")  # fmt: skip
@@ -252,7 +252,7 @@ def said_of_layers(rows: dict[str, list[dict]]) -> list[str]:
             goal = verdict(added, GOALS["activations a layer"]) if way == "checkpointing" else ""
             said.append(f"{way}: an added layer needs {added:.2f} activations [N, d] beyond its weights, gradients and "
                         f"optimizer state {goal}".rstrip())  # fmt: skip
-    deepest = rows["checkpointing"][-1]
+    deepest = rows["checkpointing"][-1] if "checkpointing" in rows else {"GiB": None}
     if deepest["GiB"] is not None:
         goal = verdict(deepest["GiB"], GOALS["GiB of the deepest"])
         said.append(f"{deepest['layers']} layers with checkpointing: {deepest['GiB']:.2f} GiB {goal}")
