@@ -1,10 +1,15 @@
-"""What language models share: from hidden states to the next token's logits, and the losses of tokens.
+"""What language models share: from hidden states to the next token's logits, the losses of tokens, and long rows in
+chunks.
 
 Shapes: B batch, T new tokens, V ids.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch.nn.functional import cross_entropy, pad
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -42,6 +47,7 @@ class CausalLMHead(ShiftedLabels):
     def __init__(self, config):
         super().__init__(config)
         self.loss_function = next_token_loss
+        self.loss_and_logits = loss_by_config(config, shifted=True)
 
     @can_return_tuple
     def forward(
@@ -85,12 +91,10 @@ class CausalLMHead(ShiftedLabels):
     ) -> CausalLMOutputWithPast:
         """Logits of the hidden states that are kept, and their loss where there are `labels` or `shift_labels`."""
         smoothing = own_smoothing(self, labels, kwargs)
-        logits = self.lm_head(outputs.last_hidden_state[:, kept_positions(logits_to_keep)])
-        loss = None
-        if labels is not None or kwargs.get("shift_labels") is not None:
-            loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=logits.shape[-1], label_smoothing=smoothing, **kwargs
-            )
+        states = outputs.last_hidden_state[:, kept_positions(logits_to_keep)]
+        loss, logits = self.loss_and_logits(
+            self.lm_head, self.loss_function, states, labels=labels, label_smoothing=smoothing, **kwargs
+        )
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -178,3 +182,68 @@ def check_loss_is_inside(labels: torch.Tensor | None, num_items_in_batch: torch.
         raise ValueError(
             f"label_smoothing_factor and compute_loss_func make the Trainer compute the loss by itself, but {why}"
         )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Long rows in chunks: in training a chunk keeps its inputs alone, and the backward computes the rest of it again.
+
+
+def position_wise(function: Callable, hidden_states: torch.Tensor, size: int) -> torch.Tensor:
+    """`function` of hidden states [B, T, hidden], each position for itself, `size` of them at a time."""
+    return torch.cat(_of_chunks(function, size, hidden_states), dim=1)
+
+
+def sum_of_chunks(loss_of: Callable, size: int, hidden_states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """The sum of `loss_of` hidden states [B, T, hidden] and targets [B, T], `size` positions at a time."""
+    return torch.stack(_of_chunks(loss_of, size, hidden_states, targets)).sum()
+
+
+def _of_chunks(function: Callable, size: int, *tensors: torch.Tensor) -> list[torch.Tensor]:
+    """The last chunk may be shorter, which Transformers' `apply_chunking_to_forward` refuses."""
+    chunks = zip(*(tensor.split(size, dim=1) for tensor in tensors), strict=True)
+    return [checkpoint(function, *chunk, use_reentrant=False) for chunk in chunks]
+
+
+def loss_by_config(config, shifted: bool) -> Callable:
+    """How a head makes loss and logits of hidden states: `loss_and_logits`, or `loss_in_chunks` of chunk_size_lm_head.
+
+    Args:
+        shifted: position t predicts labels[t + 1]; else labels[t].
+    """
+    return partial(loss_in_chunks, config.chunk_size_lm_head, shifted) if config.chunk_size_lm_head else loss_and_logits
+
+
+def loss_and_logits(
+    head: Callable, loss_function: Callable, hidden_states: torch.Tensor, labels: torch.Tensor | None = None, **kwargs
+) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """Logits [B, T, V] of hidden states [B, T, hidden], and their loss where there are `labels` or `shift_labels`."""
+    logits, loss = head(hidden_states), None
+    if labels is not None or kwargs.get("shift_labels") is not None:
+        loss = loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
+    return loss, logits
+
+
+def loss_in_chunks(
+    size: int,
+    shifted: bool,
+    head: Callable,
+    loss_function: Callable,
+    hidden_states: torch.Tensor,
+    labels: torch.Tensor | None = None,
+    shift_labels: torch.Tensor | None = None,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The same loss without logits, which are of `size` tokens at a time; where there are no targets, the logits."""
+    targets = next_tokens(labels, shift_labels) if shifted else labels
+    if targets is None:
+        return None, head(hidden_states)
+    count = num_targets(targets, num_items_in_batch)
+
+    def loss_of(states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        logits, given = head(states), {"labels": None, "shift_labels": targets} if shifted else {"labels": targets}
+        return loss_function(
+            logits=logits, **given, vocab_size=logits.shape[-1], num_items_in_batch=count, **kwargs
+        )  # a part of the sum over all targets
+
+    return sum_of_chunks(loss_of, size, hidden_states, targets), None

@@ -50,6 +50,8 @@ class ImageTransformerConfig(PreTrainedConfig):
             for output="logistic_mixture".
         layer_norm_eps: epsilon of the layer norms.
         initializer_range: standard deviation of the initial weights.
+        chunk_size_feed_forward: positions that feed-forward layers and their norms take at a time, 0 for all; training
+            then keeps only what they begin with.
         bos_token_id, decoder_start_token_id: start token of images without classes; num_values if None.
     """
 
@@ -79,6 +81,7 @@ class ImageTransformerConfig(PreTrainedConfig):
     predict_residual: bool = False
     layer_norm_eps: float = 1e-5
     initializer_range: float = 0.02
+    chunk_size_feed_forward: int = 0
     use_cache: bool = True
     is_encoder_decoder: bool = False
     bos_token_id: int | None = None
@@ -170,7 +173,7 @@ class ImageTransformerConfig(PreTrainedConfig):
     def validate_numbers(self):
         """Dropouts are probabilities below 1, and the rest of the numbers are not negative."""
         check_probabilities(self, "resid_dropout", "attention_dropout")
-        check_not_negative(self, "layer_norm_eps", "initializer_range")
+        check_not_negative(self, "layer_norm_eps", "initializer_range", "chunk_size_feed_forward")
 
     def validate_choices(self):
         """Names are of the things that there are."""

@@ -7,7 +7,14 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 
 from .attention_patterns import check_known, check_patterns, nearest
-from .checks import check_buckets, check_heads_divide, check_left_out, check_probabilities, check_sizes
+from .checks import (
+    check_buckets,
+    check_heads_divide,
+    check_left_out,
+    check_not_negative,
+    check_probabilities,
+    check_sizes,
+)
 
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
 POSITION_ENCODINGS = ("rotary", "alibi", "t5", "none")
@@ -47,6 +54,9 @@ class RoPEDecoderConfig(PreTrainedConfig):
         classifier_dropout: dropout before the token classification head.
         rms_norm_eps: epsilon of the norms.
         initializer_range: standard deviation of the initial weights.
+        chunk_size_feed_forward: positions that feed-forward layers and their norms take at a time, 0 for all; training
+            then keeps only what they begin with.
+        chunk_size_lm_head: positions whose logits the loss takes at a time, 0 for all; then it comes without logits.
     """
 
     model_type = "rope_decoder"
@@ -88,6 +98,8 @@ class RoPEDecoderConfig(PreTrainedConfig):
     classifier_dropout: float | int = 0.1
     rms_norm_eps: float = 1e-6
     initializer_range: float = 0.02
+    chunk_size_feed_forward: int = 0
+    chunk_size_lm_head: int = 0
     use_cache: bool = True
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
@@ -117,6 +129,7 @@ class RoPEDecoderConfig(PreTrainedConfig):
                 f"num_attention_heads={self.num_attention_heads}."
             )
         check_probabilities(self, "attention_dropout", "classifier_dropout")
+        check_not_negative(self, "chunk_size_feed_forward", "chunk_size_lm_head")
         check_known(self, "position_encoding", POSITION_ENCODINGS)
         check_buckets(self)
 

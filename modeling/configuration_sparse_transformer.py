@@ -35,6 +35,9 @@ class SparseTransformerConfig(PreTrainedConfig):
         resid_dropout: dropout at the end of each residual branch; the paper has no other.
         layer_norm_eps: epsilon of the layer norms.
         initializer_scale: variance of the initial weights, times the number of inputs (section 6: 0.125).
+        chunk_size_feed_forward: positions that feed-forward layers and their norms take at a time, 0 for all; training
+            then keeps only what they begin with.
+        chunk_size_lm_head: positions whose logits the loss takes at a time, 0 for all; then it comes without logits.
         upcast_sampling: float32 query-key products when sampling in half precision, that is outside training, with a
             cache (section 5.6).
     """
@@ -57,6 +60,8 @@ class SparseTransformerConfig(PreTrainedConfig):
     layer_norm_eps: float = 1e-5
     initializer_scale: float | int = 0.125
     upcast_sampling: bool = True
+    chunk_size_feed_forward: int = 0
+    chunk_size_lm_head: int = 0
     use_cache: bool = True
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
@@ -100,6 +105,7 @@ class SparseTransformerConfig(PreTrainedConfig):
         """Dropout is a probability below 1, and the rest of the numbers are not negative."""
         check_probabilities(self, "resid_dropout")
         check_not_negative(self, "layer_norm_eps", "initializer_scale")
+        check_not_negative(self, "chunk_size_feed_forward", "chunk_size_lm_head")
 
     def validate_hidden_act(self):
         """Transformers has an activation of that name."""

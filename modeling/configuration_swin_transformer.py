@@ -144,6 +144,14 @@ class SwinTransformerConfig(BackboneConfigMixin, PreTrainedConfig):
         """Transformers has an activation of that name."""
         check_known(self, "hidden_act", ACT2FN)
 
+    def validate_chunks(self):
+        """Every config of Transformers has this field; blocks of windows are short."""
+        if self.chunk_size_feed_forward:
+            raise ValueError(
+                f"chunk_size_feed_forward={self.chunk_size_feed_forward}: a Swin Transformer takes no chunks; leave "
+                "it 0, and use gradient checkpointing."
+            )
+
 
 def pair(size: int | list[int] | tuple[int, ...]) -> tuple[int, ...]:
     """(height, width) of a size that may be one number for both."""

@@ -3,7 +3,7 @@
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
-from .checks import check_heads_divide, check_probabilities, check_sizes
+from .checks import check_heads_divide, check_not_negative, check_probabilities, check_sizes
 
 
 @strict
@@ -38,6 +38,9 @@ class TransformerXLConfig(PreTrainedConfig):
         layer_norm_eps: epsilon of the layer norms.
         initializer_range: standard deviation of the initial weights.
         projection_initializer_range: the same for the projections of adaptive embeddings.
+        chunk_size_feed_forward: positions that feed-forward layers and their norms take at a time, 0 for all; training
+            then keeps only what they begin with.
+        chunk_size_lm_head: positions whose logits the loss takes at a time, 0 for all; then it comes without logits.
     """
 
     model_type = "transformer_xl"
@@ -66,6 +69,8 @@ class TransformerXLConfig(PreTrainedConfig):
     layer_norm_eps: float = 1e-5
     initializer_range: float = 0.02
     projection_initializer_range: float = 0.01
+    chunk_size_feed_forward: int = 0
+    chunk_size_lm_head: int = 0
     use_cache: bool = True
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
@@ -102,6 +107,7 @@ class TransformerXLConfig(PreTrainedConfig):
         if self.hidden_size % 2:
             raise ValueError(f"hidden_size must be even (distances are sines and cosines), got {self.hidden_size}.")
         check_probabilities(self, "hidden_dropout", "attention_dropout")
+        check_not_negative(self, "chunk_size_feed_forward", "chunk_size_lm_head")
 
     def validate_memory(self):
         """A model without a memory could not continue a text from its cache."""

@@ -53,6 +53,9 @@ class VanillaStackConfig(PreTrainedConfig):
         activation_dropout: dropout inside the feed-forward layers.
         layer_norm_eps: epsilon of the layer norms.
         initializer_factor: factor on the initial weights, which are uniform within sqrt(6 / (inputs + outputs)).
+        chunk_size_feed_forward: positions that feed-forward layers and their norms take at a time, 0 for all; training
+            then keeps only what they begin with.
+        chunk_size_lm_head: positions whose logits the loss takes at a time, 0 for all; then it comes without logits.
     """
 
     vocab_size: int = 37000
@@ -77,6 +80,8 @@ class VanillaStackConfig(PreTrainedConfig):
     activation_dropout: float | int = 0.0
     layer_norm_eps: float = 1e-5
     initializer_factor: float | int = 1.0
+    chunk_size_feed_forward: int = 0
+    chunk_size_lm_head: int = 0
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = 1
     pad_token_id: int | None = 0
@@ -98,6 +103,7 @@ class VanillaStackConfig(PreTrainedConfig):
         """Dropouts are probabilities below 1, and the other numbers are not negative."""
         check_probabilities(self, "dropout", "attention_dropout", "activation_dropout")
         check_not_negative(self, "layer_norm_eps", "initializer_factor")
+        check_not_negative(self, "chunk_size_feed_forward", "chunk_size_lm_head")
 
     def validate_names(self):
         """Encoding, layout and activation are known."""

@@ -42,6 +42,7 @@ from .causal_lm import (
     next_tokens,
     num_targets,
     own_smoothing,
+    position_wise,
 )
 from .checks import check_counted, check_embeddings, check_one_input, check_positions, check_targets, check_token_ids
 from .configuration_image_transformer import ImageTransformerConfig
@@ -491,6 +492,7 @@ class ImageTransformerBlock(GradientCheckpointingLayer):
         self.mlp = ImageTransformerMLP(config)
         self.mlp_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.resid_dropout)
+        self.chunk_size = config.chunk_size_feed_forward
 
     def forward(
         self,
@@ -513,6 +515,11 @@ class ImageTransformerBlock(GradientCheckpointingLayer):
                 **kwargs,
             )
             hidden_states = self.cross_attn_norm(hidden_states + self.dropout(attended))
+        if self.chunk_size:
+            return position_wise(self.feed_forward, hidden_states, self.chunk_size)
+        return self.feed_forward(hidden_states)
+
+    def feed_forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.mlp_norm(hidden_states + self.dropout(self.mlp(hidden_states)))  # equation 2
 
 

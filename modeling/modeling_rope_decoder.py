@@ -32,7 +32,7 @@ from .attention import (
 )
 from .attention_patterns import Full, patterns_for_layers
 from .cache_patterns import PatternCacheGenerationMixin
-from .causal_lm import CausalLMHead
+from .causal_lm import CausalLMHead, position_wise
 from .checks import check_embeddings, check_one_input, check_token_ids
 from .classification import SequenceClassificationHead, TokenClassificationHead
 from .configuration_rope_decoder import RoPEDecoderConfig
@@ -150,6 +150,7 @@ class RoPEDecoderBlock(GradientCheckpointingLayer):
         self.self_attn = RoPEDecoderAttention(config, layer_idx)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = RoPEDecoderMLP(config)
+        self.chunk_size = config.chunk_size_feed_forward
 
     def forward(
         self,
@@ -162,6 +163,11 @@ class RoPEDecoderBlock(GradientCheckpointingLayer):
             self.input_layernorm(hidden_states), attention_mask, past_key_values=past_key_values, **kwargs
         )
         hidden_states = hidden_states + attended
+        if self.chunk_size:
+            return position_wise(self.feed_forward, hidden_states, self.chunk_size)
+        return self.feed_forward(hidden_states)
+
+    def feed_forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
 
@@ -247,6 +253,7 @@ class RoPEDecoderModel(RoPEDecoderPreTrainedModel):
         order = self.order_of(self, inputs_embeds, attention_mask, position_ids, past_key_values)
         position_ids, _ = new_positions(inputs_embeds, attention_mask, position_ids, past_key_values)
         hidden_states = inputs_embeds
+        del inputs_embeds  # the layers need not keep it
         for layer, mask in zip(self.layers, masks):
             hidden_states = layer(
                 hidden_states,

@@ -25,7 +25,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .attention import PatternBackend, eager_attention_forward, in_float32, layer_masks, new_positions
 from .attention_patterns import patterns_for_layers
 from .cache_patterns import PatternCacheGenerationMixin
-from .causal_lm import CausalLMHead
+from .causal_lm import CausalLMHead, position_wise
 from .checks import check_embeddings, check_one_input, check_positions, check_token_ids
 from .classification import SequenceClassificationHead
 from .configuration_sparse_transformer import SparseTransformerConfig
@@ -132,6 +132,7 @@ class SparseTransformerBlock(GradientCheckpointingLayer):
         self.mlp_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = SparseTransformerMLP(config)
         self.dropout = nn.Dropout(config.resid_dropout)
+        self.chunk_size = config.chunk_size_feed_forward
 
     def forward(
         self,
@@ -140,10 +141,16 @@ class SparseTransformerBlock(GradientCheckpointingLayer):
         past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
-        attended, _ = self.self_attn(
-            self.attention_norm(hidden_states), attention_mask, past_key_values=past_key_values, **kwargs
-        )
-        hidden_states = hidden_states + self.dropout(attended)  # H + a(H), equation 12
+        hidden_states = hidden_states + self.dropout(
+            self.self_attn(
+                self.attention_norm(hidden_states), attention_mask, past_key_values=past_key_values, **kwargs
+            )[0]
+        )  # H + a(H), equation 12
+        if self.chunk_size:
+            return position_wise(self.feed_forward, hidden_states, self.chunk_size)
+        return self.feed_forward(hidden_states)
+
+    def feed_forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return hidden_states + self.dropout(self.mlp(self.mlp_norm(hidden_states)))  # + b(H), equations 13 and 14
 
 
@@ -227,6 +234,7 @@ class SparseTransformerModel(SparseTransformerPreTrainedModel):
         position_ids, counted_to = new_positions(inputs_embeds, attention_mask, position_ids, past_key_values)
         check_positions(position_ids, self.embed_positions.num_positions, counted_to)
         hidden_states = inputs_embeds + self.embed_positions(position_ids)  # equation 15
+        del inputs_embeds  # as large as the hidden states
         for layer, mask in zip(self.layers, masks):
             hidden_states = layer(hidden_states, mask, past_key_values=past_key_values, **kwargs)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)

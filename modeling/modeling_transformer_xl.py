@@ -32,7 +32,17 @@ from .attention import (
     visible_keys,
 )
 from .attention_patterns import Full, Local
-from .causal_lm import ShiftedLabels, kept_positions, next_token_loss, next_tokens, num_targets, own_smoothing
+from .causal_lm import (
+    ShiftedLabels,
+    kept_positions,
+    loss_in_chunks,
+    next_token_loss,
+    next_tokens,
+    num_targets,
+    own_smoothing,
+    position_wise,
+    sum_of_chunks,
+)
 from .checks import check_one_input, check_token_ids
 from .classification import SequenceClassificationHead
 from .configuration_transformer_xl import TransformerXLConfig
@@ -139,6 +149,7 @@ class TransformerXLBlock(GradientCheckpointingLayer):
         self.mlp = TransformerXLMLP(config)
         self.mlp_post_norm = after(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout)
+        self.chunk_size = config.chunk_size_feed_forward
 
     def forward(
         self, hidden_states: torch.Tensor, past_states: torch.Tensor, *context, **kwargs: Unpack[TransformersKwargs]
@@ -152,8 +163,13 @@ class TransformerXLBlock(GradientCheckpointingLayer):
             self.attention_pre_norm(hidden_states), self.attention_pre_norm(past_states), *context, **kwargs
         )
         hidden_states = self.attention_post_norm(hidden_states + self.dropout(attended))
+        if self.chunk_size:
+            return position_wise(self.feed_forward, hidden_states, self.chunk_size), weights
+        return self.feed_forward(hidden_states), weights
+
+    def feed_forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         transformed = self.mlp(self.mlp_pre_norm(hidden_states))
-        return self.mlp_post_norm(hidden_states + self.dropout(transformed)), weights
+        return self.mlp_post_norm(hidden_states + self.dropout(transformed))
 
 
 class TransformerXLPreTrainedModel(PatternBackend, PreTrainedModel):
@@ -366,6 +382,7 @@ class TransformerXLForCausalLM(ShiftedLabels, TransformerXLPreTrainedModel, Gene
         super().__init__(config)
         self.loss_function = next_token_loss
         self.vocab_size = config.vocab_size
+        self.chunk_size = config.chunk_size_lm_head
         self.model = self.model_class(config)
         if config.is_adaptive:
             self.lm_head = AdaptiveSoftmax(self.model.embed_tokens)
@@ -396,7 +413,7 @@ class TransformerXLForCausalLM(ShiftedLabels, TransformerXLPreTrainedModel, Gene
             logits_to_keep: compute logits for the last so many positions only (0: all), or for these indices.
 
         The logits of an adaptive softmax are log-probabilities. In training, with targets, it has no logits: the loss
-        needs only the clusters that the targets are in.
+        needs only the clusters that the targets are in. Nor has any head with targets and config.chunk_size_lm_head.
         """
         smoothing = own_smoothing(self, labels, kwargs)
         targets = next_tokens(labels, kwargs.pop("shift_labels", None))
@@ -409,7 +426,8 @@ class TransformerXLForCausalLM(ShiftedLabels, TransformerXLPreTrainedModel, Gene
             **kwargs,
         )
         logits = None
-        if targets is None or smoothing or not (self.training and self.config.is_adaptive):
+        loss_alone = self.chunk_size or (self.training and self.config.is_adaptive and not smoothing)
+        if targets is None or not loss_alone:
             logits = self.lm_head(outputs.last_hidden_state[:, kept_positions(logits_to_keep)])
         loss = self._loss(outputs, logits, targets, smoothing, **kwargs)
         return self._output(loss, logits, outputs)
@@ -425,11 +443,21 @@ class TransformerXLForCausalLM(ShiftedLabels, TransformerXLPreTrainedModel, Gene
         """Mean loss of the targets that count, or their sum over `num_items_in_batch`; None without targets."""
         if targets is None:
             return None
-        if smoothing or not self.config.is_adaptive:
-            sizes = {"vocab_size": logits.shape[-1], "label_smoothing": smoothing}
-            return self.loss_function(logits=logits, labels=None, shift_labels=targets, **sizes, **kwargs)
-        losses = self.lm_head.token_losses(outputs.last_hidden_state.flatten(0, 1), targets.flatten())
-        return losses.sum() / num_targets(targets, kwargs.get("num_items_in_batch"))
+        states = outputs.last_hidden_state
+        if self.config.is_adaptive and not smoothing:
+            chunked = self.chunk_size > 0
+            nats = (
+                sum_of_chunks(self._nats, self.chunk_size, states, targets) if chunked else self._nats(states, targets)
+            )
+            return nats / num_targets(targets, kwargs.get("num_items_in_batch"))
+        said = {"shift_labels": targets, "label_smoothing": smoothing, **kwargs}
+        if self.chunk_size:
+            return loss_in_chunks(self.chunk_size, True, self.lm_head, self.loss_function, states, **said)[0]
+        return self.loss_function(logits=logits, labels=None, vocab_size=logits.shape[-1], **said)
+
+    def _nats(self, hidden_states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """What an adaptive softmax spends on targets [B, T] at hidden states [B, T, hidden]."""
+        return self.lm_head.token_losses(hidden_states.flatten(0, 1), targets.flatten()).sum()
 
     def _output(self, loss, logits, outputs: BaseModelOutputWithPast) -> CausalLMOutputWithPast:
         return CausalLMOutputWithPast(

@@ -17,7 +17,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .causal_lm import label_smoothed_loss, own_smoothing
+from .causal_lm import label_smoothed_loss, loss_by_config, own_smoothing
 from .checks import check_some_token, check_token_types
 from .classification import classification_loss
 from .configuration_vanilla_encoder import VanillaEncoderConfig
@@ -95,6 +95,7 @@ class VanillaEncoderForMaskedLM(VanillaEncoderPreTrainedModel):
     def __init__(self, config: VanillaEncoderConfig):
         super().__init__(config)
         self.loss_function = label_smoothed_loss
+        self.loss_and_logits = loss_by_config(config, shifted=False)
         self.model = VanillaEncoderModel(config)
         self.transform = nn.Linear(config.hidden_size, config.hidden_size)
         self.act_fn = ACT2FN[config.hidden_act]
@@ -126,15 +127,17 @@ class VanillaEncoderForMaskedLM(VanillaEncoderPreTrainedModel):
             inputs_embeds=inputs_embeds,
             **kwargs,
         )
-        logits = self.lm_head(self.transform_norm(self.act_fn(self.transform(outputs.last_hidden_state))))
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=logits.shape[-1], label_smoothing=smoothing, **kwargs
-            )
+        states, function = outputs.last_hidden_state, self.loss_function
+        loss, logits = self.loss_and_logits(
+            self.predict, function, states, labels=labels, label_smoothing=smoothing, **kwargs
+        )
         return MaskedLMOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
+
+    def predict(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """[..., hidden] -> logits [..., V]."""
+        return self.lm_head(self.transform_norm(self.act_fn(self.transform(hidden_states))))
 
 
 class VanillaEncoderForSequenceClassification(VanillaEncoderPreTrainedModel):

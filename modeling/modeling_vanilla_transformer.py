@@ -12,6 +12,7 @@ T queries and S keys.
 import copy
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import nn
@@ -41,7 +42,7 @@ from .attention import (
 )
 from .attention_patterns import Full, patterns_for_layers
 from .cache_patterns import PatternCache, PatternCacheGenerationMixin
-from .causal_lm import CausalLMHead, label_smoothed_loss, own_smoothing
+from .causal_lm import CausalLMHead, label_smoothed_loss, loss_by_config, own_smoothing, position_wise
 from .checks import check_embeddings, check_one_input, check_positions, check_some_token, check_token_ids
 from .configuration_vanilla_transformer import VanillaTransformerConfig
 from .positions import POSITION_SCHEMES, RelativeBiases, T5Buckets
@@ -187,7 +188,15 @@ class CrossAttention(MultiHeadAttention):
         return key, value
 
 
-class VanillaTransformerEncoderBlock(GradientCheckpointingLayer):
+class FeedForwardBranch:
+    """What ends a block: a feed-forward network, config.chunk_size_feed_forward positions at a time."""
+
+    def feed_forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        branch = partial(self.mlp_residual, sublayer=lambda states: self.mlp(states))
+        return position_wise(branch, hidden_states, self.chunk_size) if self.chunk_size else branch(hidden_states)
+
+
+class VanillaTransformerEncoderBlock(FeedForwardBranch, GradientCheckpointingLayer):
     """Self-attention and a feed-forward network (section 3.1)."""
 
     def __init__(self, config: VanillaTransformerConfig, layer_idx: int):
@@ -196,6 +205,7 @@ class VanillaTransformerEncoderBlock(GradientCheckpointingLayer):
         self.self_attn_residual = residual_connection(config)
         self.mlp = FeedForward(config)
         self.mlp_residual = residual_connection(config)
+        self.chunk_size = config.chunk_size_feed_forward
 
     def forward(
         self, hidden_states: torch.Tensor, attention_mask=None, order=None, **kwargs: Unpack[TransformersKwargs]
@@ -204,10 +214,10 @@ class VanillaTransformerEncoderBlock(GradientCheckpointingLayer):
         hidden_states = self.self_attn_residual(
             hidden_states, lambda states: self.self_attn(states, attention_mask, order, **kwargs)[0]
         )
-        return self.mlp_residual(hidden_states, lambda states: self.mlp(states))
+        return self.feed_forward(hidden_states)
 
 
-class VanillaTransformerDecoderBlock(GradientCheckpointingLayer):
+class VanillaTransformerDecoderBlock(FeedForwardBranch, GradientCheckpointingLayer):
     """Causal self-attention, attention to the encoder, and a feed-forward network (section 3.1)."""
 
     def __init__(self, config: VanillaTransformerConfig, layer_idx: int):
@@ -219,6 +229,7 @@ class VanillaTransformerDecoderBlock(GradientCheckpointingLayer):
             self.cross_attn_residual = residual_connection(config)
         self.mlp = FeedForward(config)
         self.mlp_residual = residual_connection(config)
+        self.chunk_size = config.chunk_size_feed_forward
 
     def forward(
         self,
@@ -243,7 +254,7 @@ class VanillaTransformerDecoderBlock(GradientCheckpointingLayer):
                     states, encoder_hidden_states, encoder_attention_mask, past_key_values, **kwargs
                 )[0],
             )
-        return self.mlp_residual(hidden_states, lambda states: self.mlp(states))
+        return self.feed_forward(hidden_states)
 
 
 class VanillaTransformerPreTrainedModel(PatternBackend, PreTrainedModel):
@@ -583,6 +594,7 @@ class VanillaTransformerForConditionalGeneration(VanillaTransformerPreTrainedMod
         super().__init__(as_encoder_decoder(config, True))
         self.loss_type = "ForMaskedLM"  # aligned with the labels; the name of the class would make it the shifting one
         self.loss_function = label_smoothed_loss
+        self.loss_and_logits = loss_by_config(config, shifted=False)
         self.model = VanillaTransformerModel(self.config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size_of_decoder, bias=config.output_bias)
         self._tied_weights_keys = {"lm_head.weight": "model.decoder.embed_tokens.weight"}
@@ -633,12 +645,10 @@ class VanillaTransformerForConditionalGeneration(VanillaTransformerPreTrainedMod
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=logits.shape[-1], label_smoothing=smoothing, **kwargs
-            )
+        states, function = outputs.last_hidden_state[:, kept], self.loss_function
+        loss, logits = self.loss_and_logits(
+            self.lm_head, function, states, labels=labels, label_smoothing=smoothing, **kwargs
+        )
         return Seq2SeqLMOutput(
             loss=loss,
             logits=logits,

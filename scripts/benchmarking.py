@@ -194,11 +194,11 @@ class Benchmark:
 
     def finish(self) -> int:
         """Write what was asked for; the exit status: 1 if a case failed its check."""
-        surroundings = _surroundings(self.cpu_time)
+        here = surroundings(self.cpu_time)
         record = {
             "title": self.title,
-            **surroundings,
-            "runs": {section: surroundings for section in self.notes},
+            **here,
+            "runs": {section: here for section in self.notes},
             "notes": self.notes,
             "rows": [asdict(r) for r in self.rows],
         }
@@ -270,7 +270,8 @@ def _with_other_sections(record: dict, path: Path) -> dict:
     }
 
 
-def _surroundings(cpu_time: bool) -> dict:
+def surroundings(cpu_time: bool = False) -> dict:
+    """When, where and by which command this runs."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{_cpu_name()}, CPU only"
     threads = "processor time of 1 thread" if cpu_time else f"{torch.get_num_threads()} threads"
     return {

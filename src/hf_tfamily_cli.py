@@ -5,7 +5,10 @@ imports torch, which the commands need and `--help` does not.
 """
 
 import json
+import os
+import platform
 import shlex
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +18,10 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+# glibc then maps what is larger than 128 KiB by itself and gives it back once it is freed (mallopt(3)); left alone, it
+# learns to keep up to 32 MiB in heaps, which the activations of many layers tear. It reads this as a process starts.
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
 
 app = typer.Typer(
     help="The Transformer family as Hugging Face models.",
@@ -360,5 +367,19 @@ def _quiet() -> None:
     logging.disable_progress_bar()
 
 
+def train_under_allocator() -> None:
+    """For `hf-tfamily train` start this process again under ALLOCATOR, once, unless the user has set up glibc's malloc.
+
+    The process stays the same one, so signals and its exit code are as they would be.
+    """
+    words = sys.argv[1:]
+    is_train = next((word for word in words if not word.startswith("-")), None) == "train"
+    is_own = sys.orig_argv[-len(words) :] == words  # the command line of this process, not one that a program made up
+    chosen = any(name in os.environ for name in (*ALLOCATOR, "GLIBC_TUNABLES"))
+    if is_train and is_own and not chosen and platform.libc_ver()[0] == "glibc":
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **ALLOCATOR})
+
+
 def main() -> None:
+    train_under_allocator()
     app()

@@ -21,13 +21,14 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .data import check_data
 from .data.text_lines import read_text
+from .kept_activations import KEPT_ACTIVATIONS
 from .modeling.attention_patterns import nearest
 from .recipe_yaml import read_yaml
 from .value_types import annotations_of, check_value
 
 SECTIONS = ("model", "data", "training")
 # Keys of `training` that are no TrainingArguments, and their values (hf_tfamily.processes carries them out).
-OWN_TRAINING = {"ddp_comm_hook": ("bf16",)}
+OWN_TRAINING = {"ddp_comm_hook": ("bf16",), "kept_activations": tuple(KEPT_ACTIVATIONS)}
 # A folder of configs/ without recipes: configuration files of `accelerate launch`.
 LAUNCHER_FILES = "accelerate"
 
@@ -49,7 +50,8 @@ class Recipe:
         model: `model_type` and fields of its config class.
         data: `source` and its arguments (see hf_tfamily.data).
         training: fields of transformers.TrainingArguments, and `ddp_comm_hook: bf16`: under DDP, gradients cross from
-            process to process in bfloat16, half the bytes.
+            process to process in bfloat16, half the bytes; and `kept_activations`: "memory", "disk" or "bfloat16" (see
+            hf_tfamily.kept_activations).
     """
 
     name: str

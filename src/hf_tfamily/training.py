@@ -25,6 +25,7 @@ from .data import LoadedData, load_data
 from .data.sequences import require
 from .finished import RECIPE_FILE
 from .hub import export
+from .kept_activations import KEPT_ACTIVATIONS
 from .label_smoothing import smooth_inside
 from .pattern_views import config_panels
 from .processes import everyone_waits, is_sharded, prepare_for_processes, whole_model
@@ -35,7 +36,7 @@ from .tasks import Task, task_of
 
 # What a run's working folder holds beside the files of loggers.
 WORKING_FILES = (
-    *("finished", "replaced-*", "checkpoint-*", "tmp-checkpoint-*", "recipe.*", "trainer_state.json"),
+    *("finished", "replaced-*", "checkpoint-*", "tmp-checkpoint-*", "activations-*", "recipe.*", "trainer_state.json"),
     DESCRIPTION,
 )
 
@@ -95,7 +96,8 @@ def train(
     checkpoint = run.last_whole_checkpoint()
     if checkpoint is not None:
         check_engine_of(Path(checkpoint), trainer)
-    trainer.train(checkpoint, ignore_keys_for_eval=["past_key_values"])
+    with KEPT_ACTIVATIONS[recipe.training.get("kept_activations") or "memory"](run.partial):
+        trainer.train(checkpoint, ignore_keys_for_eval=["past_key_values"])
     whole = whole_model(trainer)
     with everyone_waits():
         if is_main:
