@@ -27,7 +27,7 @@ from .recipe_yaml import read_yaml
 from .value_types import annotations_of, check_value
 
 SECTIONS = ("model", "data", "training")
-# Keys of `training` that are no TrainingArguments, and their values (hf_tfamily.processes carries them out).
+# Keys of `training` that are no TrainingArguments, and their values.
 OWN_TRAINING = {"ddp_comm_hook": ("bf16",), "kept_activations": tuple(KEPT_ACTIVATIONS)}
 # A folder of configs/ without recipes: configuration files of `accelerate launch`.
 LAUNCHER_FILES = "accelerate"
@@ -214,7 +214,7 @@ def _check_training(training: dict[str, Any], name: str) -> None:
     _check_types(training, TrainingArguments, f"{name}: training.")
     for key, allowed in OWN_TRAINING.items():
         if training.get(key) not in (None, *allowed):
-            words = ", ".join(allowed)
+            words = ", ".join(map(repr, allowed))
             raise RecipeError(f"{name}: training.{key} must be {words} or null, got {training[key]!r}.")
 
 

@@ -51,7 +51,7 @@ def test_what_is_not_supported():
 def test_settings_of_recipes(tmp_path):
     recipe = "sparse_transformer/digits"
     assert load_recipe(recipe, ["training.ddp_comm_hook=bf16"]).training["ddp_comm_hook"] == "bf16"
-    with pytest.raises(RecipeError, match=r"training.ddp_comm_hook must be bf16 or null, got 'fp8'"):
+    with pytest.raises(RecipeError, match=r"training.ddp_comm_hook must be 'bf16' or null, got 'fp8'"):
         load_recipe(recipe, ["training.ddp_comm_hook=fp8"])
     if not torch.accelerator.is_available():
         with pytest.raises(RecipeError, match="fp16=true would compute in float32 on a CPU"):
