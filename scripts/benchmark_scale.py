@@ -47,7 +47,11 @@ LEANEST = "and kept on disk"
 TOKENS, LAYERS = (4096, 16_384, 65_536, 262_144, 1_048_576), (4, 16, 64, 128)
 ROW, WIDTH = 16_384, 256  # tokens of the section on layers; width of both
 # The longest row of a way that is tried; what the others need beyond follows from their line.
-LONGEST = {"plain": 65_536, "checkpointing": 262_144, "dense SDPA": 65_536}
+LONGEST = {
+    **{"plain": 65_536, "dense SDPA": 65_536},
+    **{"checkpointing": 262_144, "and chunks": 262_144, "and kept in bfloat16": 262_144},
+}
+DEEP = "checkpointing"  # the way of the section on layers
 GOALS = {"GiB of the longest row": 16, "cost exponent": 1.6, "GiB of the deepest": 4, "activations a layer": 1.3}
 LINES = {
     "plain": (plots.GREY, "o", ":"),
@@ -158,8 +162,7 @@ def cases(section: str, tokens: tuple[int, ...], layers: tuple[int, ...], row: i
             for length in tokens
             if length <= LONGEST.get(way, max(tokens))
         ]
-    ways = [way for way in WAYS if way not in ("plain", "dense SDPA")]
-    return [{"way": way, "tokens": row, "layers": count, "width": width} for way in ways for count in layers]
+    return [{"way": DEEP, "tokens": row, "layers": count, "width": width} for count in layers]
 
 
 def exponent(rows: list[dict], of: str, value: str) -> float | None:
@@ -249,13 +252,13 @@ def said_of_layers(rows: dict[str, list[dict]]) -> list[str]:
     said = []
     for way, found in rows.items():
         if (added := activations_a_layer(found)) is not None:
-            goal = verdict(added, GOALS["activations a layer"]) if way == "checkpointing" else ""
+            goal = verdict(added, GOALS["activations a layer"]) if way == DEEP else ""
             said.append(f"{way}: an added layer needs {added:.2f} activations [N, d] beyond its weights, gradients and "
                         f"optimizer state {goal}".rstrip())  # fmt: skip
-    deepest = rows["checkpointing"][-1] if "checkpointing" in rows else {"GiB": None}
+    deepest = rows[DEEP][-1] if DEEP in rows else {"GiB": None}
     if deepest["GiB"] is not None:
         goal = verdict(deepest["GiB"], GOALS["GiB of the deepest"])
-        said.append(f"{deepest['layers']} layers with checkpointing: {deepest['GiB']:.2f} GiB {goal}")
+        said.append(f"{deepest['layers']} layers with {DEEP}: {deepest['GiB']:.2f} GiB {goal}")
     return said
 
 
