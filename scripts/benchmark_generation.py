@@ -40,6 +40,8 @@ SECTIONS = {
     f"caches. {ALLOCATOR_NOTE}",
     "memory": f"Transformer-XL with mem_len {MEMORY}, the same sizes; its peer is a Mistral whose window, and so its "
     f"cache, is as long. {ALLOCATOR_NOTE}",
+    "profile": "Where a step of the Sparse Transformer goes: operators by themselves as torch.profiler sees them, and what "
+    "is left of the step, Python and the calls of operators. Ratios are shares.",
     "bytes": "What the caches of `pictures` and `memory` hold after the last token.",
 }
 
@@ -107,6 +109,34 @@ def nbytes(cache) -> int:
     return sum(tensors.values())
 
 
+OPERATORS = {
+    "matrix products": ("aten::addmm", "aten::mm", "aten::bmm"),
+    "attention": ("aten::_scaled_dot_product_flash_attention_for_cpu", "aten::scaled_dot_product_attention"),
+    "writing and reading caches": (
+        "aten::cat",
+        "aten::copy_",
+        "aten::index_select",
+        "aten::gather",
+        "aten::index_put_",
+    ),
+}
+
+
+def profile(bench: Benchmark, length: int) -> None:
+    """Milliseconds of a step by kinds of operators, beside those of a whole step."""
+    model = made(sparse_transformer, length)
+    times = bench.times({"step": lambda: generated(model, length)}, 3)
+    step = times["step"].median / length
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        generated(model, length)
+    spent = {entry.key: entry.self_cpu_time_total / 1e3 / length for entry in profiler.key_averages()}
+    found = {kind: sum(spent.pop(name, 0.0) for name in names) for kind, names in OPERATORS.items()}
+    found["other operators"] = sum(ms for name, ms in spent.items() if name.startswith("aten::"))
+    found["Python, and calling operators"] = max(step - sum(found.values()), 0.0)
+    for kind, ms in found.items():
+        bench.add(f"a step's {kind}", step, ms, peer_name="part")
+
+
 class Contest:
     """Our model and its peers at one length: times, and bytes of the caches that they leave."""
 
@@ -150,6 +180,8 @@ def main() -> int:
         if bench.start(section, SECTIONS[section]):
             for _, contest, must in (entry for entry in all_of_them if entry[0] == section):
                 contest.run(must)
+    if bench.start("profile", SECTIONS["profile"]):
+        profile(bench, 48 if bench.quick else 400)
     if bench.start("bytes", SECTIONS["bytes"]):
         for section, contest, _ in all_of_them:
             for peer in list(contest.bytes)[1:]:
