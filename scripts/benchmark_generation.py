@@ -40,8 +40,8 @@ SECTIONS = {
     f"caches. {ALLOCATOR_NOTE}",
     "memory": f"Transformer-XL with mem_len {MEMORY}, the same sizes; its peer is a Mistral whose window, and so its "
     f"cache, is as long. {ALLOCATOR_NOTE}",
-    "profile": "Where a step of the Sparse Transformer goes: operators by themselves as torch.profiler sees them, and what "
-    "is left of the step, Python and the calls of operators. Ratios are shares.",
+    "profile": "Where a step of the Sparse Transformer goes: operators by themselves as torch.profiler sees them, and "
+    "what is left of the step, Python and the calls of operators. Ratios are shares.",
     "bytes": "What the caches of `pictures` and `memory` hold after the last token.",
 }
 
