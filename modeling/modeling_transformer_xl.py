@@ -222,6 +222,8 @@ class TransformerXLModel(TransformerXLPreTrainedModel):
         self.layers = nn.ModuleList(self.block_class(config, i) for i in range(config.num_hidden_layers))
         self.gradient_checkpointing = False
         self.post_init()
+        if config.is_adaptive:  # under tensor parallelism every process has all clusters
+            self.tp_plan.pop("embed_tokens", None)
 
     @can_return_tuple
     @merge_with_config_defaults
@@ -376,7 +378,7 @@ class TransformerXLForCausalLM(ShiftedLabels, TransformerXLPreTrainedModel, Gene
         else:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
         self.post_init()
-        if config.is_adaptive:  # every process has all clusters
+        if config.is_adaptive:
             del self.tp_plan["lm_head"]
 
     @can_return_tuple

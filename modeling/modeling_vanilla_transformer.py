@@ -309,6 +309,7 @@ class VanillaTransformerStack(VanillaTransformerPreTrainedModel):
 
     is_causal = False
     _tp_plan = {
+        "embed_tokens": "embedding_rowwise",
         "layers.*.self_attn.q_proj": "colwise",
         "layers.*.self_attn.k_proj": "colwise",
         "layers.*.self_attn.v_proj": "colwise",

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors.torch import load_file
 from torch import distributed
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import (
     AutoModelForCausalLM,
@@ -52,6 +53,8 @@ def all_cases() -> dict[str, Case]:
     for name, case in cases().items():
         generates = case.head in (AutoModelForCausalLM, AutoModelForSeq2SeqLM)
         found[name] = Case(case.build, case.collate(case.rows[:4]), generates=generates)
+    swin = found["swin_transformer-single_label_classification"]
+    found |= {f"swin_transformer-{backend}": swin._replace(backend=backend) for backend in BACKENDS}
     for backend in BACKENDS:
         for name, head, fields in _of_heads(backend):
             key = "-".join([name, backend, *(str(value) for value in fields.values() if isinstance(value, str))])
@@ -119,13 +122,13 @@ def _batch(name: str, head: type) -> dict[str, torch.Tensor]:
 # A whole model and a cut one
 
 
-def cut(folder: Path, model: PreTrainedModel, backend: str | None = None) -> PreTrainedModel:
-    """The model as two processes load it from a folder that the first of them writes."""
+def cut(folder: Path, model: PreTrainedModel, backend: str | None = None, **where) -> PreTrainedModel:
+    """The model as processes load it from a folder that the first of them writes."""
     if distributed.get_rank() == 0:
         shutil.rmtree(folder, ignore_errors=True)
         model.save_pretrained(folder)
     distributed.barrier()
-    loaded = type(model).from_pretrained(folder, tp_plan="auto", attn_implementation=backend)
+    loaded = type(model).from_pretrained(folder, tp_plan="auto", attn_implementation=backend, **where)
     distributed.barrier()
     return loaded
 
@@ -218,13 +221,31 @@ def refusals(folder: Path) -> dict[str, str]:
     for name, fields in {"heads": {"num_attention_heads": 1}, "key heads": {"num_key_value_heads": 1}}.items():
         whole = _builder("rope_decoder", AutoModelForCausalLM, fields, "sdpa")()
         said[name] = _said(cut(folder / "model", whole), use_cache=False)
-    swin = cases()["swin_transformer-regression"].build()
-    del swin
     whole = all_cases()["rope_decoder-block_sparse-patterns"].build()
     parts = cut(folder / "model", whole)
     said["cache"] = _said(parts, past_key_values=PatternCache.from_config(parts.config))
     assert _said(parts, past_key_values=DynamicCache()) == "nothing"
     return said
+
+
+def without_gradients(folder: Path) -> dict[str, float]:
+    """What a whole model and a cut one differ in, by what else reads patterns that differ between heads."""
+    whole = all_cases()["rope_decoder-block_sparse-patterns"].build().eval()
+    parts = cut(folder / "model", whole, "block_sparse").eval()
+    ids = torch.randint(1, VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(0))
+    seen = torch.rand(2, 4, 12, 12, generator=torch.Generator().manual_seed(1)) < 0.8
+    mask = (seen | torch.eye(12, dtype=torch.bool)).tril()
+    found = {}
+    with torch.no_grad():
+        static = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "cache_implementation": "static"}
+        one, other = (model.generate(ids, **static) for model in (whole, parts))
+        found["static cache"] = float((one != other).sum())
+        for backend in ("sdpa", "eager", "flex_attention"):
+            for model in (whole, parts):
+                model.set_attn_implementation(backend)
+            masks = {} if backend == "flex_attention" else {"attention_mask": mask}
+            found[backend] = _difference(parts(ids, **masks).logits, whole(ids, **masks).logits)
+    return found
 
 
 def _said(model: PreTrainedModel, **arguments) -> str:
@@ -238,5 +259,26 @@ def _said(model: PreTrainedModel, **arguments) -> str:
 def two_ranks(folder: Path) -> None:
     found = {name: compare(folder, case) for name, case in all_cases().items()}
     found["stock"] = compare(folder, stock())
-    results = {"cases": found, "saved": saved(folder), "said": refusals(folder)}
+    results = {"cases": found, "saved": saved(folder), "said": refusals(folder), "others": without_gradients(folder)}
     (folder / f"found-{distributed.get_rank()}.json").write_text(json.dumps(results))
+
+
+def four_ranks(folder: Path) -> None:
+    """Pairs of processes that cut each layer, of which FSDP2 makes each hold a part of its part."""
+    mesh = distributed.init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    found = {}
+    for name in ("rope_decoder-block_sparse-patterns", "rope_decoder-sdpa-t5", "transformer_xl-CausalLM"):
+        case = all_cases()[name]
+        whole = case.build()
+        parts = cut(folder / "model", whole, case.backend, device_mesh=mesh)
+        for block in parts.model.layers:
+            fully_shard(block, mesh=mesh["dp"])
+        fully_shard(parts, mesh=mesh["dp"])
+        expected, loss = _step(whole.train(), case.batch)
+        gradients, cut_loss = _step(parts.train(), case.batch)
+        assert expected.keys() == gradients.keys()
+        worst = max((_difference(gradients[key], gradient), key) for key, gradient in expected.items())
+        found[name] = {"loss": abs(loss - cut_loss), "gradients": worst[0], "worst": worst[1]}
+        held = sum(_local(parameter).numel() for parameter in parts.parameters())
+        found[name]["held"] = held / sum(parameter.numel() for parameter in whole.parameters())
+    (folder / f"four-{distributed.get_rank()}.json").write_text(json.dumps(found))
