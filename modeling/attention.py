@@ -687,7 +687,11 @@ def layer_masks(
     """
     heads = Heads(0, config.num_attention_heads) if heads is None else heads
     patterns = [heads.seen(pattern) for pattern in patterns]
-    if attention_mask is not None and attention_mask.ndim == 4 and attention_mask.shape[1] == config.num_attention_heads:
+    if (
+        attention_mask is not None
+        and attention_mask.ndim == 4
+        and attention_mask.shape[1] == config.num_attention_heads
+    ):
         attention_mask = heads.own(attention_mask, dim=1)
     past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
     if isinstance(past_length, torch.Tensor):  # a static cache's, which moves on before a lazy mask is read

@@ -4,6 +4,7 @@ head under patterns, slopes and tables of its own; what cannot be cut is refused
 import json
 
 import pytest
+from transformers.distributed import DistributedConfig
 
 from tests.distributed import tp_ranks
 from tests.distributed.pairs import run_ranks
@@ -27,8 +28,7 @@ def test_two_processes_equal_one(name, results):
         assert max(found["loss"], found["gradients"], found["outputs"]) < 1e-5, found
         assert found.get("tokens", 0) == 0
         assert found["cut"] > 0
-        # Small models: of few weights that are not cut, tables of positions and classifiers are many.
-        assert found["held"] < 0.75 * found["all"]
+        assert found["held"] < 0.8 * found["all"]  # tables of positions, classifiers and norms are not cut
 
 
 def test_saved_weights_are_whole(results):
@@ -49,6 +49,7 @@ def test_what_is_refused(results):
         assert "model.new_pattern_cache()" in said["cache"]
 
 
+@pytest.mark.skipif(not hasattr(DistributedConfig, "dp_size"), reason="this version of Transformers does one of both")
 def test_with_fsdp(tmp_path):
     """Two pairs: what FSDP2 shards is not taken for heads."""
     run_ranks(tp_ranks.four_ranks, tmp_path, ranks=4)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors.torch import load_file
 from torch import distributed
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import (
     AutoModelForCausalLM,
@@ -23,6 +23,7 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedModel,
 )
+from transformers.distributed import DistributedConfig
 
 import hf_tfamily
 from hf_tfamily.modeling.attention_patterns import Fixed, Local, PerHead, Strided
@@ -122,13 +123,14 @@ def _batch(name: str, head: type) -> dict[str, torch.Tensor]:
 # A whole model and a cut one
 
 
-def cut(folder: Path, model: PreTrainedModel, backend: str | None = None, **where) -> PreTrainedModel:
+def cut(folder: Path, model: PreTrainedModel, backend: str | None = None, how=None) -> PreTrainedModel:
     """The model as processes load it from a folder that the first of them writes."""
     if distributed.get_rank() == 0:
         shutil.rmtree(folder, ignore_errors=True)
         model.save_pretrained(folder)
     distributed.barrier()
-    loaded = type(model).from_pretrained(folder, tp_plan="auto", attn_implementation=backend, **where)
+    how = {"tp_plan": "auto"} if how is None else {"distributed_config": how}
+    loaded = type(model).from_pretrained(folder, attn_implementation=backend, **how)
     distributed.barrier()
     return loaded
 
@@ -265,15 +267,12 @@ def two_ranks(folder: Path) -> None:
 
 def four_ranks(folder: Path) -> None:
     """Pairs of processes that cut each layer, of which FSDP2 makes each hold a part of its part."""
-    mesh = distributed.init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
     found = {}
     for name in ("rope_decoder-block_sparse-patterns", "rope_decoder-sdpa-t5", "transformer_xl-CausalLM"):
         case = all_cases()[name]
         whole = case.build()
-        parts = cut(folder / "model", whole, case.backend, device_mesh=mesh)
-        for block in parts.model.layers:
-            fully_shard(block, mesh=mesh["dp"])
-        fully_shard(parts, mesh=mesh["dp"])
+        parts = cut(folder / "model", whole, case.backend, DistributedConfig(tp_size=2, fsdp_size=2))
+        assert sum(isinstance(module, FSDPModule) for module in parts.modules()) > 2
         expected, loss = _step(whole.train(), case.batch)
         gradients, cut_loss = _step(parts.train(), case.batch)
         assert expected.keys() == gradients.keys()
