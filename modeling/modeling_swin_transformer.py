@@ -269,10 +269,12 @@ class WindowPositionBias(nn.Module):
         self.window_size = window_size
         self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * window_size - 1) ** 2, num_heads))
 
-    def forward(self, window: tuple[int, int], heads: Heads) -> torch.Tensor:
-        """[H, N, N] for windows of these rows and columns, each at most M, and the heads that this process computes."""
-        offsets = self.offsets(window, self.relative_position_bias_table.device)
-        bias = heads.own(self.relative_position_bias_table, dim=1).t().index_select(1, offsets.flatten())
+    def forward(self, window: tuple[int, int], heads: Heads | None = None) -> torch.Tensor:
+        """[H, N, N] for windows of these rows and columns, each at most M, of `heads`; of all if None."""
+        table = self.relative_position_bias_table
+        table = table if heads is None else heads.own(table, dim=1)
+        offsets = self.offsets(window, table.device)
+        bias = table.t().index_select(1, offsets.flatten())
         return bias.view(-1, *offsets.shape)
 
     def offsets(self, window: tuple[int, int], device: torch.device | str) -> torch.Tensor:
@@ -316,7 +318,8 @@ class SwinTransformerAttention(nn.Module):
         self, windows: torch.Tensor, layout: WindowLayout, **kwargs: Unpack[TransformersKwargs]
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """[B * L, N, C] -> [B * L, N, C], and the weights [B * L, H, N, N] where the backend has them."""
-        heads = heads_of(self, self.num_heads)
+        cut = hasattr(self.o_proj.weight, "device_mesh")  # plain tensors have none
+        heads = heads_of(self, self.num_heads) if cut else None
         query, key, value = (
             project(windows).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B * L, H, N, D]
             for project in (self.q_proj, self.k_proj, self.v_proj)
