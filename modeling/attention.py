@@ -10,7 +10,7 @@ Shapes: B batch, H heads, T queries, S keys, D head dim.
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import nn
@@ -560,8 +560,81 @@ def check_heads_of_mask(attention_mask, num_heads: int) -> None:
     if isinstance(attention_mask, torch.Tensor) and attention_mask.shape[1] not in (1, num_heads):
         raise ValueError(
             f"Masks of {attention_mask.shape[1]} heads, as patterns that differ between heads make them, for the "
-            f"{num_heads} heads that a process holds under tensor parallelism; use '{BLOCK_SPARSE}', or FSDP."
+            f"{num_heads} heads that a process holds under tensor parallelism, but which it holds is not to be seen of "
+            "its weights, which are no DTensors; load with tp_plan='auto', or use FSDP."
         )
+
+
+class Heads(NamedTuple):
+    """The query heads of a layer that this process computes: all, unless tensor parallelism deals them out.
+
+    Attributes:
+        first, count: which, of those that the layer has.
+        mesh: the processes they are dealt out to, in order; None where this one has all.
+    """
+
+    first: int
+    count: int
+    mesh: Any = None
+
+    def share(self, number: int) -> int:
+        """How many this process has of `number` heads of another kind (keys)."""
+        return number if self.mesh is None else number // self.mesh.size()
+
+    def seen(self, pattern: Pattern) -> Pattern:
+        """What these heads see of a layer's pattern, numbered from 0."""
+        return pattern if self.mesh is None else pattern.of_heads(self.first, self.count)
+
+    def own(self, tensor: torch.Tensor, dim: int = 0) -> torch.Tensor:
+        """These heads' part of a tensor that every process holds for all heads, along `dim`; a part of a mask without
+        heads (size 1) is all of it."""
+        if self.mesh is None or tensor.shape[dim] == 1:
+            return tensor
+        return self.shared(tensor).narrow(dim, self.first, self.count)
+
+    def shared(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor that every process holds alike and uses for its own heads: gradients are summed over processes."""
+        if self.mesh is None or not tensor.requires_grad:
+            return tensor
+        from torch.distributed.tensor import DTensor, Partial, Replicate  # not every build of torch has it
+
+        whole = DTensor.from_local(tensor, self.mesh, [Replicate()], run_check=False)
+        return whole.to_local(grad_placements=[Partial()])
+
+    def averaged(self, mean: torch.Tensor) -> torch.Tensor:
+        """The mean over all heads from each process's mean over its own."""
+        if self.mesh is None:
+            return mean
+        from torch.distributed.tensor import DTensor, Partial, Replicate
+
+        parts = DTensor.from_local(mean / self.mesh.size(), self.mesh, [Partial()], run_check=False)
+        return parts.redistribute(placements=[Replicate()]).to_local()
+
+
+def heads_of(attention: nn.Module | None, num_heads: int, num_key_heads: int | None = None) -> Heads:
+    """Which of `num_heads` this process computes: those whose outputs its slice of `attention.o_proj` reads.
+
+    A slice of rows is FSDP's and says nothing; a slice of columns is that of some heads.
+
+    Raises:
+        ValueError: if heads, or key heads, cannot be dealt out evenly.
+    """
+    weight = getattr(getattr(attention, "o_proj", None), "weight", None)
+    mesh = getattr(weight, "device_mesh", None)  # plain tensors have none
+    if mesh is None:
+        return Heads(0, num_heads)
+    axes = [axis for axis, placement in enumerate(weight.placements) if getattr(placement, "dim", None) in (1, -1)]
+    if not axes:
+        return Heads(0, num_heads)
+    mesh = mesh if mesh.ndim == 1 else mesh[mesh.mesh_dim_names[axes[0]]]
+    for name, number in (("heads", num_heads), ("key heads", num_key_heads or num_heads)):
+        if number % mesh.size():
+            raise ValueError(
+                f"Tensor parallelism cannot deal out {number} {name} to {mesh.size()} processes evenly; use a number "
+                "of processes that divides it, or FSDP."
+            )
+    count = num_heads // mesh.size()
+    return Heads(mesh.get_local_rank() * count, count, mesh)
 
 
 @torch.compiler.assume_constant_result
@@ -577,6 +650,13 @@ class PatternBackend:
 
     def follows_patterns(self) -> bool:
         return getattr(self.config, "attention_patterns", None) is not None
+
+    @property
+    def local_heads(self) -> Heads:
+        """The heads of its layers that this process computes."""
+        attentions = (layer.self_attn for layer in self.base_model.layers if hasattr(layer, "self_attn"))
+        key_heads = getattr(self.config, "num_key_value_heads", None)
+        return heads_of(next(attentions, None), self.config.num_attention_heads, key_heads)
 
     def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args, **kwargs) -> str:
         attn_implementation = choose_backend(attn_implementation, self.follows_patterns())
@@ -595,28 +675,50 @@ def layer_masks(
     position_ids: torch.Tensor | None = None,
     past_key_values: Cache | None = None,
     causal: bool = True,
+    heads: Heads | None = None,
 ) -> list:
     """The mask of every layer, in the form that the config's attention implementation takes.
 
     Transformers' own mask builders collapse heads, so patterns that differ between heads need this one. Layers of the
-    same pattern share a mask. Arguments are those of `visible_keys`.
+    same pattern share a mask. Arguments are those of `visible_keys`, and the `heads` that this process computes; all if
+    None.
+
+    Raises:
+        ValueError: as `visible_keys`, or where a cache was made for other heads than these.
     """
+    heads = Heads(0, config.num_attention_heads) if heads is None else heads
+    patterns = [heads.seen(pattern) for pattern in patterns]
+    if (
+        attention_mask is not None
+        and attention_mask.ndim == 4
+        and attention_mask.shape[1] == config.num_attention_heads
+    ):
+        attention_mask = heads.own(attention_mask, dim=1)
     past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
     if isinstance(past_length, torch.Tensor):  # a static cache's, which moves on before a lazy mask is read
         one_token = hidden_states.shape[1] == 1 and config._attn_implementation == BLOCK_SPARSE and causal
         past_length = past_length.clone() if one_token else int(past_length)
     attention_mask, position_ids = drop_trivial(hidden_states, attention_mask, position_ids, past_length)
-    arguments = (config.num_attention_heads, hidden_states, attention_mask, position_ids, past_length)
+    arguments = (heads.count, hidden_states, attention_mask, position_ids, past_length)
 
     seen = {}
     if hasattr(past_key_values, "announce"):  # a PatternCache, perhaps of another copy of its file
         seen = past_key_values.announce(hidden_states, attention_mask, position_ids)
+        _check_heads_of_cache(seen, heads)
     cases = patterns
     if not seen or (isinstance(past_length, int) and past_length == 0):
         cases = [(p, *_key_sizes(past_key_values, hidden_states, layer)) for layer, p in enumerate(patterns)]
         seen = {case: visible_keys(case[0], *arguments, *case[1:], causal=causal) for case in set(cases)}
     masks = {case: lower_mask(seen[case], config._attn_implementation, hidden_states.device) for case in set(cases)}
     return [masks[case] for case in cases]
+
+
+def _check_heads_of_cache(seen: dict[Pattern, VisibleKeys], heads: Heads) -> None:
+    if heads.mesh is not None and any(keys.num_heads != heads.count for keys in seen.values()):
+        raise ValueError(
+            f"past_key_values was made for all heads, but under tensor parallelism this process computes {heads.count} "
+            "of them; give what model.new_pattern_cache() returns, or None."
+        )
 
 
 def _key_sizes(past_key_values: Cache | None, hidden_states: torch.Tensor, layer_idx: int) -> tuple[int, ...]:

@@ -85,6 +85,13 @@ class Pattern:
         """The head-independent pattern that `head` follows."""
         return self
 
+    def of_heads(self, first: int, count: int) -> "Pattern":
+        """What `count` heads see, from number `first` on, where they are numbered from 0."""
+        if first % self.head_period == count % self.head_period == 0:
+            return self
+        patterns = tuple(self.for_head(first + head) for head in range(count))
+        return patterns[0] if len(set(patterns)) == 1 else PerHead(patterns)
+
     def check_heads(self, num_heads: int) -> None:
         """Raise ValueError if the pattern cannot be dealt out to `num_heads` heads."""
 

@@ -20,7 +20,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.generation import GenerationMixin
 from transformers.generation.configuration_utils import GenerationConfig, GenerationMode
 
-from .attention import VisibleKeys, token_positions
+from .attention import Heads, VisibleKeys, token_positions
 from .attention_patterns import Pattern, Union, patterns_for_layers
 
 
@@ -478,12 +478,20 @@ class PatternCache(Cache):
         super().__init__(layers=[PatternCacheLayer(self.pasts[pattern]) for pattern in patterns])
 
     @classmethod
-    def from_config(cls, config) -> "PatternCache":
-        """The cache for one of our decoders, from its config's attention_patterns."""
+    def from_config(cls, config, heads: Heads | None = None) -> "PatternCache":
+        """The cache for one of our decoders, from its config's attention_patterns, and the heads that this process
+        computes (model.local_heads), all if None."""
         if not config.attention_patterns:
             raise ValueError("config.attention_patterns is not set; a model without patterns takes a DynamicCache.")
         patterns = patterns_for_layers(config.attention_patterns, config.num_hidden_layers)
-        return cls(patterns, config.num_attention_heads, getattr(config, "num_key_value_heads", None))
+        heads = Heads(0, config.num_attention_heads) if heads is None else heads
+        return cls.of_heads(patterns, heads, getattr(config, "num_key_value_heads", None))
+
+    @classmethod
+    def of_heads(cls, patterns: list[Pattern], heads: Heads, num_key_value_heads: int | None = None) -> "PatternCache":
+        """The cache of the heads that this process computes of layers with these patterns and so many key heads."""
+        key_heads = None if num_key_value_heads is None else heads.share(num_key_value_heads)
+        return cls([heads.seen(pattern) for pattern in patterns], heads.count, key_heads)
 
     @property
     def nbytes(self) -> int:
@@ -749,7 +757,7 @@ class PatternCacheGenerationMixin(GenerationMixin):
 
     def new_pattern_cache(self) -> Cache | None:
         """The cache that `generate()` begins with; None where Transformers' own is as good."""
-        return PatternCache.from_config(self.config) if self.config.attention_patterns else None
+        return PatternCache.from_config(self.config, self.local_heads) if self.config.attention_patterns else None
 
     def _refuse_what_transformers_cannot(
         self, generation_config: GenerationConfig, model_kwargs: dict, assisted: bool

@@ -41,6 +41,14 @@ class SwinTransformerConfig(BackboneConfigMixin, PreTrainedConfig):
 
     model_type = "swin_transformer"
     attribute_map = {"num_attention_heads": "num_heads"}
+    base_model_tp_plan = {
+        "encoder.layers.*.blocks.*.attention.q_proj": "colwise",
+        "encoder.layers.*.blocks.*.attention.k_proj": "colwise",
+        "encoder.layers.*.blocks.*.attention.v_proj": "colwise",
+        "encoder.layers.*.blocks.*.attention.o_proj": "rowwise",
+        "encoder.layers.*.blocks.*.mlp.fc1": "colwise",
+        "encoder.layers.*.blocks.*.mlp.fc2": "rowwise",
+    }
 
     image_size: int | list[int] | tuple[int, ...] = 224
     patch_size: int | list[int] | tuple[int, ...] = 4

@@ -45,6 +45,15 @@ class TransformerXLConfig(PreTrainedConfig):
 
     model_type = "transformer_xl"
     keys_to_ignore_at_inference = ["past_key_values"]  # the Trainer adds a list to it
+    base_model_tp_plan = {
+        "layers.*.self_attn.q_proj": "colwise",
+        "layers.*.self_attn.k_proj": "colwise",
+        "layers.*.self_attn.v_proj": "colwise",
+        "layers.*.self_attn.r_proj": "colwise",
+        "layers.*.self_attn.o_proj": "rowwise",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+    }
 
     vocab_size: int = 256
     hidden_size: int = 256

@@ -22,7 +22,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention import eager_attention_forward
+from .attention import Heads, eager_attention_forward, heads_of
 from .causal_lm import IGNORED, INSIDE, check_loss_is_inside, num_targets
 from .configuration_compressive_transformer import CompressiveTransformerConfig
 from .memory_segments import HiddenStateLayer, KeyValueLayer, MemoryLayer, SegmentMemory, check_same_kind
@@ -228,13 +228,13 @@ class Compression(nn.Module):
         super().__init__()
         self.rate = config.compression_rate
 
-    def forward(self, evicted: Evicted, weights: torch.Tensor | None) -> torch.Tensor:
-        """[B, E / c, hidden] from what was evicted, and the attention weights [B, H, T, S] where there are any."""
+    def forward(self, evicted: Evicted, paid: torch.Tensor | None) -> torch.Tensor:
+        """[B, E / c, hidden] from what was evicted, and the attention [B, S] that this segment paid, where known."""
         if evicted.states.shape[1]:
-            return self.compress(evicted, weights)
+            return self.compress(evicted, paid)
         return evicted.states.clone()  # re-entrant checkpointing ties outputs to its graph, so never return an input
 
-    def compress(self, evicted: Evicted, weights: torch.Tensor | None) -> torch.Tensor:
+    def compress(self, evicted: Evicted, paid: torch.Tensor | None) -> torch.Tensor:
         raise NotImplementedError
 
     def valid(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -247,12 +247,12 @@ class Compression(nn.Module):
 
 
 class MaxPool(Compression):
-    def compress(self, evicted, weights):
+    def compress(self, evicted, paid):
         return self.groups(evicted.states).amax(dim=2)
 
 
 class MeanPool(Compression):
-    def compress(self, evicted, weights):
+    def compress(self, evicted, paid):
         return self.groups(evicted.states).mean(dim=2)
 
 
@@ -271,7 +271,7 @@ class StridedConv(Compression):
         """How far before its group a slot sees; the last token it sees is the group's last."""
         return (self.rate - 1) * (self.dilation - 1)
 
-    def compress(self, evicted, weights):
+    def compress(self, evicted, paid):
         return self.conv(nn.functional.pad(evicted.states.transpose(1, 2), (self.reach, 0))).transpose(1, 2)
 
     def valid(self, tokens):
@@ -295,8 +295,7 @@ class DilatedConv(StridedConv):
 class MostUsed(Compression):
     """Of all tokens that leave together, keeps those that got most attention on average, in their order."""
 
-    def compress(self, evicted, weights):
-        paid = weights.mean(dim=1).sum(dim=1)  # [B, S], from this segment
+    def compress(self, evicted, paid):
         mine = slice(evicted.start, evicted.start + len(evicted.age))
         average = (evicted.usage + paid[:, mine]) / evicted.age
         valid = torch.ones_like(average, dtype=torch.bool) if evicted.valid is None else evicted.valid
@@ -347,7 +346,7 @@ class AttentionReconstruction(NoLoss):
         compressed_valid = None if evicted.valid is None else block.compression.valid(evicted.valid)
         error = self._attend(block, query, evicted.states, evicted.valid)
         error = error - self._attend(block, query, compressed, compressed_valid)
-        return _mean_square(error)
+        return block.heads.averaged(_mean_square(error))
 
     @staticmethod
     def _attend(block, query, memory, valid) -> torch.Tensor:
@@ -395,11 +394,16 @@ class CompressiveTransformerBlock(TransformerXLBlock):
         output, weights = self.transform(
             hidden_states, past_states, attention_mask, positions, biases, memory, **kwargs
         )
-        compressed = self.compression(evicted, weights)
+        paid = None if weights is None else self.heads.averaged(weights.mean(dim=1)).sum(dim=1)
+        compressed = self.compression(evicted, paid)
         memory.compress(self.layer_idx, compressed, self.project)
         loss = self._loss(hidden_states, evicted, compressed) if self.training else None
-        usage = None if weights is None else weights.mean(dim=1).sum(dim=1)
-        return output, compressed, usage, loss
+        return output, compressed, paid, loss
+
+    @property
+    def heads(self) -> Heads:
+        """Those that this process computes."""
+        return heads_of(self.self_attn, self.self_attn.config.num_attention_heads)
 
     def project(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values [B, H, M, D] of remembered states."""

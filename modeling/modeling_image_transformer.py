@@ -622,6 +622,9 @@ class ImageTransformerModel(ImageTransformerStack):
         self.layers = nn.ModuleList(blocks)
         self.gradient_checkpointing = False
         self.post_init()
+        if cross:
+            attention = {"q_proj": "colwise", "k_proj": "colwise", "v_proj": "colwise", "o_proj": "rowwise"}
+            self.tp_plan.update({f"layers.*.cross_attn.{name}": style for name, style in attention.items()})
 
     @property
     def needs_state(self) -> bool:
@@ -676,7 +679,8 @@ class ImageTransformerModel(ImageTransformerStack):
         if hidden_states.shape[1] > 0:  # else all values belong to a pixel whose position has been computed
             hidden_states = self.dropout(hidden_states + self.coordinates(positions, hidden_states))
             trunk = past.trunk if self.needs_state and past is not None else past
-            masks = layer_masks(self.patterns, self.config, hidden_states, attention_mask, position_ids, trunk)
+            said = (attention_mask, position_ids, trunk)
+            masks = layer_masks(self.patterns, self.config, hidden_states, *said, heads=self.local_heads)
             if self.cross:
                 kwargs["encoder_attention_mask"] = cross_attention_mask(
                     self.config, hidden_states, encoder_hidden_states, encoder_attention_mask
@@ -795,7 +799,9 @@ class ImageTransformerEncoder(ImageTransformerStack):
         check_positions(positions, self.coordinates.num_positions, counted_to)
         embeddings = self.embedding(pixels, positions + 1)
         hidden_states = self.dropout(embeddings + self.coordinates(positions, embeddings))
-        masks = layer_masks(self.patterns, self.config, hidden_states, attention_mask, causal=False)
+        masks = layer_masks(
+            self.patterns, self.config, hidden_states, attention_mask, causal=False, heads=self.local_heads
+        )
         for layer, mask in zip(self.layers, masks):
             hidden_states = layer(hidden_states, mask, **kwargs)
         enlarged = None if self.enlargement is None else self.enlargement(pixels, like=hidden_states)
@@ -974,7 +980,7 @@ class ImageTransformerGenerationMixin(PatternCacheGenerationMixin):
         return self.model.needs_state
 
     def new_pattern_cache(self) -> Cache:
-        return self.model.new_cache(PatternCache(self.model.patterns, self.config.num_attention_heads))
+        return self.model.new_cache(PatternCache.of_heads(self.model.patterns, self.model.local_heads))
 
     def get_output_embeddings(self) -> nn.Module | None:
         """The linear layer to the logits of ids; a mixture has none."""

@@ -68,7 +68,7 @@ def scored_distances(model: "RoPEDecoderModel", inputs_embeds, attention_mask, p
             "past_key_values=DynamicCache()."
         )
     queries, keys = query_and_key_positions(inputs_embeds, attention_mask, position_ids, past_key_values)
-    return {"position_bias": model.positions.prepare(queries, keys, True, inputs_embeds)}
+    return {"position_bias": model.positions.prepare(queries, keys, True, inputs_embeds, model.local_heads)}
 
 
 def no_positions(*said) -> dict:
@@ -279,9 +279,8 @@ class RoPEDecoderModel(RoPEDecoderPreTrainedModel):
             mask = create_causal_mask(self.config, inputs_embeds, attention_mask, past_key_values, position_ids)
             return [mask] * len(patterns)
         causal = attention_mask is None or attention_mask.ndim != 4
-        return layer_masks(
-            patterns, self.config, inputs_embeds, attention_mask, position_ids, past_key_values, causal=causal
-        )
+        said = (attention_mask, position_ids, past_key_values)
+        return layer_masks(patterns, self.config, inputs_embeds, *said, causal=causal, heads=self.local_heads)
 
 
 class RoPEDecoderForCausalLM(CausalLMHead, RoPEDecoderPreTrainedModel, PatternCacheGenerationMixin):

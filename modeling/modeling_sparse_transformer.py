@@ -230,7 +230,8 @@ class SparseTransformerModel(SparseTransformerPreTrainedModel):
             past_key_values = DynamicCache(config=self.config)
 
         patterns = self.patterns[: self.config.num_hidden_layers]  # fewer than there are layers in an early exit
-        masks = layer_masks(patterns, self.config, inputs_embeds, attention_mask, position_ids, past_key_values)
+        said = (attention_mask, position_ids, past_key_values)
+        masks = layer_masks(patterns, self.config, inputs_embeds, *said, heads=self.local_heads)
         position_ids, counted_to = new_positions(inputs_embeds, attention_mask, position_ids, past_key_values)
         check_positions(position_ids, self.embed_positions.num_positions, counted_to)
         hidden_states = inputs_embeds + self.embed_positions(position_ids)  # equation 15
@@ -244,6 +245,7 @@ class SparseTransformerForCausalLM(CausalLMHead, SparseTransformerPreTrainedMode
     """The decoder with a linear layer to the next token's logits (equation 11), which is 0 at first."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
 
     def __init__(self, config: SparseTransformerConfig):
         super().__init__(config)

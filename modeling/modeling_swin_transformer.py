@@ -28,7 +28,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .attention import BLOCK_SPARSE, PatternBackend, VisibleKeys, eager_attention_forward
+from .attention import BLOCK_SPARSE, Heads, PatternBackend, VisibleKeys, eager_attention_forward, heads_of
 from .attention_patterns import Window2D, patterns_for_layers
 from .checks import check_labels, check_patch_mask, check_pixels
 from .classification import classification_loss
@@ -269,10 +269,12 @@ class WindowPositionBias(nn.Module):
         self.window_size = window_size
         self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * window_size - 1) ** 2, num_heads))
 
-    def forward(self, window: tuple[int, int]) -> torch.Tensor:
-        """[H, N, N] for windows of these rows and columns, each at most M."""
-        offsets = self.offsets(window, self.relative_position_bias_table.device)
-        bias = self.relative_position_bias_table.t().index_select(1, offsets.flatten())
+    def forward(self, window: tuple[int, int], heads: Heads | None = None) -> torch.Tensor:
+        """[H, N, N] for windows of these rows and columns, each at most M, of `heads`; of all if None."""
+        table = self.relative_position_bias_table
+        table = table if heads is None else heads.own(table, dim=1)
+        offsets = self.offsets(window, table.device)
+        bias = table.t().index_select(1, offsets.flatten())
         return bias.view(-1, *offsets.shape)
 
     def offsets(self, window: tuple[int, int], device: torch.device | str) -> torch.Tensor:
@@ -303,6 +305,7 @@ class SwinTransformerAttention(nn.Module):
         self.config = config
         self.is_causal = False
         self.head_dim = width // num_heads
+        self.num_heads = num_heads
         self.scaling = self.head_dim**-0.5
         self.dropout = config.attention_probs_dropout_prob
         self.q_proj = nn.Linear(width, width, bias=config.qkv_bias)
@@ -315,6 +318,8 @@ class SwinTransformerAttention(nn.Module):
         self, windows: torch.Tensor, layout: WindowLayout, **kwargs: Unpack[TransformersKwargs]
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """[B * L, N, C] -> [B * L, N, C], and the weights [B * L, H, N, N] where the backend has them."""
+        cut = hasattr(self.o_proj.weight, "device_mesh")  # plain tensors have none
+        heads = heads_of(self, self.num_heads) if cut else None
         query, key, value = (
             project(windows).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B * L, H, N, D]
             for project in (self.q_proj, self.k_proj, self.v_proj)
@@ -328,7 +333,7 @@ class SwinTransformerAttention(nn.Module):
             layout.attention_mask(self.config._attn_implementation, query),
             scaling=self.scaling,
             dropout=self.dropout if self.training else 0.0,
-            position_bias=self.relative_position_bias(layout.window)[None],  # B, [1, H, N, N]
+            position_bias=self.relative_position_bias(layout.window, heads)[None],  # B, [1, H, N, N]
             **kwargs,
         )  # SoftMax(Q K^T / sqrt(d) + B) V, equation 4
         return self.o_proj(output.flatten(2)), weights

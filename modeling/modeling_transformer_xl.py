@@ -238,6 +238,8 @@ class TransformerXLModel(TransformerXLPreTrainedModel):
         self.layers = nn.ModuleList(self.block_class(config, i) for i in range(config.num_hidden_layers))
         self.gradient_checkpointing = False
         self.post_init()
+        if config.is_adaptive:  # under tensor parallelism every process has all clusters
+            self.tp_plan.pop("embed_tokens", None)
 
     @can_return_tuple
     @merge_with_config_defaults
@@ -308,8 +310,7 @@ class TransformerXLModel(TransformerXLPreTrainedModel):
         check_whole_rows()
         batch_size, length = inputs_embeds.shape[:2]
         valid = memory.valid_keys(new_tokens, batch_size, length)
-        heads = self.config.num_attention_heads
-        seen = visible_keys(self.pattern, heads, inputs_embeds, valid, past_length=memory.held)
+        seen = visible_keys(self.pattern, self.local_heads.count, inputs_embeds, valid, past_length=memory.held)
         implementation, device = self.config._attn_implementation, inputs_embeds.device
         mask, hidden, lazy = None, None, implementation == BLOCK_SPARSE
         if implementation == "sdpa" and valid is None:  # a bias that hides keys itself saves it reading another mask
@@ -339,8 +340,9 @@ class TransformerXLModel(TransformerXLPreTrainedModel):
             )
 
     def biases_of(self, layer_idx: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """u and v [H, D] of a layer."""
-        return self.biases[layer_idx % len(self.biases)](like)
+        """u and v [H, D] of a layer, of the heads that this process computes."""
+        heads = self.local_heads
+        return tuple(heads.own(bias) for bias in self.biases[layer_idx % len(self.biases)](like))
 
     @staticmethod
     def join(outputs: list[BaseModelOutputWithPast], memory: SegmentMemory | None) -> BaseModelOutputWithPast:
@@ -376,6 +378,7 @@ class TransformerXLForCausalLM(ShiftedLabels, TransformerXLPreTrainedModel, Gene
     """The decoder with a softmax over the next token, adaptive where the config has cutoffs or projections."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
     model_class = TransformerXLModel
 
     def __init__(self, config: TransformerXLConfig):
@@ -392,6 +395,8 @@ class TransformerXLForCausalLM(ShiftedLabels, TransformerXLPreTrainedModel, Gene
         else:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
         self.post_init()
+        if config.is_adaptive:
+            del self.tp_plan["lm_head"]
 
     @can_return_tuple
     def forward(

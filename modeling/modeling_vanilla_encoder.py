@@ -91,6 +91,7 @@ class VanillaEncoderForMaskedLM(VanillaEncoderPreTrainedModel):
     """The encoder with the logits of what stood at each position (section 3.1, task 1)."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
 
     def __init__(self, config: VanillaEncoderConfig):
         super().__init__(config)

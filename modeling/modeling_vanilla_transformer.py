@@ -37,6 +37,7 @@ from .attention import (
     PatternBackend,
     cross_attention_mask,
     eager_attention_forward,
+    heads_of,
     layer_masks,
     query_and_key_positions,
 )
@@ -133,7 +134,8 @@ class MultiHeadAttention(nn.Module):
 
     def attend(self, query, key, value, attention_mask, order=None, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
         """Equation 1 for all heads, and W^O."""
-        query, value, position_bias = self.positions.relate(query, value, order, self.scaling)
+        heads = heads_of(self, self.config.num_attention_heads)
+        query, value, position_bias = self.positions.relate(query, value, order, self.scaling, heads)
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
@@ -148,7 +150,7 @@ class MultiHeadAttention(nn.Module):
             dropout=self.config.attention_dropout if self.training else 0.0,
             **kwargs,
         )  # [B, T, H, D]
-        output = self.positions.collect(output, attention_mask, order)
+        output = self.positions.collect(output, attention_mask, order, heads)
         return self.o_proj(output.flatten(2)), weights
 
     def split_heads(self, states: torch.Tensor) -> torch.Tensor:
@@ -317,6 +319,15 @@ class VanillaTransformerStack(VanillaTransformerPreTrainedModel):
     """Embeddings, positions and blocks: what encoder and decoder have in common."""
 
     is_causal = False
+    _tp_plan = {
+        "embed_tokens": "embedding_rowwise",
+        "layers.*.self_attn.q_proj": "colwise",
+        "layers.*.self_attn.k_proj": "colwise",
+        "layers.*.self_attn.v_proj": "colwise",
+        "layers.*.self_attn.o_proj": "rowwise",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+    }
 
     def __init__(self, config: VanillaTransformerConfig, vocab_size: int, patterns, blocks: list[nn.Module]):
         super().__init__(config)
@@ -356,12 +367,14 @@ class VanillaTransformerStack(VanillaTransformerPreTrainedModel):
             masks, queries, keys = [attention_mask] * len(self.layers), position_ids, position_ids
         else:
             said = (attention_mask, position_ids, past_key_values)
-            masks = layer_masks(self.patterns, self.config, embeddings, *said, causal=self.is_causal)
+            masks = layer_masks(
+                self.patterns, self.config, embeddings, *said, causal=self.is_causal, heads=self.local_heads
+            )
             queries, keys = query_and_key_positions(embeddings, *said)
         if self.positions.num_positions is not None:
             counted_to = keys.shape[1] if position_ids is None else None
             check_positions(queries, self.positions.num_positions, counted_to)
-        order = self.positions.prepare(queries, keys, self.is_causal, embeddings)
+        order = self.positions.prepare(queries, keys, self.is_causal, embeddings, self.local_heads)
         return self.positions.embed(embeddings, queries), masks, order
 
 
@@ -417,6 +430,9 @@ class VanillaTransformerDecoder(VanillaTransformerStack):
         blocks = [VanillaTransformerDecoderBlock(config, i) for i in range(config.decoder_layers)]
         super().__init__(config, config.vocab_size_of_decoder, config.patterns_of_decoder, blocks)
         self.post_init()
+        if hasattr(blocks[0], "cross_attn"):
+            attention = {"q_proj": "colwise", "k_proj": "colwise", "v_proj": "colwise", "o_proj": "rowwise"}
+            self.tp_plan.update({f"layers.*.cross_attn.{name}": style for name, style in attention.items()})
 
     @property
     def num_ids(self) -> int:
@@ -485,7 +501,7 @@ class VanillaTransformerDecoder(VanillaTransformerStack):
         """
         cache = DynamicCache()
         if patterned and self.config.patterns_of_decoder is not None and not self.positions.biases_scores:
-            cache = PatternCache(self.patterns, self.config.num_attention_heads)
+            cache = PatternCache.of_heads(self.patterns, self.local_heads)
         return cache if cross_attention_cache is None else EncoderDecoderCache(cache, cross_attention_cache)
 
 
@@ -589,6 +605,8 @@ class VanillaTransformerGenerationMixin(PatternCacheGenerationMixin):
 
 class VanillaTransformerForConditionalGeneration(VanillaTransformerPreTrainedModel, VanillaTransformerGenerationMixin):
     """Encoder and decoder with a linear layer to the next target token's logits (section 3.4)."""
+
+    _tp_plan = {"lm_head": "colwise_gather_output"}
 
     def __init__(self, config: VanillaTransformerConfig):
         super().__init__(as_encoder_decoder(config, True))
@@ -698,6 +716,7 @@ class VanillaTransformerForCausalLM(CausalLMHead, VanillaTransformerPreTrainedMo
 
     _no_split_modules = ["VanillaTransformerDecoderBlock"]
     _tied_weights_keys = {"lm_head.weight": "model.decoder.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
 
     def __init__(self, config: VanillaTransformerConfig):
         super().__init__(as_encoder_decoder(config, False))

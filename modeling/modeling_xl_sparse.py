@@ -136,11 +136,11 @@ class XLSparseModel(XLSparsePreTrainedModel, TransformerXLModel):
         batch_size, length = inputs_embeds.shape[:2]
         valid = memory.valid_keys(new_tokens, batch_size, length)
         key_positions = memory.key_positions(valid, length)
-        views = {}
-        for i, pattern in enumerate(self.patterns):
+        views, patterns = {}, [self.local_heads.seen(pattern) for pattern in self.patterns]
+        for i, pattern in enumerate(patterns):
             if pattern not in views:
                 views[pattern] = self.view(pattern, i, inputs_embeds, valid, key_positions, memory)
-        return valid, [views[pattern] for pattern in self.patterns]
+        return valid, [views[pattern] for pattern in patterns]
 
     def view(
         self,
@@ -156,7 +156,7 @@ class XLSparseModel(XLSparsePreTrainedModel, TransformerXLModel):
         (batch_size, length), held = inputs_embeds.shape[:2], memory.layers[layer_idx].held
         seen = VisibleKeys(
             pattern,
-            self.config.num_attention_heads,
+            self.local_heads.count,
             causal=True,
             batch_size=batch_size,
             query_length=length,

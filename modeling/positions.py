@@ -319,13 +319,13 @@ class LayerOrder(nn.Module):
         return query, key
 
     def relate(
-        self, query: torch.Tensor, value: torch.Tensor, order: Any, scaling: float
+        self, query: torch.Tensor, value: torch.Tensor, order: Any, scaling: float, heads: Any
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Queries [B, H, T, D] and values [B, H, S, D] as attention shall take them, and a bias [B, H, T, S] on scores
-        that have been multiplied by `scaling`."""
+        that have been multiplied by `scaling`; `heads` (attention.Heads) are those that this process computes."""
         return query, value, None
 
-    def collect(self, output: torch.Tensor, attention_mask: Any, order: Any) -> torch.Tensor:
+    def collect(self, output: torch.Tensor, attention_mask: Any, order: Any, heads: Any) -> torch.Tensor:
         """The heads' outputs [B, T, H, D], from what attention returned."""
         return output
 
@@ -353,9 +353,13 @@ class StackOrder(nn.Module):
         return embeddings
 
     def prepare(
-        self, queries: torch.Tensor, keys: torch.Tensor, causal: bool, like: torch.Tensor
+        self, queries: torch.Tensor, keys: torch.Tensor, causal: bool, like: torch.Tensor, heads: Any = None
     ) -> torch.Tensor | tuple[torch.Tensor, ...] | None:
-        """What the layers need to know of the positions of queries [B or 1, T] and keys [B or 1, S]."""
+        """What the layers need to know of the positions of queries [B or 1, T] and keys [B or 1, S].
+
+        Args:
+            heads: attention.Heads, those that this process computes, for what differs between them; all if None.
+        """
         return None
 
 
@@ -406,7 +410,7 @@ class LearnedPerLayer(StackOrder):
         super().__init__(config)
         self.num_positions = config.max_position_embeddings
 
-    def prepare(self, queries, keys, causal, like) -> torch.Tensor:
+    def prepare(self, queries, keys, causal, like, heads=None) -> torch.Tensor:
         return queries
 
 
@@ -434,7 +438,7 @@ class Rotary(StackOrder):
         super().__init__(config)
         self.head_dim = config.hidden_size // config.num_attention_heads
 
-    def prepare(self, queries, keys, causal, like) -> tuple[torch.Tensor, torch.Tensor]:
+    def prepare(self, queries, keys, causal, like, heads=None) -> tuple[torch.Tensor, torch.Tensor]:
         sin, cos = sinusoids(queries, self.head_dim, "halves", like.dtype).chunk(2, dim=-1)
         return cos[:, None], sin[:, None]  # [B or 1, 1, T, D / 2]
 
@@ -446,7 +450,7 @@ class Rotary(StackOrder):
 class BiasedLayerOrder(LayerOrder):
     """Base of schemes with a bias on the scores: what sees nothing gives 0, on every backend."""
 
-    def collect(self, output: torch.Tensor, attention_mask: Any, order: Any) -> torch.Tensor:
+    def collect(self, output: torch.Tensor, attention_mask: Any, order: Any, heads: Any) -> torch.Tensor:
         return nothing_seen_is_zero(output, attention_mask)
 
 
@@ -469,18 +473,20 @@ class ShawInLayer(BiasedLayerOrder):
         self.keys = nn.Embedding(self.num_distances, self.head_dim)
         self.values = nn.Embedding(self.num_distances, self.head_dim)
 
-    def relate(self, query, value, order: torch.Tensor, scaling: float):
-        bias = scores_by_key(query @ self.of_all(self.keys, query).T * scaling, order)  # x W^Q a^K, equation 4
+    def relate(self, query, value, order: torch.Tensor, scaling: float, heads):
+        keys = heads.shared(self.of_all(self.keys, query))
+        bias = scores_by_key(query @ keys.T * scaling, order)  # x W^Q a^K, equation 4
         # Backends hand out no weights, but values that are unit vectors bring them along.
         unit = torch.eye(value.shape[2], dtype=value.dtype, device=value.device).expand(*value.shape[:2], -1, -1)
         return query, torch.cat([value, unit], dim=-1), bias
 
-    def collect(self, output, attention_mask, order: torch.Tensor) -> torch.Tensor:
-        output = super().collect(output, attention_mask, order)
+    def collect(self, output, attention_mask, order: torch.Tensor, heads) -> torch.Tensor:
+        output = super().collect(output, attention_mask, order, heads)
         output, weights = output.split([self.head_dim, output.shape[-1] - self.head_dim], dim=-1)  # [B, T, H, S]
         order = order[:, :, None].expand_as(weights)
         by_distance = weights.new_zeros(*weights.shape[:3], self.num_distances).scatter_add(-1, order, weights)
-        return output + by_distance @ self.of_all(self.values, output)  # alpha (x W^V + a^V), equation 3
+        values = heads.shared(self.of_all(self.values, output))
+        return output + by_distance @ values  # alpha (x W^V + a^V), equation 3
 
     def of_all(self, vectors: nn.Embedding, like: torch.Tensor) -> torch.Tensor:
         """[2k + 1, D], those of all clipped distances."""
@@ -490,7 +496,7 @@ class ShawInLayer(BiasedLayerOrder):
 class BiasInLayer(BiasedLayerOrder):
     """The stack's bias on the scores, which all layers share."""
 
-    def relate(self, query, value, order: "torch.Tensor | DistanceBias", scaling: float):
+    def relate(self, query, value, order: "torch.Tensor | DistanceBias", scaling: float, heads):
         return query, value, order
 
 
@@ -509,12 +515,13 @@ class BiasByDistance(StackOrder):
         """[H, L], the bias at each of the distances [L]."""
         raise NotImplementedError
 
-    def prepare(self, queries, keys, causal, like) -> torch.Tensor | DistanceBias:
+    def prepare(self, queries, keys, causal, like, heads=None) -> torch.Tensor | DistanceBias:
         """The bias of all distances that S keys can have, or [B, H, T, S]."""
         length = keys.shape[1]
         lowest = 0 if causal else 1 - length
         distances = torch.arange(length - 1, lowest - 1, -1)
         table = self.table(distances.to(like.device), causal)
+        table = table if heads is None else heads.own(table)
         if self.config._attn_implementation == "block_sparse":
             return DistanceBias(table, distances)
         pairs = (queries[:, :, None] - keys[:, None, :]).clamp(lowest, length - 1)
@@ -589,7 +596,7 @@ class Shaw(StackOrder):
         super().__init__(config)
         self.clip = config.max_relative_position
 
-    def prepare(self, queries, keys, causal, like) -> torch.Tensor:
+    def prepare(self, queries, keys, causal, like, heads=None) -> torch.Tensor:
         """Which vector each pair takes, [B or 1, T, S]: clip(j - i, k), equation 5, counted from 0."""
         distances = keys[:, None, :] - queries[:, :, None]
         return distances.clamp(-self.clip, self.clip) + self.clip
@@ -604,9 +611,10 @@ class TransformerXLInLayer(BiasedLayerOrder):
         self.r_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)  # W_{k,R}
         self.biases = RelativeBiases(config.num_attention_heads, head_dim)
 
-    def relate(self, query, value, order: RelativePositions, scaling: float):
-        relative_key = self.r_proj(order.states).unflatten(-1, (query.shape[1], -1)).transpose(0, 1)  # [H, L, D]
-        content_query, position_query = (query + bias[:, None] for bias in self.biases(query))
+    def relate(self, query, value, order: RelativePositions, scaling: float, heads):
+        relative_key = self.r_proj(order.states).unflatten(-1, (-1, query.shape[-1])).transpose(0, 1)  # [H, L, D]
+        relative_key = heads.own(relative_key)
+        content_query, position_query = (query + heads.own(bias)[:, None] for bias in self.biases(query))
         # (a) + (c) are (q + u) k, (b) + (d) are (q + v) W R.
         return content_query, value, order.bias(position_query, relative_key, scaling)
 
@@ -621,7 +629,7 @@ class TransformerXLOrder(StackOrder):
         super().__init__(config)
         self.waves = RelativeSinusoids(config.hidden_size)
 
-    def prepare(self, queries, keys, causal, like) -> RelativePositions:
+    def prepare(self, queries, keys, causal, like, heads=None) -> RelativePositions:
         length = keys.shape[1]
         lowest = 0 if causal else 1 - length
         states = self.waves.of(torch.arange(length, lowest - 1, -1), like)

@@ -159,6 +159,19 @@ def test_tensors_and_integers_agree_and_heads_repeat(pattern):
 
 
 @pytest.mark.parametrize("pattern", PATTERNS + GRID_PATTERNS, ids=str)
+def test_some_heads_see_what_they_see_among_all(pattern):
+    positions = torch.arange(25)
+    for first, count in ((0, 1), (0, 4), (2, 2), (1, 3), (3, 4), (4, 8)):
+        heads = torch.arange(count)[:, None, None]
+        some = pattern.of_heads(first, count)
+        some.check_heads(count)
+        expected = pattern.visible(heads + first, positions[:, None], positions).expand(count, -1, -1)
+        assert torch.equal(some.visible(heads, positions[:, None], positions).expand(count, -1, -1), expected)
+        assert some.to_dict() == pattern_from_dict(some.to_dict()).to_dict()
+    assert pattern.of_heads(0, pattern.head_period) is pattern
+
+
+@pytest.mark.parametrize("pattern", PATTERNS + GRID_PATTERNS, ids=str)
 def test_dict_round_trip_and_hash(pattern):
     again = pattern_from_dict(json.loads(json.dumps(pattern.to_dict())))
     again = again.bind(grid_of(pattern))

@@ -20,7 +20,7 @@ from .decode import attend_biased, attend_masked, attend_one, mask_of_step
 from .distance_bias import biased_attention, check_bias, dense_of
 from .patterns import own_mask
 from .relative import relative_attention
-from .stock_masks import bind, check_local_heads
+from .stock_masks import bind, of_local_heads
 from .windows import window_attention
 
 # The attribute of a model's modules that says who holds the other slices of its rows (hf_tfamily.distributed).
@@ -67,7 +67,7 @@ def block_sparse_attention_forward(
         is_causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
         seen = bind(seen, module, query, key, is_causal)
     elif seen.num_heads != query.shape[1]:
-        check_local_heads(seen.pattern, seen.num_heads, query.shape[1])
+        seen = of_local_heads(seen, module, query.shape[1])
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     bias, slices = kwargs.get("position_bias"), _other_slices(module, attention_mask)
     if bias is not None and not hasattr(bias, "table") and slices is None:

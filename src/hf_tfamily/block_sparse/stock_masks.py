@@ -192,7 +192,7 @@ def bind(seen: VisibleKeys | None, module: nn.Module, query: Tensor, key: Tensor
     pattern = FULL if seen is None else seen.pattern
     if patterns := getattr(module.config, "attention_patterns", None):
         pattern = layer_pattern(module, patterns, pattern)
-        check_local_heads(pattern, num_heads(module), local_heads)
+        pattern = local_pattern(pattern, module, num_heads(module), local_heads)
     if seen is None:
         past = key_length - query_length if is_causal else 0
         sizes = batch_size, query_length, key_length
@@ -203,15 +203,36 @@ def bind(seen: VisibleKeys | None, module: nn.Module, query: Tensor, key: Tensor
     return seen
 
 
-def check_local_heads(pattern: Pattern, num_heads: int, local_heads: int) -> None:
-    """Under tensor parallelism a process holds `local_heads` of a layer's, and numbers them from 0.
+def local_pattern(pattern: Pattern, module: nn.Module, num_heads: int, local_heads: int) -> Pattern:
+    """What the `local_heads` of a layer's heads see that a process holds under tensor parallelism, numbered from 0.
 
     Raises:
-        ValueError: if its heads would follow the patterns of others.
+        ValueError: if that depends on which heads they are, and no weight of the module tells.
     """
     period = pattern.head_period
-    if local_heads != num_heads and local_heads % period:
+    if local_heads == num_heads or local_heads % period == 0:  # equal parts, whole periods each
+        return pattern
+    rank = _rank_of(module, num_heads // local_heads)
+    if rank is None or num_heads % local_heads:
         raise ValueError(
             f"{pattern!r} differs between heads with period {period}, which does not divide the {local_heads} of "
-            f"{num_heads} heads that a process holds under tensor parallelism; use fewer processes, or FSDP."
+            f"{num_heads} heads that a process holds under tensor parallelism, and which it holds is not to be seen of "
+            "its weights, which are no DTensors; load with tp_plan='auto', use fewer processes, or FSDP."
         )
+    return pattern.of_heads(rank * local_heads, local_heads)
+
+
+def of_local_heads(seen: VisibleKeys, module: nn.Module, local_heads: int) -> VisibleKeys:
+    """What a mask made for all heads of a layer shows those that a process holds; errors as of `local_pattern`."""
+    pattern = local_pattern(seen.pattern, module, seen.num_heads, local_heads)
+    return seen if pattern is seen.pattern else replace(seen, pattern=pattern, num_heads=local_heads)
+
+
+def _rank_of(attention: nn.Module, processes: int) -> int | None:
+    """Which of so many processes, among which a layer's weights are cut, this one is; None if they are not."""
+    for weight in attention.parameters():
+        mesh = getattr(weight, "device_mesh", None)  # plain tensors have none
+        for axis, placement in enumerate([] if mesh is None else weight.placements):
+            if placement.is_shard() and mesh.size(axis) == processes:
+                return mesh.get_local_rank(axis)
+    return None
