@@ -23,7 +23,8 @@ def locked(file: Path) -> Iterator[None]:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire()
-        file.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
+        with suppress(OSError, ValueError):  # on a full disk it holds all the same
+            _sign(file)
     except Timeout:
         raise RunError(
             f"{file} is held by {holder}, which trains into the same folder; wait for it, end it, or choose another "
@@ -42,8 +43,16 @@ def locked(file: Path) -> Iterator[None]:
         lock.release()
 
 
+def _sign(file: Path) -> None:
+    """Write who holds it, in the form that filelock itself writes on file systems without locks."""
+    pid, host = os.getpid(), socket.gethostname()
+    if not file.read_text(encoding="utf-8").startswith(f"{pid}\n{host}"):
+        file.write_text(f"{pid}\n{host}\n", encoding="utf-8")
+
+
 def _holder(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8").strip() or "another process"
+        pid, host = file.read_text(encoding="utf-8").splitlines()[:2]
     except (OSError, ValueError):
         return "another process"
+    return f"process {pid} on {host}"
