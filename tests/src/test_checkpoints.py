@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file
 
 from hf_tfamily import training
-from hf_tfamily.checkpoints import newest_whole
-from hf_tfamily.manifest import MANIFEST
+from hf_tfamily.checkpoints import damage, newest_whole
+from hf_tfamily.manifest import MANIFEST, write_manifest
 from hf_tfamily.recipes import load_recipe
 from hf_tfamily.training import RunError, train
 
@@ -48,11 +48,11 @@ def run(interrupted_once, tmp_path):
 
 
 def cut(name):
-    def damage(checkpoint):
+    def do_damage(checkpoint):
         content = (checkpoint / name).read_bytes()
         (checkpoint / name).write_bytes(content[: len(content) // 2])
 
-    return damage
+    return do_damage
 
 
 def written(name, content):
@@ -60,20 +60,20 @@ def written(name, content):
 
 
 def gone(*names):
-    def damage(checkpoint):
+    def do_damage(checkpoint):
         for name in names:
             (checkpoint / name).unlink()
 
-    return damage
+    return do_damage
 
 
 def flipped(name):
-    def damage(checkpoint):
+    def do_damage(checkpoint):
         content = bytearray((checkpoint / name).read_bytes())
         content[len(content) // 2] ^= 1
         (checkpoint / name).write_bytes(content)
 
-    return damage
+    return do_damage
 
 
 def other_step(checkpoint):
@@ -120,8 +120,8 @@ def test_whole_ones_are_gone_on_with(run):
 
 @pytest.mark.parametrize("name", DAMAGES)
 def test_damaged_ones_are_passed_over(name, run):
-    damage, words, _ = DAMAGES[name]
-    damage(run / "checkpoint-4")
+    do_damage, words, _ = DAMAGES[name]
+    do_damage(run / "checkpoint-4")
     said = []
     assert newest_whole(run, said.append) == str(run / "checkpoint-2")
     assert said[0].startswith(f"{run / 'checkpoint-4'} is passed over: {words}")
@@ -133,14 +133,33 @@ def test_damaged_ones_are_passed_over(name, run):
 @pytest.mark.parametrize("name", [name for name, (_, _, seen) in DAMAGES.items() if seen])
 def test_damage_shows_without_manifests(name, run):
     """Checkpoints of older runs have none."""
-    damage, words, _ = DAMAGES[name]
-    damage(run / "checkpoint-4")
+    do_damage, words, _ = DAMAGES[name]
+    do_damage(run / "checkpoint-4")
     for checkpoint in run.glob("checkpoint-*"):
         (checkpoint / MANIFEST).unlink()
     said = []
     assert newest_whole(run, said.append) == str(run / "checkpoint-2")
     assert words.split()[0] in said[0]
     assert said[1].startswith(f"Warning: {run / 'checkpoint-2'} has no manifest.json")
+
+
+def test_shards_are_verified(run):
+    """In folders of their own, as FSDP2 writes them."""
+    shard = run / "checkpoint-4" / "pytorch_model_fsdp_0" / "__1_0.distcp"
+    shard.parent.mkdir()
+    shard.write_bytes(b"weights of a process")
+    write_manifest(run / "checkpoint-4")
+    shard.write_bytes(b"Weights of a process")
+    assert damage(run / "checkpoint-4") == "pytorch_model_fsdp_0/__1_0.distcp is not what was written (SHA-256)"
+    shard.unlink()
+    assert damage(run / "checkpoint-4") == "pytorch_model_fsdp_0/__1_0.distcp is missing"
+
+
+def test_checkpoints_of_weights_alone_are_not_gone_on_with(run):
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        (run / "checkpoint-4" / name).unlink()
+    write_manifest(run / "checkpoint-4")
+    assert damage(run / "checkpoint-4") == "optimizer.pt is missing"
 
 
 def test_memory_is_not_taken_for_weights(run):

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -250,10 +250,19 @@ def last_checkpoint(output):
     return max((int(path.name.split("-")[-1]) for path in RunFolder(output).partial.glob("checkpoint-*")), default=0)
 
 
-def start(*arguments, launcher=(sys.executable, "-m")):
+@contextmanager
+def started(*arguments, launcher=(sys.executable, "-m")):
+    """A run that would take for ever, with all its processes; none outlives the block."""
     command = [*launcher, "hf_tfamily", "train", *map(str, arguments), "--set", "training.max_steps=100000"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, env=environment, start_new_session=True, **pipes)
+    try:
+        yield process
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def wait_for_checkpoint(process, output, step):
@@ -265,23 +274,23 @@ def wait_for_checkpoint(process, output, step):
 def test_commands_and_signals(recurrent_file, tmp_path):
     """One command trains; a second is refused; SIGTERM ends the first, which is gone on with."""
     output = tmp_path / "run"
-    process = start(recurrent_file, "--output", output)
-    wait_for_checkpoint(process, output, 2)
-    for flag in ("--overwrite", "--resume"):
-        second = start(recurrent_file, "--output", output, flag)
-        said = second.communicate(timeout=120)[1]
-        assert (second.returncode, "Traceback" in said) == (2, False), said
-        assert f"held by process {process.pid} on" in said
-    process.send_signal(signal.SIGTERM)
-    said = process.communicate(timeout=120)[1]
+    with started(recurrent_file, "--output", output) as process:
+        wait_for_checkpoint(process, output, 2)
+        for flag in ("--overwrite", "--resume"):
+            with started(recurrent_file, "--output", output, flag) as second:
+                said = second.communicate(timeout=120)[1]
+            assert (second.returncode, "Traceback" in said) == (2, False), said
+            assert f"held by process {process.pid} on" in said
+        process.send_signal(signal.SIGTERM)
+        said = process.communicate(timeout=120)[1]
     assert (process.returncode, "Traceback" in said) == (143, False), said
     assert f"Terminated. To go on: hf-tfamily train {recurrent_file} --output {output} --resume --set" in said
     reached = last_checkpoint(output)
     assert damage(RunFolder(output).partial / f"checkpoint-{reached}") is None
-    process = start(recurrent_file, "--output", output, "--resume")
-    wait_for_checkpoint(process, output, reached + 2)
-    process.kill()
-    assert f"Resuming from {RunFolder(output).partial / f'checkpoint-{reached}'}." in process.communicate()[0]
+    with started(recurrent_file, "--output", output, "--resume") as process:
+        wait_for_checkpoint(process, output, reached + 2)
+        process.kill()
+        assert f"Resuming from {RunFolder(output).partial / f'checkpoint-{reached}'}." in process.communicate()[0]
 
 
 @pytest.mark.slow
@@ -289,12 +298,12 @@ def test_commands_and_signals(recurrent_file, tmp_path):
 def test_sigterm_to_one_of_two_processes_stops_both_at_one_step(micro_file, tmp_path):
     output = tmp_path / "run"
     launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m")
-    process = start(micro_file, "--output", output, launcher=launcher)
-    wait_for_checkpoint(process, output, 2)
-    ranks = [int(line) for line in children(process.pid)]
-    assert len(ranks) == 2
-    os.kill(ranks[1], signal.SIGTERM)
-    said = process.communicate(timeout=120)[1]
+    with started(micro_file, "--output", output, launcher=launcher) as process:
+        wait_for_checkpoint(process, output, 2)
+        ranks = [int(rank) for rank in children(process.pid)]
+        assert len(ranks) == 2
+        os.kill(ranks[1], signal.SIGTERM)
+        said = process.communicate(timeout=120)[1]
     assert process.returncode != 0
     assert "Traceback" not in said.split("torch/distributed")[0]
     assert "Terminated. To go on:" in said
