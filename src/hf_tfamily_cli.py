@@ -71,12 +71,13 @@ def train(
         output = output or training.default_output(loaded)
         try:
             training.train(loaded, output, resume=resume, overwrite=overwrite, weights=weights)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, training.Terminated) as stop:
             again = ["hf-tfamily", "train", recipe, "--output", str(output), "--resume"]
             again += [word for override in overrides for word in ("--set", override)]
             again += [] if weights is None else ["--weights", weights]
-            errors.print(f"\nInterrupted. To go on: {escape(shlex.join(again))}", soft_wrap=True)
-            raise typer.Exit(130) from None
+            what = "Interrupted" if isinstance(stop, KeyboardInterrupt) else "Terminated"
+            errors.print(f"\n{what}. To go on: {escape(shlex.join(again))}", soft_wrap=True)
+            raise typer.Exit(130 if isinstance(stop, KeyboardInterrupt) else stop.code) from None
     if PartialState().is_main_process:
         _report(output)
     PartialState().destroy_process_group()  # its threads would otherwise outlive what they use

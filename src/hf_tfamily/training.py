@@ -8,41 +8,43 @@ import json
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from tqdm.auto import tqdm
 from transformers import AutoConfig, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import ProgressCallback
 
 from . import plots
 from .card import model_card
-from .checkpoints import DESCRIPTION, check_engine_of, describe, is_whole
+from .checkpoints import DESCRIPTION, check_engine_of, checkpoints_in, describe, from_main, newest_whole
 from .data import LoadedData, load_data
 from .data.sequences import require
 from .finished import RECIPE_FILE
 from .hub import export
 from .kept_activations import KEPT_ACTIVATIONS
 from .label_smoothing import smooth_inside
+from .manifest import ManifestWriter
 from .pattern_views import config_panels
 from .processes import everyone_waits, is_sharded, prepare_for_processes, whole_model
 from .recipe_yaml import write_yaml
 from .recipes import OWN_TRAINING, Recipe, RecipeError, load_recipe
 from .recurrent_training import RecurrentTrainer as RecurrentTrainer
+from .run_errors import RunError, explaining_disks
+from .run_lock import locked
 from .tasks import Task, task_of
+from .termination import SaveAtSigterm
+from .termination import Terminated as Terminated
 
 # What a run's working folder holds beside the files of loggers.
 WORKING_FILES = (
     *("finished", "replaced-*", "checkpoint-*", "tmp-checkpoint-*", "activations-*", "recipe.*", "trainer_state.json"),
-    DESCRIPTION,
+    *("damaged-checkpoint-*", DESCRIPTION),
 )
-
-
-class RunError(ValueError):
-    """A folder that a run must not touch, or a run that cannot be resumed."""
 
 
 def train(
@@ -54,6 +56,8 @@ def train(
 ) -> Path:
     """Train `recipe` and return the folder of the finished model. Under torchrun or accelerate, every rank calls this.
 
+    SIGTERM saves a checkpoint and raises Terminated, which ends the process with exit code 143.
+
     Args:
         output: the finished folder; `runs/<system>-<recipe>` if None.
         resume: go on from the last whole checkpoint of an interrupted run of the same recipe, if there is one.
@@ -62,7 +66,8 @@ def train(
             classes, start anew. The recipe that is left with the model says so.
 
     Raises:
-        RunError: if `output` or `output.partial` exists and neither flag says what to do with it.
+        RunError: if `output` or `output.partial` exists and neither flag says what to do with it; if another process
+            trains into it; if a run is to be resumed and all its checkpoints are damaged; if the disk takes no more.
         RecipeError: if the recipe's model, data and training do not fit each other or are refused.
         MissingPackageError: if the data or the pictures need a package that is not installed.
     """
@@ -72,6 +77,23 @@ def train(
     run, task = RunFolder(output or default_output(recipe)), task_of(recipe)
     with _blaming(recipe, "training"):
         arguments = _training_arguments(recipe, task, run.partial)
+    sigterm = SaveAtSigterm()
+    lock = run.locked() if arguments.process_index == 0 else nullcontext()
+    with sigterm.listening(), lock, explaining_disks(run.partial):
+        return _train_in(run, recipe, task, arguments, resume, overwrite, weights, sigterm)
+
+
+def _train_in(
+    run: "RunFolder",
+    recipe: Recipe,
+    task: Task,
+    arguments: TrainingArguments,
+    resume: bool,
+    overwrite: bool,
+    weights: str | Path | None,
+    sigterm: SaveAtSigterm,
+) -> Path:
+    """Train in a folder that is this run's own."""
     is_main = arguments.process_index == 0
     if is_main:
         run.check(recipe, resume, overwrite)
@@ -93,7 +115,9 @@ def train(
             run.open(recipe, resume)
             if is_sharded(trainer):
                 describe(model, data.processor, run.partial)
-    checkpoint = run.last_whole_checkpoint()
+    trainer.add_callback(ManifestWriter())
+    trainer.add_callback(sigterm)  # last: it ends the run
+    checkpoint = from_main(lambda: newest_whole(run.partial, tqdm.write)) if resume else None
     if checkpoint is not None:
         check_engine_of(Path(checkpoint), trainer)
     with KEPT_ACTIVATIONS[recipe.training.get("kept_activations") or "memory"](run.partial):
@@ -110,15 +134,23 @@ def default_output(recipe: Recipe) -> Path:
 
 
 class RunFolder:
-    """Where a run writes: `output` once it is finished, `partial` until then."""
+    """Where a run writes: `output` once it is finished, `partial` until then. Of a link the target is written."""
 
     def __init__(self, output: str | Path):
-        self.output = Path(output)
-        self.partial = self.output.with_name(self.output.name + ".partial")
+        self.given = Path(output)
+        self.output = self.given.resolve() if self.given.is_symlink() else self.given
+        self.partial = _beside(self.output, ".partial")
+
+    def locked(self) -> AbstractContextManager[None]:
+        """Keep other runs out; RunError if one is here."""
+        return locked(_beside(self.output, ".lock"))
 
     def check(self, recipe: Recipe, resume: bool, overwrite: bool) -> None:
         """Raise RunError if something is here that the flags give no leave to continue or to replace."""
         interrupted = (self.partial / RECIPE_FILE).exists()
+        beside_link = _beside(self.given, ".partial")
+        if self.given.is_symlink() and beside_link.exists() and beside_link.resolve() != self.partial:
+            raise RunError(f"{self.given} is a link to {self.output}; move {beside_link} to {self.partial}.")
         if _holds_something(self.output) and not (self.output / "config.json").exists():
             raise RunError(f"{self.output} exists and holds no model; choose another --output.")
         if _holds_something(self.output) and not overwrite and not interrupted:
@@ -130,6 +162,11 @@ class RunFolder:
             raise RunError(
                 f"{self.partial} holds an interrupted run; go on with it by --resume, throw it away by --overwrite, "
                 "or choose another --output."
+            )
+        if resume and not overwrite and not interrupted and checkpoints_in(self.partial):
+            raise RunError(
+                f"{self.partial / RECIPE_FILE} is missing, which says what run the checkpoints beside it are of; put "
+                "it back, throw them away by --overwrite, or choose another --output."
             )
         if resume and interrupted:
             self._check_same_recipe(recipe)
@@ -154,12 +191,6 @@ class RunFolder:
         being_written.write_text(recipe_yaml(recipe), encoding="utf-8")
         being_written.rename(recorded)
 
-    def last_whole_checkpoint(self) -> str | None:
-        """The newest checkpoint that was written to its end; the Trainer writes the trainer_state.json last."""
-        checkpoints = sorted(self.partial.glob("checkpoint-*"), key=lambda folder: int(folder.name.split("-")[-1]))
-        whole = [folder for folder in checkpoints if is_whole(folder)]
-        return str(whole[-1]) if whole else None
-
     def publish(self, write) -> None:
         """Let `write(folder)` fill a folder, and make it `output` by a rename; then the working files go.
 
@@ -170,9 +201,15 @@ class RunFolder:
         finished.mkdir()
         write(finished)
         self._copy_logs(finished)
+        replaced = self.partial / f"replaced-{time.time_ns()}"
         if self.output.exists():
-            self.output.rename(self.partial / f"replaced-{time.time_ns()}")
-        finished.rename(self.output)
+            self.output.rename(replaced)
+        try:
+            finished.rename(self.output)
+        except OSError:
+            if replaced.exists():
+                replaced.rename(self.output)
+            raise
         # Without its recipe a partial folder is rubbish, so a kill between these two lines leaves nothing to resume.
         (self.partial / RECIPE_FILE).unlink()
         shutil.rmtree(self.partial)
@@ -216,6 +253,8 @@ def _training_arguments(recipe: Recipe, task: Task, folder: Path) -> TrainingArg
     for key in ours:
         if key in recipe.training:
             raise ValueError(f"{key} cannot be set; it is what `train` decides (see --output).")
+    if recipe.training.get("enable_jit_checkpoint"):
+        raise ValueError("enable_jit_checkpoint is not for `train`, which saves at SIGTERM by itself; leave it out.")
     for field in fields(TrainingArguments):
         value = recipe.training.get(field.name)
         if isinstance(value, str) and isinstance(field.default, (int, float)):
@@ -300,6 +339,10 @@ def _differences(recorded: Recipe, asked: Recipe) -> str:
             if there.get(key) != here.get(key):
                 found.append(f"{section}.{key} is {there.get(key)!r} there and {here.get(key)!r} here")
     return "; ".join(found) or "only its texts differ"
+
+
+def _beside(path: Path, ending: str) -> Path:
+    return path.with_name(path.name + ending)
 
 
 def _holds_something(path: Path) -> bool:

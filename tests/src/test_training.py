@@ -112,19 +112,6 @@ def test_folder_of_other_things_is_never_replaced(micro, tmp_path):
     assert (tmp_path / "thesis.tex").exists()
 
 
-def test_torn_checkpoints_are_passed_over(tmp_path):
-    run = RunFolder(tmp_path / "run")
-    for step, state in ((9, "{}"), (10, "{}"), (11, '{"epoch": 1'), (12, None)):
-        checkpoint = run.partial / f"checkpoint-{step}"
-        checkpoint.mkdir(parents=True)
-        (checkpoint / "model.safetensors").touch()
-        if state is not None:
-            (checkpoint / "trainer_state.json").write_text(state)
-    (run.partial / "checkpoint-13").mkdir()
-    (run.partial / "checkpoint-13" / "trainer_state.json").write_text("{}")
-    assert run.last_whole_checkpoint() == str(run.partial / "checkpoint-10")
-
-
 @pytest.mark.parametrize(
     ("override", "message"),
     [
