@@ -23,6 +23,7 @@ from .card import model_card
 from .checkpoints import DESCRIPTION, check_engine_of, describe, is_whole
 from .data import LoadedData, load_data
 from .data.sequences import require
+from .divergence import DivergenceError, check_finite, stop_at_divergence
 from .finished import RECIPE_FILE
 from .hub import export
 from .kept_activations import KEPT_ACTIVATIONS
@@ -63,6 +64,7 @@ def train(
 
     Raises:
         RunError: if `output` or `output.partial` exists and neither flag says what to do with it.
+        DivergenceError: at the first loss or norm of gradients that is not finite; the last good checkpoint stays.
         RecipeError: if the recipe's model, data and training do not fit each other or are refused.
         MissingPackageError: if the data or the pictures need a package that is not installed.
     """
@@ -88,6 +90,7 @@ def train(
         smooth_inside(trainer)
         _watch(trainer, task)
         held = prepare_for_processes(trainer, recipe.training.get("ddp_comm_hook"))
+        stop_at_divergence(trainer)
     with arguments.main_process_first(local=False):
         if is_main:
             run.open(recipe, resume)
@@ -96,7 +99,8 @@ def train(
     checkpoint = run.last_whole_checkpoint()
     if checkpoint is not None:
         check_engine_of(Path(checkpoint), trainer)
-    with KEPT_ACTIVATIONS[recipe.training.get("kept_activations") or "memory"](run.partial):
+    keep_activations = KEPT_ACTIVATIONS[recipe.training.get("kept_activations") or "memory"]
+    with run.naming_the_last_checkpoint(), keep_activations(run.partial):
         trainer.train(checkpoint, ignore_keys_for_eval=["past_key_values"])
     whole = whole_model(trainer)
     with everyone_waits():
@@ -160,6 +164,16 @@ class RunFolder:
         whole = [folder for folder in checkpoints if is_whole(folder)]
         return str(whole[-1]) if whole else None
 
+    @contextmanager
+    def naming_the_last_checkpoint(self) -> Iterator[None]:
+        """A run that diverges says what is left of it."""
+        try:
+            yield
+        except DivergenceError as error:
+            last = self.last_whole_checkpoint()
+            kept = "There is no checkpoint from before." if last is None else f"The last good checkpoint is {last}."
+            raise DivergenceError(f"{error} {kept}") from error
+
     def publish(self, write) -> None:
         """Let `write(folder)` fill a folder, and make it `output` by a rename; then the working files go.
 
@@ -222,6 +236,7 @@ def _training_arguments(recipe: Recipe, task: Task, folder: Path) -> TrainingArg
             raise ValueError(f"{field.name} must be a number or true or false, got {value!r}.")
     cpu = not torch.accelerator.is_available()
     defaults = {"use_cpu": cpu, "dataloader_pin_memory": not cpu, "report_to": "none", "save_total_limit": 2}
+    defaults["logging_nan_inf_filter"] = False  # it shows averages in the place of losses that are NaN
     asked = {key: deepcopy(value) for key, value in recipe.training.items() if key not in OWN_TRAINING}
     arguments = TrainingArguments(**{**defaults, **asked, **ours})
     if arguments.fp16 and arguments.device.type == "cpu":
@@ -275,6 +290,7 @@ def _finish(
     }
     if held is not None:
         metrics["bytes_held_by_a_process"] = held
+    check_finite(task.metric, metrics[task.metric], "on held-out data, though training was finite")
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     plots.loss_curve(history, task.loss_unit, task.nats, task.uniform_loss(data), folder / "loss.png", recipe.name)
     if getattr(model.config, "attention_patterns", None) is not None:
