@@ -277,7 +277,7 @@ def show(
         for panel in panels:
             view = panel.matrix()
             keys = pattern_views.keys_per_query(view)
-            console.print(f"\n[bold]{escape(panel.title)}[/]  {panel.note}")
+            console.print(f"\n[bold]{escape(panel.title)}[/]  {escape(panel.note)}")
             console.print(f"{panel.length} tokens, {keys:.1f} keys per query")
             console.print("\n".join(pattern_views.as_text(view)), markup=False)
         if output is not None:
@@ -356,7 +356,9 @@ def _one_line_errors() -> Iterator[None]:
 
         if show_traceback or not isinstance(error, (ValueError, ImportError, OSError, StrictDataclassError)):
             raise
-        errors.print(f"[bold red]Error:[/] {escape(str(error))}", soft_wrap=True)
+        from hf_tfamily.secret_values import without_secrets
+
+        errors.print(f"[bold red]Error:[/] {escape(without_secrets(str(error)))}", soft_wrap=True)
         raise typer.Exit(2) from None
 
 

@@ -24,6 +24,7 @@ from .checkpoints import DESCRIPTION, check_engine_of, describe, is_whole
 from .data import LoadedData, load_data
 from .data.sequences import require
 from .divergence import DivergenceError, check_finite, stop_at_divergence
+from .file_permissions import UsualPermissions
 from .finished import RECIPE_FILE
 from .hub import export
 from .kept_activations import KEPT_ACTIVATIONS
@@ -33,6 +34,7 @@ from .processes import everyone_waits, is_sharded, prepare_for_processes, whole_
 from .recipe_yaml import write_yaml
 from .recipes import OWN_TRAINING, Recipe, RecipeError, load_recipe
 from .recurrent_training import RecurrentTrainer as RecurrentTrainer
+from .secret_values import refuse_secrets
 from .tasks import Task, task_of
 
 # What a run's working folder holds beside the files of loggers.
@@ -69,6 +71,7 @@ def train(
         MissingPackageError: if the data or the pictures need a package that is not installed.
     """
     require("matplotlib")
+    refuse_secrets(asdict(recipe), recipe.name, RecipeError)
     if weights is not None:
         recipe = replace(recipe, notes=(*recipe.notes, f"Training began with the weights of {weights}."))
     run, task = RunFolder(output or default_output(recipe)), task_of(recipe)
@@ -261,6 +264,7 @@ def _with_weights(model: PreTrainedModel, weights: str | Path) -> PreTrainedMode
 def _watch(trainer: Trainer, task: Task) -> None:
     """Let the trainer keep the time, and show losses as the task does."""
     trainer.add_callback(Stopwatch())
+    trainer.add_callback(UsualPermissions())
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(LossProgress(task))
 
