@@ -287,17 +287,16 @@ def show(
 
 def _show_recipe(name: str, length: int | None) -> list:
     """Print what the recipe's model is; return the panels of its patterns."""
-    import torch
     from transformers import AutoConfig
 
+    from hf_tfamily.model_size import count_parameters
     from hf_tfamily.pattern_views import config_panels
     from hf_tfamily.recipes import load_recipe
     from hf_tfamily.tasks import task_of
 
     recipe = load_recipe(name)
     config = AutoConfig.for_model(**recipe.model)
-    with torch.device("meta"):
-        parameters = task_of(recipe).auto_class.from_config(config).num_parameters()
+    parameters = count_parameters(task_of(recipe).auto_class, config)
     console.print(f"[bold]{escape(recipe.name)}[/]  {escape(recipe.title)}")
     if recipe.reference:
         console.print(recipe.reference, markup=False)
@@ -354,8 +353,11 @@ def _one_line_errors() -> Iterator[None]:
     except Exception as error:
         from huggingface_hub.errors import StrictDataclassError
 
-        if show_traceback or not isinstance(error, (ValueError, ImportError, OSError, StrictDataclassError)):
+        refused = (ValueError, ImportError, OSError, StrictDataclassError, RecursionError)
+        if show_traceback or not isinstance(error, refused):
             raise
+        if isinstance(error, RecursionError):
+            error = "lists, mappings or patterns are nested too deeply to be read."
         from hf_tfamily.secret_values import without_secrets
 
         errors.print(f"[bold red]Error:[/] {escape(without_secrets(str(error)))}", soft_wrap=True)

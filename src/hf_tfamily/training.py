@@ -29,6 +29,7 @@ from .finished import RECIPE_FILE
 from .hub import export
 from .kept_activations import KEPT_ACTIVATIONS
 from .label_smoothing import smooth_inside
+from .model_size import check_memory
 from .pattern_views import config_panels
 from .processes import everyone_waits, is_sharded, prepare_for_processes, whole_model
 from .recipe_yaml import write_yaml
@@ -82,6 +83,7 @@ def train(
         run.check(recipe, resume, overwrite)
     with _blaming(recipe, "model"):
         config = AutoConfig.for_model(**recipe.model)  # before data are read, which may take long
+        check_memory(task.auto_class, config)
     with arguments.main_process_first(local=False), _blaming(recipe, "data"):
         data = load_data(recipe.data)
     set_seed(arguments.seed)
