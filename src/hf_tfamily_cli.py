@@ -358,6 +358,10 @@ def _one_line_errors() -> Iterator[None]:
             raise
         if isinstance(error, RecursionError):
             error = "lists, mappings or patterns are nested too deeply to be read."
+        elif isinstance(error, ImportError):
+            from hf_tfamily.missing_packages import how_to_install
+
+            error = how_to_install(error) or error
         from hf_tfamily.secret_values import without_secrets
 
         errors.print(f"[bold red]Error:[/] {escape(without_secrets(str(error)))}", soft_wrap=True)
