@@ -118,7 +118,8 @@ class DivergenceWatch(TrainerCallback):
             shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in _tensors(batch))
             found = f"{found}{process} ({shapes}); {where}"
         everyone = [found] if args.world_size == 1 else gather_object([found])
-        said = next(words for words in everyone if words is not None)
+        # A loss is nearer to the cause than the norm of gradients, which all processes share.
+        said = min((words for words in everyone if words is not None), key=lambda words: "the loss is" not in words)
         raise DivergenceError(f"Training stopped in step {step}: {said}. {ADVICE.capitalize()}.")
 
 

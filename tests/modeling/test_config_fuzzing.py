@@ -109,7 +109,7 @@ def check(model_type: str, changes: dict) -> None:
 def check_named(model_type: str, said: str) -> None:
     """An error names what is wrong: a field, or a pattern."""
     fields = {field.name for field in dataclasses.fields(CONFIG_MAPPING[model_type])}
-    words = fields | set(CONFIG_MAPPING[model_type].attribute_map) | {"attern"}
+    words = fields | set(CONFIG_MAPPING[model_type].attribute_map) | {"attern", "max_position_embeddings"}
     assert any(word in said for word in words), f"no field is named: {said}"
 
 
