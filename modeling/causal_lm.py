@@ -15,7 +15,9 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils import TransformersKwargs, can_return_tuple, logging
+
+logger = logging.get_logger(__name__)
 
 IGNORED = -100
 INSIDE = (
@@ -117,10 +119,27 @@ def next_tokens(labels: torch.Tensor | None, shift_labels: torch.Tensor | None) 
 
 
 def num_targets(targets: torch.Tensor, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor | int:
-    """What a sum of token losses is divided by: the targets that are not IGNORED, or `num_items_in_batch`."""
+    """What a sum of token losses is divided by: the targets that are not IGNORED, or `num_items_in_batch`.
+
+    At least 1: a batch without any target has a loss of 0 and gradients of 0, where stock models have NaN, and on a CPU
+    a warning says so.
+    """
     if num_items_in_batch is None:
-        return (targets != IGNORED).sum()
-    return num_items_in_batch.to(targets.device) if torch.is_tensor(num_items_in_batch) else num_items_in_batch
+        count = (targets != IGNORED).sum()
+        if type(count) is torch.Tensor and count.device.type == "cpu" and not torch.compiler.is_compiling():
+            _warn_of_none(count)
+        return count.clamp(min=1)
+    if torch.is_tensor(num_items_in_batch):
+        return num_items_in_batch.to(targets.device).clamp(min=1)
+    return max(num_items_in_batch, 1)
+
+
+def _warn_of_none(count: torch.Tensor) -> None:
+    if count == 0:
+        logger.warning_once(
+            f"This batch has 0 tokens to predict: its labels are all {IGNORED}, or its rows are of length 1, and "
+            "nothing comes before their only token. Its loss is 0."
+        )
 
 
 def next_token_loss(

@@ -5,6 +5,8 @@ Values of tensors are looked at only where that is free: in plain ones on the CP
 Shapes: B batch, T tokens.
 """
 
+import math
+
 import torch
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -27,10 +29,11 @@ def check_probabilities(config, *names: str) -> None:
 
 
 def check_not_negative(config, *names: str) -> None:
-    """Numbers such as epsilons and standard deviations are at least 0."""
+    """Numbers such as epsilons and standard deviations are finite and at least 0."""
     for name in names:
-        if getattr(config, name) < 0:
-            raise ValueError(f"{name} must be at least 0, got {getattr(config, name)}.")
+        value = getattr(config, name)
+        if not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"{name} must be a finite number of at least 0, got {value}.")
 
 
 def check_buckets(config) -> None:

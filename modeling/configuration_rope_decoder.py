@@ -1,8 +1,10 @@
 """Configuration of the RoPE decoder: the decoder of Llama (Touvron et al. 2023, arXiv:2302.13971)."""
 
+import math
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
+from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 
@@ -16,7 +18,19 @@ from .checks import (
     check_sizes,
 )
 
-ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
+# The kinds of rotary positions, and what each of them needs beyond rope_theta.
+ROPE_TYPES = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "longrope": ("short_factor", "long_factor"),
+}
+POSITIVE = (
+    *("rope_theta", "factor", "low_freq_factor", "high_freq_factor"),
+    *("original_max_position_embeddings", "beta_fast", "beta_slow"),
+)
 POSITION_ENCODINGS = ("rotary", "alibi", "t5", "none")
 LAYOUTS = ("half", "interleaved")
 
@@ -129,23 +143,47 @@ class RoPEDecoderConfig(PreTrainedConfig):
                 f"num_attention_heads={self.num_attention_heads}."
             )
         check_probabilities(self, "attention_dropout", "classifier_dropout")
-        check_not_negative(self, "chunk_size_feed_forward", "chunk_size_lm_head")
+        check_not_negative(self, "rms_norm_eps", "initializer_range", "chunk_size_feed_forward", "chunk_size_lm_head")
+        check_known(self, "hidden_act", ACT2FN)
         check_known(self, "position_encoding", POSITION_ENCODINGS)
         check_buckets(self)
 
-    def validate_rotary(self):
-        """The rotary positions are of a known kind and turn a whole number of pairs."""
-        self.validate_sizes()  # validators run in alphabetical order, and this one needs the sizes
-        check_known(self, "rotary_layout", LAYOUTS)
-        rope_type = self.rope_parameters.get("rope_type")
+    def validate_rope(self):
+        """The rotary positions are of a known kind and have what it needs; comes before Transformers' own check."""
+        given = self.rope_parameters
+        rope_type = given.get("rope_type")
         if rope_type not in ROPE_TYPES:
             raise ValueError(f"rope_parameters has rope_type={rope_type!r}{nearest(str(rope_type), ROPE_TYPES)}")
-        factor = self.rope_parameters.get("factor")
-        if factor is not None and factor < 1:
-            raise ValueError(f"rope_parameters has factor={factor}, but it must be at least 1.")
+        if missing := [name for name in ROPE_TYPES[rope_type] if given.get(name) is None]:
+            raise ValueError(f"rope_parameters of rope_type={rope_type!r} lacks {', '.join(missing)}.")
+        for name in POSITIVE:
+            self._check_positive(name, [1.0 if given.get(name) is None else given[name]])
+        for name in ("short_factor", "long_factor"):
+            if not isinstance(given.get(name, []), (list, tuple)):
+                raise ValueError(f"rope_parameters has {name}={given[name]!r}, but it must be a list of numbers.")
+            self._check_positive(name, given.get(name, []))
+        if given.get("factor") is not None and given["factor"] < 1:
+            raise ValueError(f"rope_parameters has factor={given['factor']}, but it must be at least 1.")
+        if rope_type == "llama3" and given["high_freq_factor"] <= given["low_freq_factor"]:
+            raise ValueError(
+                f"rope_parameters has high_freq_factor={given['high_freq_factor']}, but it must be above "
+                f"low_freq_factor={given['low_freq_factor']}."
+            )
+        super().validate_rope()
+
+    def _check_positive(self, name: str, values: list):
+        for value in values:
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not is_number or not 0 < value < math.inf:
+                raise ValueError(f"rope_parameters has {name}={value!r}, but it must be a number above 0.")
+
+    def validate_rotary(self):
+        """The rotary positions turn a whole number of pairs."""
+        self.validate_sizes()  # validators run in alphabetical order, and this one needs the sizes
+        check_known(self, "rotary_layout", LAYOUTS)
         share = self.rope_parameters.get("partial_rotary_factor", 1.0)
-        rotated = int(self.head_dim * share)
-        if not 0 < share <= 1 or rotated < 2 or rotated % 2:
+        rotated = int(self.head_dim * share) if isinstance(share, (int, float)) and 0 < share <= 1 else 0
+        if rotated < 2 or rotated % 2:
             raise ValueError(
                 f"head_dim={self.head_dim} with partial_rotary_factor={share} turns {rotated} dimensions; the number "
                 "must be even, at least 2 and at most head_dim."

@@ -1,8 +1,10 @@
 """Configuration of Transformer-XL (Dai et al. 2019, arXiv:1901.02860)."""
 
 from huggingface_hub.dataclasses import strict
+from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 
+from .attention_patterns import check_known
 from .checks import check_heads_divide, check_not_negative, check_probabilities, check_sizes
 
 
@@ -116,6 +118,8 @@ class TransformerXLConfig(PreTrainedConfig):
         if self.hidden_size % 2:
             raise ValueError(f"hidden_size must be even (distances are sines and cosines), got {self.hidden_size}.")
         check_probabilities(self, "hidden_dropout", "attention_dropout")
+        check_known(self, "hidden_act", ACT2FN)
+        check_not_negative(self, "layer_norm_eps", "initializer_range", "projection_initializer_range")
         check_not_negative(self, "chunk_size_feed_forward", "chunk_size_lm_head")
 
     def validate_memory(self):

@@ -278,7 +278,7 @@ def show(
         for panel in panels:
             view = panel.matrix()
             keys = pattern_views.keys_per_query(view)
-            console.print(f"\n[bold]{escape(panel.title)}[/]  {panel.note}")
+            console.print(f"\n[bold]{escape(panel.title)}[/]  {escape(panel.note)}")
             console.print(f"{panel.length} tokens, {keys:.1f} keys per query")
             console.print("\n".join(pattern_views.as_text(view)), markup=False)
         if output is not None:
@@ -288,17 +288,16 @@ def show(
 
 def _show_recipe(name: str, length: int | None) -> list:
     """Print what the recipe's model is; return the panels of its patterns."""
-    import torch
     from transformers import AutoConfig
 
+    from hf_tfamily.model_size import count_parameters
     from hf_tfamily.pattern_views import config_panels
     from hf_tfamily.recipes import load_recipe
     from hf_tfamily.tasks import task_of
 
     recipe = load_recipe(name)
     config = AutoConfig.for_model(**recipe.model)
-    with torch.device("meta"):
-        parameters = task_of(recipe).auto_class.from_config(config).num_parameters()
+    parameters = count_parameters(task_of(recipe).auto_class, config)
     console.print(f"[bold]{escape(recipe.name)}[/]  {escape(recipe.title)}")
     if recipe.reference:
         console.print(recipe.reference, markup=False)
@@ -355,9 +354,18 @@ def _one_line_errors() -> Iterator[None]:
     except Exception as error:
         from huggingface_hub.errors import StrictDataclassError
 
-        if show_traceback or not isinstance(error, (ValueError, ImportError, OSError, StrictDataclassError)):
+        refused = (ValueError, ImportError, OSError, StrictDataclassError, RecursionError)
+        if show_traceback or not isinstance(error, refused):
             raise
-        errors.print(f"[bold red]Error:[/] {escape(str(error))}", soft_wrap=True)
+        if isinstance(error, RecursionError):
+            error = "lists, mappings or patterns are nested too deeply to be read."
+        elif isinstance(error, ImportError):
+            from hf_tfamily.missing_packages import how_to_install
+
+            error = how_to_install(error) or error
+        from hf_tfamily.secret_values import without_secrets
+
+        errors.print(f"[bold red]Error:[/] {escape(without_secrets(str(error)))}", soft_wrap=True)
         raise typer.Exit(2) from None
 
 

@@ -135,7 +135,7 @@ def model_card(recipe: Recipe, task: Task, data: LoadedData, metrics: dict[str, 
         metric_name=task.metric_title,
         metric_value=metrics[task.metric],
     )
-    return ModelCard.from_template(
+    card = ModelCard.from_template(
         ModelCardData(
             **_metadata(model_type, arxiv, pipeline),
             datasets=[recipe.data["dataset"]] if _is_hub_name(recipe.data.get("dataset")) else None,
@@ -152,6 +152,7 @@ def model_card(recipe: Recipe, task: Task, data: LoadedData, metrics: dict[str, 
         with_code=True,
         positions=_read_json(folder / "config.json").get("max_position_embeddings"),
     )
+    return _without_html(card)
 
 
 def folder_card(folder: str | Path, with_code: bool) -> ModelCard:
@@ -163,7 +164,7 @@ def folder_card(folder: str | Path, with_code: bool) -> ModelCard:
     auto_class = auto_class_of(config["model_type"], architecture)
     pipelines = PICTURE_PIPELINES if (folder / "preprocessor_config.json").exists() else PIPELINES
     pipeline = pipelines.get(auto_class)
-    return ModelCard.from_template(
+    card = ModelCard.from_template(
         ModelCardData(**_metadata(config["model_type"], arxiv, pipeline)),
         template_str=FOLDER_TEMPLATE,
         **{"name": folder.resolve().name, "system": system, "architecture": architecture, "auto_class": auto_class},
@@ -172,6 +173,16 @@ def folder_card(folder: str | Path, with_code: bool) -> ModelCard:
         place=THIS_FOLDER,
         with_code=with_code,
     )
+    return _without_html(card)
+
+
+def _without_html(card: ModelCard) -> ModelCard:
+    """Titles, notes and names are anybody's text: what begins a tag in them is shown and does nothing.
+
+    Our templates hold no tags themselves.
+    """
+    card.text = re.sub(r"<(?=[a-zA-Z/!?])", "&lt;", card.text)
+    return card
 
 
 def system_facts(model_type: str) -> tuple[str, list[str]]:

@@ -10,6 +10,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from .data import load_data
+from .data.sequences import require
 from .recipes import Recipe, load_recipe
 from .tasks import Task, task_of
 from .value_types import check_arguments
@@ -79,6 +80,7 @@ def _flag(name: str) -> str:
 def load_processor(folder: str | Path) -> Any:
     """The image processor or tokenizer saved beside a model; None if there is neither."""
     if (Path(folder) / "preprocessor_config.json").exists():
+        require("PIL")  # without it Transformers forgets our processors and asks whether to run the code beside them
         return AutoImageProcessor.from_pretrained(folder)
     if (Path(folder) / "tokenizer_config.json").exists():
         return AutoTokenizer.from_pretrained(folder)

@@ -17,6 +17,7 @@ from transformers.dynamic_module_utils import get_relative_import_files
 
 from .auto import SYSTEMS
 from .card import THIS_FOLDER, folder_card
+from .file_permissions import give_usual_permissions
 from .modeling.attention import BLOCK_SPARSE
 
 MODELING = f"{__package__}.modeling."
@@ -59,6 +60,7 @@ def export(model: PreTrainedModel, folder: str | Path, processor: Any = None) ->
             "save_pretrained. Models loaded as remote code save their own."
         )
     model.save_pretrained(folder)
+    give_usual_permissions(Path(folder))
     if processor is not None:
         processor.save_pretrained(folder)
     for name, content in (_code(Path(folder)) if ours else _backend(Path(folder))).items():

@@ -14,9 +14,10 @@ def register_peft_defaults() -> None:
     Raises:
         ImportError: if PEFT is not installed.
     """
-    from peft.utils import constants
-
     from .auto import SYSTEMS
+    from .data.sequences import require
+
+    constants = require("peft.utils.constants")
 
     lora = constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
     relatives = [table for table in vars(constants).values() if isinstance(table, dict) and _is_like(table, lora)]

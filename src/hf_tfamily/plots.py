@@ -23,6 +23,7 @@ CORNER = {"ha": "right", "va": "top", "fontsize": 8, "color": GREY}
 STYLE = {
     "font.size": 10,
     "text.color": INK,
+    "text.parse_math": False,  # names and titles are anybody's, and $ begins no formula in them
     "axes.edgecolor": GREY,
     "axes.labelcolor": INK,
     "axes.spines.top": False,

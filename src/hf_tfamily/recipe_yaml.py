@@ -18,7 +18,10 @@ FLOAT = re.compile(
 
 def read_yaml(text: str) -> Any:
     """The content of a YAML document. Raises yaml.YAMLError on what is none or has a key twice, with the line."""
-    return yaml.load(text, Loader=_Loader)
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except RecursionError:
+        raise yaml.YAMLError("lists and mappings are nested too deeply to be read") from None
 
 
 def write_yaml(content: Any) -> str:

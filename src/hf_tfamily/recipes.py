@@ -24,6 +24,7 @@ from .data.text_lines import read_text
 from .kept_activations import KEPT_ACTIVATIONS
 from .modeling.attention_patterns import nearest
 from .recipe_yaml import read_yaml
+from .secret_values import refuse_secrets, without_secrets
 from .value_types import annotations_of, check_value
 
 SECTIONS = ("model", "data", "training")
@@ -75,13 +76,18 @@ def load_recipe(name_or_path: str | Path, overrides: Iterable[str] = ()) -> Reci
     """The recipe of that name (see `list_recipes`) or in that YAML file, changed by `section.key=value` overrides.
 
     Values are YAML (`training.learning_rate=1e-3`); deeper places are reached by further dots and list indices
-    (`model.attention_patterns.0.window=8`). Raises RecipeError, naming the nearest names, on anything unknown.
+    (`model.attention_patterns.0.window=8`). Raises RecipeError, naming the nearest names, on anything unknown, and on
+    what looks like a secret.
     """
     name = str(name_or_path)
-    content = _check_layout(name, _parse(_read(name), name))
-    overrides, own_data = list(overrides), deepcopy(content["data"])
+    overrides, content = list(overrides), _parse(_read(name), name)
+    refuse_secrets([override.partition("=")[2] for override in overrides], "--set", RecipeError)
+    refuse_secrets(content, name, RecipeError)
+    content = _check_layout(name, content)
+    own_data = deepcopy(content["data"])
     for override in overrides:
         _apply(override, content)
+    refuse_secrets(content, name, RecipeError)
     _check_model(content["model"], name)
     _check_data(content["data"], name)
     _check_training(content["training"], name)
@@ -115,7 +121,8 @@ def _parse(text: str, where: str) -> Any:
     try:
         return read_yaml(text)
     except yaml.YAMLError as error:
-        raise RecipeError(f"{where}: not readable as YAML: {' '.join(str(error).split())}") from error
+        said = without_secrets(f"{where}: not readable as YAML: {' '.join(str(error).split())}")
+        raise RecipeError(said) from error
 
 
 def _check_layout(name: str, content: Any) -> dict[str, Any]:

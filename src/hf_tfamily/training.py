@@ -21,14 +21,17 @@ from transformers.trainer_callback import ProgressCallback
 
 from . import plots
 from .card import model_card
-from .checkpoints import DESCRIPTION, check_engine_of, checkpoints_in, describe, from_main, newest_whole
+from .checkpoints import DESCRIPTION, check_engine_of, checkpoints_in, damage, describe, from_main, newest_whole
 from .data import LoadedData, load_data
 from .data.sequences import require
+from .divergence import DivergenceError, check_finite, stop_at_divergence
+from .file_permissions import UsualPermissions
 from .finished import RECIPE_FILE
 from .hub import export
 from .kept_activations import KEPT_ACTIVATIONS
 from .label_smoothing import smooth_inside
 from .manifest import ManifestWriter
+from .model_size import check_memory
 from .pattern_views import config_panels
 from .processes import everyone_waits, is_sharded, prepare_for_processes, whole_model
 from .recipe_yaml import write_yaml
@@ -36,6 +39,7 @@ from .recipes import OWN_TRAINING, Recipe, RecipeError, load_recipe
 from .recurrent_training import RecurrentTrainer as RecurrentTrainer
 from .run_errors import RunError, explaining_disks
 from .run_lock import locked
+from .secret_values import refuse_secrets
 from .tasks import Task, task_of
 from .termination import SaveAtSigterm
 from .termination import Terminated as Terminated
@@ -68,10 +72,12 @@ def train(
     Raises:
         RunError: if `output` or `output.partial` exists and neither flag says what to do with it; if another process
             trains into it; if a run is to be resumed and all its checkpoints are damaged; if the disk takes no more.
+        DivergenceError: at the first loss or norm of gradients that is not finite; the last good checkpoint stays.
         RecipeError: if the recipe's model, data and training do not fit each other or are refused.
         MissingPackageError: if the data or the pictures need a package that is not installed.
     """
     require("matplotlib")
+    refuse_secrets(asdict(recipe), recipe.name, RecipeError)
     if weights is not None:
         recipe = replace(recipe, notes=(*recipe.notes, f"Training began with the weights of {weights}."))
     run, task = RunFolder(output or default_output(recipe)), task_of(recipe)
@@ -99,6 +105,7 @@ def _train_in(
         run.check(recipe, resume, overwrite)
     with _blaming(recipe, "model"):
         config = AutoConfig.for_model(**recipe.model)  # before data are read, which may take long
+        check_memory(task.auto_class, config)
     with arguments.main_process_first(local=False), _blaming(recipe, "data"):
         data = load_data(recipe.data)
     set_seed(arguments.seed)
@@ -110,6 +117,7 @@ def _train_in(
         smooth_inside(trainer)
         _watch(trainer, task)
         held = prepare_for_processes(trainer, recipe.training.get("ddp_comm_hook"))
+        stop_at_divergence(trainer)
     with arguments.main_process_first(local=False):
         if is_main:
             run.open(recipe, resume)
@@ -120,7 +128,8 @@ def _train_in(
     checkpoint = from_main(lambda: newest_whole(run.partial, tqdm.write)) if resume else None
     if checkpoint is not None:
         check_engine_of(Path(checkpoint), trainer)
-    with KEPT_ACTIVATIONS[recipe.training.get("kept_activations") or "memory"](run.partial):
+    keep_activations = KEPT_ACTIVATIONS[recipe.training.get("kept_activations") or "memory"]
+    with run.naming_the_last_checkpoint(), keep_activations(run.partial):
         trainer.train(checkpoint, ignore_keys_for_eval=["past_key_values"])
     whole = whole_model(trainer)
     with everyone_waits():
@@ -190,6 +199,16 @@ class RunFolder:
         being_written = recorded.with_suffix(".tmp")
         being_written.write_text(recipe_yaml(recipe), encoding="utf-8")
         being_written.rename(recorded)
+
+    @contextmanager
+    def naming_the_last_checkpoint(self) -> Iterator[None]:
+        """A run that diverges says what is left of it."""
+        try:
+            yield
+        except DivergenceError as error:
+            last = next((folder for folder in reversed(checkpoints_in(self.partial)) if damage(folder) is None), None)
+            kept = "There is no checkpoint from before." if last is None else f"The last good checkpoint is {last}."
+            raise DivergenceError(f"{error} {kept}") from error
 
     def publish(self, write) -> None:
         """Let `write(folder)` fill a folder, and make it `output` by a rename; then the working files go.
@@ -261,6 +280,7 @@ def _training_arguments(recipe: Recipe, task: Task, folder: Path) -> TrainingArg
             raise ValueError(f"{field.name} must be a number or true or false, got {value!r}.")
     cpu = not torch.accelerator.is_available()
     defaults = {"use_cpu": cpu, "dataloader_pin_memory": not cpu, "report_to": "none", "save_total_limit": 2}
+    defaults["logging_nan_inf_filter"] = False  # it shows averages in the place of losses that are NaN
     asked = {key: deepcopy(value) for key, value in recipe.training.items() if key not in OWN_TRAINING}
     arguments = TrainingArguments(**{**defaults, **asked, **ours})
     if arguments.fp16 and arguments.device.type == "cpu":
@@ -285,6 +305,7 @@ def _with_weights(model: PreTrainedModel, weights: str | Path) -> PreTrainedMode
 def _watch(trainer: Trainer, task: Task) -> None:
     """Let the trainer keep the time, and show losses as the task does."""
     trainer.add_callback(Stopwatch())
+    trainer.add_callback(UsualPermissions())
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(LossProgress(task))
 
@@ -314,6 +335,7 @@ def _finish(
     }
     if held is not None:
         metrics["bytes_held_by_a_process"] = held
+    check_finite(task.metric, metrics[task.metric], "on held-out data, though training was finite")
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     plots.loss_curve(history, task.loss_unit, task.nats, task.uniform_loss(data), folder / "loss.png", recipe.name)
     if getattr(model.config, "attention_patterns", None) is not None:

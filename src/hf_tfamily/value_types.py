@@ -51,7 +51,7 @@ def annotations_of(what: Any) -> dict[str, Any]:
 def fits(value: Any, annotation: Any) -> bool:
     """Is `value` of the annotated type? Lists do for tuples, whole numbers for numbers, paths for text.
 
-    True and false are no numbers. What cannot be told, such as a type variable, is taken for granted.
+    True and false are no numbers, nor is NaN. What cannot be told, such as a type variable, is taken for granted.
     """
     kind, arguments = get_origin(annotation) or annotation, get_args(annotation)
     if kind in (Union, UnionType):
@@ -63,7 +63,8 @@ def fits(value: Any, annotation: Any) -> bool:
     if kind in (None, NoneType):
         return value is None
     if kind in (int, float):
-        return isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool)
+        is_number = isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool)
+        return is_number and value == value  # NaN is not even equal to itself
     if kind is Any or not isinstance(kind, type):
         return True
     if kind is str or issubclass(kind, Enum):

@@ -309,6 +309,12 @@ def test_conditions_of_the_vllm_transformers_backend(tmp_path, monkeypatch):
         ({"rope_parameters": {"rope_type": "jarn"}}, "rope_type='jarn'; did you mean 'yarn'"),
         ({"rope_parameters": {"rope_type": "linear", "factor": 0.5}}, "factor=0.5, but it must be at least 1"),
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.0}}, "turns 0 dimensions"),
+        ({"rope_parameters": {"rope_type": "llama3"}}, "lacks factor, low_freq_factor, high_freq_factor"),
+        ({"rope_theta": 0}, "rope_theta=0, but it must be a number above 0"),
+        ({"rope_theta": -1.0}, "rope_theta=-1.0, but it must be a number above 0"),
+        ({"rope_theta": "a"}, "rope_theta='a', but it must be a number above 0"),
+        ({"hidden_act": "silo"}, "hidden_act='silo' is unknown; did you mean 'silu'"),
+        ({"rms_norm_eps": -1.0}, "rms_norm_eps must be a finite number of at least 0, got -1.0"),
         (
             {
                 "rope_parameters": {

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ..auto import SYSTEMS
+from ..file_permissions import give_usual_permissions
 from ..hub import export
 
 PICKLED = "pytorch_model.bin"
@@ -131,6 +132,7 @@ def write_checkpoint(destination: Path, config: dict, weights: dict[str, torch.T
         whole = Path(temporary) / "whole"
         save = export if _is_ours(config) else type(model).save_pretrained
         save(model, whole)
+        give_usual_permissions(whole)
         for path in companions_of.iterdir():
             if any(fnmatch.fnmatch(path.name, pattern) for pattern in COMPANIONS):
                 shutil.copyfile(path, whole / path.name)

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from ..missing_packages import how_to_install
+
 if TYPE_CHECKING:
     from datasets import Dataset
 
@@ -114,7 +116,4 @@ def require(module: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] != module.partition(".")[0]:
             raise
-        package = error.name.partition(".")[0]
-        raise MissingPackageError(
-            f'This needs the package {package}, which is not installed: pip install "hf-tfamily[demo]"'
-        ) from error
+        raise MissingPackageError(how_to_install(error) or str(error)) from error
