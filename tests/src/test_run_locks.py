@@ -256,12 +256,14 @@ def started(*arguments, launcher=(sys.executable, "-m")):
     command = [*launcher, "hf_tfamily", "train", *map(str, arguments), "--set", "training.max_steps=100000"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen(command, env=environment, start_new_session=True, **pipes)
+    process = subprocess.Popen(command, env=environment, **pipes)
     try:
         yield process
     finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+        left = [] if process.poll() is not None else [process.pid, *map(int, children(process.pid))]
+        for pid in left:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         process.wait()
 
 
