@@ -5,6 +5,8 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from hf_tfamily.divergence import DivergenceError, stop_at_divergence
@@ -33,7 +35,7 @@ class BreakAfterStep(TrainerCallback):
             next(iter(model.parameters())).data.fill_(float("nan"))
 
 
-def train_broken(folder, kind, rank):
+def train_broken(folder, kind, rank, sharded):
     torch.manual_seed(0)
     folder.mkdir(exist_ok=True)
     model = AutoModelForCausalLM.from_config(tiny_config("rope_decoder"))
@@ -41,8 +43,11 @@ def train_broken(folder, kind, rank):
         str(folder / kind), use_cpu=True, report_to="none", per_device_train_batch_size=2, max_steps=4, save_steps=1,
         gradient_accumulation_steps=2, disable_tqdm=True, logging_nan_inf_filter=False,
     )  # fmt: skip
+    if sharded:
+        PartialState().distributed_type = DistributedType.MULTI_GPU  # as in fsdp2_on_a_cpu
     trainer = Trainer(model=model, args=arguments, train_dataset=Rows())
     prepare_for_processes(trainer)
+    assert trainer.accelerator.distributed_type == (DistributedType.FSDP if sharded else DistributedType.MULTI_CPU)
     compute, seen = trainer.compute_loss, []
 
     def compute_loss(*args, **kwargs):
@@ -64,7 +69,7 @@ def work(folder):
     for engine in ("ddp", "fsdp2"):
         with fsdp2_on_a_cpu("FULL_STATE_DICT") if engine == "fsdp2" else nullcontext():
             for kind in KINDS:
-                train_broken(folder / engine, kind, rank)
+                train_broken(folder / engine, kind, rank, sharded=engine == "fsdp2")
                 torch.distributed.barrier()
 
 
