@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 import transformers
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -149,8 +150,12 @@ def build_model(config: dict, weights: dict[str, torch.Tensor]) -> transformers.
 
 def _empty_model(config: dict) -> transformers.PreTrainedModel:
     model_class = model_class_of(config)
+    try:
+        described = model_class.config_class.from_dict(config)
+    except StrictDataclassError as error:
+        raise ValueError(f"The config of {config['architectures'][0]} is refused: {error}") from error
     with torch.device("meta"):
-        return model_class(model_class.config_class.from_dict(config))
+        return model_class(described)
 
 
 def _is_ours(config: dict) -> bool:
