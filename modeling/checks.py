@@ -33,7 +33,8 @@ def check_not_negative(config, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         if not (math.isfinite(value) and value >= 0):
-            raise ValueError(f"{name} must be a finite number of at least 0, got {value}.")
+            what = "at least 0" if value < 0 else "finite"
+            raise ValueError(f"{name} must be {what}, got {value}.")
 
 
 def check_buckets(config) -> None:

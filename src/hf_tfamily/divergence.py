@@ -162,10 +162,14 @@ def first_not_finite(trainer: Trainer, batch: dict[str, Any], training: bool) ->
 
 
 def _forward(trainer: Trainer, batch: dict[str, Any]) -> Any:
-    """The model's outputs, without what a recurrent model remembers."""
+    """The model's outputs with their loss, as the Trainer has it, without what a recurrent model remembers."""
     inputs = {**batch, **{name: value.to(trainer.args.device) for name, value in _tensors(batch)}}
+    labels = inputs.pop("labels", None) if trainer.compute_loss_func is not None else None
     with trainer.compute_loss_context_manager():
-        return trainer.model(**inputs)
+        outputs = trainer.model(**inputs)
+        if labels is not None:
+            outputs["loss"] = trainer.compute_loss_func(outputs, labels)
+    return outputs
 
 
 @contextmanager

@@ -314,7 +314,7 @@ def test_conditions_of_the_vllm_transformers_backend(tmp_path, monkeypatch):
         ({"rope_theta": -1.0}, "rope_theta=-1.0, but it must be a number above 0"),
         ({"rope_theta": "a"}, "rope_theta='a', but it must be a number above 0"),
         ({"hidden_act": "silo"}, "hidden_act='silo' is unknown; did you mean 'silu'"),
-        ({"rms_norm_eps": -1.0}, "rms_norm_eps must be a finite number of at least 0, got -1.0"),
+        ({"rms_norm_eps": -1.0}, "rms_norm_eps must be at least 0, got -1.0"),
         (
             {
                 "rope_parameters": {
