@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback
 from transformers.utils import ModelOutput
@@ -174,13 +175,15 @@ def _forward(trainer: Trainer, batch: dict[str, Any]) -> Any:
 
 @contextmanager
 def _as_it_was(trainer: Trainer) -> Iterator[None]:
-    """Random numbers and training mode are afterwards as they were before, so that a run goes on as without a look."""
+    """Random numbers, training mode and shards are afterwards as before, so that a run goes on as without a look."""
     accelerators = [trainer.args.device] if trainer.args.device.type != "cpu" else []
     modes = [(module, module.training) for module in trainer.model.modules()]
     with torch.random.fork_rng(accelerators, device_type=trainer.args.device.type if accelerators else "cuda"):
         yield
     for module, mode in modes:
         module.training = mode
+        if isinstance(module, FSDPModule):  # a forward pass alone leaves the outermost one whole
+            module.reshard()
 
 
 def _weights(module: nn.Module) -> str:
