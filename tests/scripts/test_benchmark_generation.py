@@ -21,6 +21,7 @@ def bench(monkeypatch, tmp_path):
     monkeypatch.setattr(benchmark_generation, "LAYERS", 2)
     monkeypatch.setattr(benchmark_generation, "WIDTH", 32)
     monkeypatch.setattr(benchmark_generation, "MEMORY", 8)
+    monkeypatch.setattr(benchmark_generation, "GOAL_AT", 20)
     monkeypatch.setattr(benchmark_generation, "BATCH", 2)
     monkeypatch.setattr(benchmark_generation.is_correct, "__defaults__", (10,))
     return tmp_path / "x.json"
