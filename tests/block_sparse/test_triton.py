@@ -10,7 +10,6 @@ pytest.importorskip("triton")
 
 from hf_tfamily.block_sparse.triton import attention, launch, views
 from hf_tfamily.block_sparse.triton import call as call_module
-from hf_tfamily.block_sparse.triton.tiles import Tile
 from hf_tfamily.modeling.attention_patterns import (
     Block1D,
     Block2D,
@@ -28,7 +27,7 @@ from hf_tfamily.modeling.attention_patterns import (
 )
 from tests.block_sparse.test_cpu import make_inputs, poisoned_memory, with_gradients
 from tests.block_sparse.test_plan import EXTENTS, HEADS
-from tests.block_sparse.triton_support import DEVICE, GivenBias, triton_attention
+from tests.block_sparse.triton_support import DEVICE, GivenBias, take_small_tiles, triton_attention
 from tests.reference.attention import dense_attention
 
 PATTERNS = [
@@ -81,11 +80,7 @@ def assert_as_exact_as_dense(pattern, inputs, **kwargs):
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Tiles so small that short sequences have many of them; and no view takes the work away."""
-
-    def tile_for(kernel, walk, *_):
-        return Tile(16, 16 if "table" in walk else 32, 4, 1)
-
-    monkeypatch.setattr(call_module, "tile_for", tile_for)
+    take_small_tiles(monkeypatch)
     monkeypatch.setattr(call_module, "view_of", lambda *_: None)
 
 

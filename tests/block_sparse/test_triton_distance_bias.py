@@ -10,7 +10,6 @@ from transformers import AutoModelForCausalLM
 from hf_tfamily.block_sparse.patterns import to_text
 from hf_tfamily.block_sparse.triton import call
 from hf_tfamily.block_sparse.triton import distance_bias as triton_distance_bias
-from hf_tfamily.block_sparse.triton.tiles import Tile
 from hf_tfamily.modeling.attention_patterns import (
     Fixed,
     FixedBlock,
@@ -25,10 +24,9 @@ from hf_tfamily.modeling.attention_patterns import (
 )
 from tests.block_sparse.test_cpu import poisoned_memory
 from tests.block_sparse.test_distance_bias import BATCH, HEADS, NAMES, dense, make_inputs, ours, with_gradients
-from tests.block_sparse.triton_support import DEVICE, models_on_triton
+from tests.block_sparse.triton_support import DEVICE, assert_as_exact, models_on_triton, take_small_tiles
 from tests.tiny_models import tiny_model
 
-ROUNDINGS = {torch.float32: 32, torch.bfloat16: 2, torch.float16: 2}
 PATTERNS = [
     Full(),
     Local(9),
@@ -69,20 +67,12 @@ def assert_as_exact_as_dense(pattern, *extent, dtype=torch.float32, causal=True,
     with poisoned_memory(), models_on_triton() as ran:
         mine = with_gradients(on_triton, inputs, distances, pattern, **how)
     assert ran == ON_TRITON or DEVICE == "cuda"
-    for name, my, other, true in zip(NAMES, mine, theirs, exact):
-        assert torch.equal(my.isinf(), true.isinf()), name
-        my, other, true = (x.masked_fill(true.isinf(), 0.0) for x in (my, other, true))
-        budget = 2 * (other - true).abs().max() + ROUNDINGS[dtype] * torch.finfo(dtype).eps * (1 + true.abs().max())
-        error = (my - true).abs().max()  # NaN fails too
-        assert error <= budget, f"{name}: {error:.2e} > {budget:.2e}"
+    assert_as_exact(NAMES, mine, theirs, exact, dtype)
 
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    def tile_for(kernel, walk, *_):
-        return Tile(16, 16 if "table" in walk else 32, 4, 1)
-
-    monkeypatch.setattr(call, "tile_for", tile_for)
+    take_small_tiles(monkeypatch)
 
 
 @pytest.mark.usefixtures("small_tiles")

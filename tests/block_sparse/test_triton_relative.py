@@ -8,7 +8,6 @@ pytest.importorskip("triton")
 from hf_tfamily.block_sparse.patterns import to_text
 from hf_tfamily.block_sparse.triton import call
 from hf_tfamily.block_sparse.triton import relative as triton_relative
-from hf_tfamily.block_sparse.triton.tiles import Tile
 from hf_tfamily.modeling.attention_patterns import (
     Fixed,
     FixedBlock,
@@ -22,9 +21,8 @@ from hf_tfamily.modeling.attention_patterns import (
 )
 from tests.block_sparse.test_cpu import poisoned_memory
 from tests.block_sparse.test_relative import BATCH, NAMES, dense, make_inputs, with_gradients
-from tests.block_sparse.triton_support import DEVICE
+from tests.block_sparse.triton_support import DEVICE, assert_as_exact, take_small_tiles
 
-ROUNDINGS = {torch.float32: 32, torch.bfloat16: 2, torch.float16: 2}
 PATTERNS = [
     Full(),
     Local(9),
@@ -75,18 +73,12 @@ def assert_as_exact_as_dense(pattern, num_queries, num_keys, q_offset, *, dtype=
     theirs = with_gradients(dense, inputs, distances, pattern, grad_output, **where)
     with poisoned_memory():
         ours = with_gradients(relative_attention, inputs, distances, pattern, grad_output, **where)
-    for name, mine, other, true in zip(NAMES, ours, theirs, exact):
-        budget = 2 * (other - true).abs().max() + ROUNDINGS[dtype] * torch.finfo(dtype).eps * (1 + true.abs().max())
-        error = (mine - true).abs().max()  # NaN fails too
-        assert error <= budget, f"{name}: {error:.2e} > {budget:.2e}"
+    assert_as_exact(NAMES, ours, theirs, exact, dtype)
 
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    def tile_for(kernel, walk, *_):
-        return Tile(16, 16 if "table" in walk else 32, 4, 1)
-
-    monkeypatch.setattr(call, "tile_for", tile_for)
+    take_small_tiles(monkeypatch)
 
 
 @pytest.mark.usefixtures("small_tiles")

@@ -7,8 +7,9 @@ from contextlib import contextmanager
 import torch
 
 from hf_tfamily.block_sparse.cpu import NAMESPACE
-from hf_tfamily.block_sparse.triton import attention, distance_bias
+from hf_tfamily.block_sparse.triton import attention, call, distance_bias
 from hf_tfamily.block_sparse.triton import relative as triton_relative
+from hf_tfamily.block_sparse.triton.tiles import Tile
 from hf_tfamily.modeling.attention_patterns import grid_of
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -39,6 +40,28 @@ def models_on_triton() -> Iterator[set[str]]:
         for name in OPERATORS if DEVICE == "cpu" else ():
             library.impl(name, noted(name), "CPU")
         yield ran
+
+
+ROUNDINGS = {torch.float32: 32, torch.bfloat16: 2, torch.float16: 2}
+
+
+def take_small_tiles(monkeypatch) -> None:
+    """Tiles so small that short sequences have many of them."""
+
+    def tile_for(kernel, walk, *_):
+        return Tile(16, 16 if "table" in walk else 32, 4, 1)
+
+    monkeypatch.setattr(call, "tile_for", tile_for)
+
+
+def assert_as_exact(names, ours, theirs, exact, dtype: torch.dtype) -> None:
+    """Our errors against float64 are at most twice those of dense attention in the same dtype, plus rounding."""
+    for name, mine, other, true in zip(names, ours, theirs, exact, strict=True):
+        assert torch.equal(mine.isinf(), true.isinf()), name
+        mine, other, true = (x.masked_fill(true.isinf(), 0.0) for x in (mine, other, true))
+        budget = 2 * (other - true).abs().max() + ROUNDINGS[dtype] * torch.finfo(dtype).eps * (1 + true.abs().max())
+        error = (mine - true).abs().max()  # NaN fails too
+        assert error <= budget, f"{name}: {error:.2e} > {budget:.2e}"
 
 
 class GivenBias:

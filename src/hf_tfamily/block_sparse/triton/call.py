@@ -129,6 +129,11 @@ class Call:
         }
 
 
+def kernels_take(query: Tensor, value: Tensor) -> bool:
+    """Are dtype and head dimensions those that kernels are for? Others are left to PyTorch where biases are added."""
+    return query.dtype in DTYPES and max(query.shape[3], value.shape[3]) <= HEAD_DIMS[-1]
+
+
 def _check(query: Tensor, key: Tensor, value: Tensor) -> None:
     if query.dtype not in DTYPES:
         raise ValueError(

@@ -20,10 +20,9 @@ from ..distance_bias import columns_of
 from .attention import backward as attention_backward
 from .attention import forward as attention_forward
 from .attention import register_kernels
-from .call import DTYPES, pass_distances
+from .call import kernels_take, pass_distances
 from .layout import Pass
 from .tables import TablePass
-from .tiles import HEAD_DIMS
 
 _SCORES = 1 << 26  # gradients of scores held at once: 256 MB
 _LEAST_ROWS = 128
@@ -44,7 +43,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Output [B, T, H, Dv] and LSE [B, T, H], as in distance_bias.py."""
     where = (key_valid, pattern, causal, scale, q_offset, kv_offset)
-    if not _taken(query, value):
+    if not kernels_take(query, value):
         return pytorch_forward(query, key, value, table, distances, *where)
     return attention_forward(query, key, value, *where, _TableBias(table, distances, query.shape))
 
@@ -69,7 +68,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value and table (of no elements unless `of_table`), as in distance_bias.py."""
     rest = (pattern, causal, scale)
-    if not _taken(query, value):
+    if not kernels_take(query, value):
         tensors = (grad_output, query, key, value, table, distances, key_valid, output, lse)
         return pytorch_backward(*tensors, *rest, q_offset, kv_offset, grad_lse, of_table)
     gradient = torch.zeros_like(table, dtype=torch.float32) if of_table else None
@@ -90,10 +89,6 @@ def backward(
 def register_on(device: str) -> None:
     """Make this the operator's implementation on `device`."""
     register_kernels(f"{NAMESPACE}::biased_attention", device, forward, backward)
-
-
-def _taken(query: Tensor, value: Tensor) -> bool:
-    return query.dtype in DTYPES and max(query.shape[3], value.shape[3]) <= HEAD_DIMS[-1]
 
 
 def _rows(query: Tensor, key: Tensor) -> Iterator[slice]:

@@ -23,10 +23,9 @@ from ..relative import _forward as pytorch_forward
 from .attention import backward as attention_backward
 from .attention import forward as attention_forward
 from .attention import register_kernels
-from .call import DTYPES, ROUNDED, pass_distances
+from .call import ROUNDED, kernels_take, pass_distances
 from .layout import Pass, table_heads
 from .tables import TablePass
-from .tiles import HEAD_DIMS
 
 _SCORES = 1 << 27  # scores of one pass held at once: 256 MB in half precision, twice that in the backward
 _LEAST_ROWS = 128
@@ -46,7 +45,7 @@ def forward(
     kv_offset: int,
 ) -> tuple[Tensor, Tensor]:
     """Output [B, T, H, D] and LSE [B, T, H, 1], as in relative.py."""
-    if not _taken(query):
+    if not kernels_take(query, value):
         arguments = (key_valid, pattern, scale, q_offset, kv_offset)
         return pytorch_forward(query, position_query, key, value, relative_key, distances, *arguments)
     outputs, lses = [], []
@@ -77,7 +76,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, position_query, key, value and relative_key, as in relative.py."""
     inputs = (query, position_query, key, value, relative_key)
-    if not _taken(query):
+    if not kernels_take(query, value):
         rest = (distances, key_valid, output, lse, pattern, scale, q_offset, kv_offset)
         return pytorch_backward(grad_output, *inputs, *rest)
     lse = lse[..., 0]
@@ -98,10 +97,6 @@ def backward(
 def register_on(device: str) -> None:
     """Make this the operator's implementation on `device`."""
     register_kernels(f"{NAMESPACE}::relative_attention", device, forward, backward)
-
-
-def _taken(query: Tensor) -> bool:
-    return query.dtype in DTYPES and query.shape[3] <= HEAD_DIMS[-1]
 
 
 def _joined(pieces: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
