@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch.distributed import checkpoint as distributed_checkpoint
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel, Trainer
 
+from .divergence import DivergenceError
 from .finished import load_processor, task_in
 from .hub import export
 from .manifest import MANIFEST, difference
@@ -154,18 +155,23 @@ def _set_aside(checkpoint: Path) -> None:
         checkpoint.rename(aside)
 
 
-def from_main(choose: Callable[[], Any]) -> Any:
-    """What `choose` returns in the main process, in all; a RunError that it raises, all raise. Every process calls."""
-    answer = [None, None]
+def from_main(work: Callable[[], Any]) -> Any:
+    """What `work` returns in the main process, in all, however long it takes. Every process calls this.
+
+    An error that it raises, all raise: a RunError or DivergenceError as it is, another the others as a RunError.
+    """
+    answer, error = [None, None], None
     with everyone_waits():
         if PartialState().is_main_process:
             try:
-                answer[0] = choose()
-            except RunError as error:
-                answer[1] = str(error)
+                answer[0] = work()
+            except BaseException as raised:  # whoever is not told waits for ever
+                kept = isinstance(raised, (RunError, DivergenceError))
+                answer[1] = raised if kept else RunError(f"The main process ended: {type(raised).__name__}: {raised}")
+                error = raised
     broadcast_object_list(answer)
     if answer[1] is not None:
-        raise RunError(answer[1])
+        raise answer[1] if error is None else error
     return answer[0]
 
 

@@ -8,7 +8,8 @@ import json
 from pathlib import Path
 
 from accelerate import PartialState
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
+from transformers.trainer_utils import rotate_checkpoints
 
 MANIFEST = "manifest.json"
 
@@ -59,11 +60,18 @@ def _digest(path: Path) -> str:
 
 
 class ManifestWriter(TrainerCallback):
-    """Gives every checkpoint its manifest."""
+    """Gives every checkpoint its manifest, and only then lets older ones go.
+
+    The Trainer itself would remove them before, so `save_total_limit` is taken away from it.
+    """
+
+    def __init__(self, arguments: TrainingArguments):
+        self.limit, arguments.save_total_limit = arguments.save_total_limit, None
 
     def on_save(self, args, state, control, **kwargs):
         everyone = PartialState()
         everyone.wait_for_everyone()  # each process has files of its own
         if state.is_world_process_zero:
             write_manifest(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+            rotate_checkpoints(args.output_dir, self.limit, state.best_model_checkpoint)
         everyone.wait_for_everyone()  # nobody leaves before

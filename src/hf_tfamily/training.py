@@ -24,7 +24,7 @@ from .card import model_card
 from .checkpoints import DESCRIPTION, check_engine_of, checkpoints_in, damage, describe, from_main, newest_whole
 from .data import LoadedData, load_data
 from .data.sequences import require
-from .divergence import DivergenceError, check_finite, stop_at_divergence
+from .divergence import ADVICE, DivergenceError, check_finite, stop_at_divergence
 from .file_permissions import UsualPermissions
 from .finished import RECIPE_FILE
 from .hub import export
@@ -33,7 +33,7 @@ from .label_smoothing import smooth_inside
 from .manifest import ManifestWriter
 from .model_size import check_memory
 from .pattern_views import config_panels
-from .processes import everyone_waits, is_sharded, prepare_for_processes, whole_model
+from .processes import is_sharded, prepare_for_processes, whole_model
 from .recipe_yaml import write_yaml
 from .recipes import OWN_TRAINING, Recipe, RecipeError, load_recipe
 from .recurrent_training import RecurrentTrainer as RecurrentTrainer
@@ -123,7 +123,7 @@ def _train_in(
             run.open(recipe, resume)
             if is_sharded(trainer):
                 describe(model, data.processor, run.partial)
-    trainer.add_callback(ManifestWriter())
+    trainer.add_callback(ManifestWriter(arguments))
     trainer.add_callback(sigterm)  # last: it ends the run
     checkpoint = from_main(lambda: newest_whole(run.partial, tqdm.write)) if resume else None
     if checkpoint is not None:
@@ -132,9 +132,7 @@ def _train_in(
     with run.naming_the_last_checkpoint(), keep_activations(run.partial):
         trainer.train(checkpoint, ignore_keys_for_eval=["past_key_values"])
     whole = whole_model(trainer)
-    with everyone_waits():
-        if is_main:
-            run.publish(lambda folder: _finish(whole, held.bytes, trainer, task, recipe, data, folder))
+    from_main(lambda: run.publish(lambda folder: _finish(whole, held.bytes, trainer, task, recipe, data, folder)))
     return run.output
 
 
@@ -321,6 +319,7 @@ def _finish(
 ) -> None:
     """Fill the finished folder: the whole model, what it reaches, samples, and a card."""
     history = trainer.state.log_history
+    _say_if_nothing_was_learnt(history, task, data)
     model.config.use_cache = True  # the Trainer turned it off
     export(model, folder, data.processor)
     (folder / RECIPE_FILE).write_text(recipe_yaml(recipe), encoding="utf-8")
@@ -342,6 +341,16 @@ def _finish(
         plots.pattern_pictures(config_panels(model.config), folder / "patterns.png")
     task.write_samples(model, data, folder)
     model_card(recipe, task, data, metrics, folder).save(folder / "README.md")
+
+
+def _say_if_nothing_was_learnt(history: list[dict], task: Task, data: LoadedData) -> None:
+    """A large loss that is finite does not end a run, since losses come down again; at the end it is said."""
+    losses, uniform = [entry["loss"] / task.nats for entry in history if "loss" in entry], task.uniform_loss(data)
+    if losses and uniform is not None and losses[-1] > uniform:
+        tqdm.write(
+            f"Warning: the training loss ended at {losses[-1]:.4g} {task.loss_unit}, where a uniform guess costs "
+            f"{uniform:.4g}: nothing was learnt. {ADVICE.capitalize()}."
+        )
 
 
 def recipe_yaml(recipe: Recipe) -> str:

@@ -1,4 +1,4 @@
-"""A run of two processes, one of which meets NaN: both stop, in the same step and with one message."""
+"""A run of two processes, one of which meets NaN or fails at its end: both stop, and with one message."""
 
 import json
 from contextlib import nullcontext
@@ -11,7 +11,11 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, Trainin
 
 from hf_tfamily.divergence import DivergenceError, stop_at_divergence
 from hf_tfamily.processes import prepare_for_processes
-from tests.distributed.fsdp_ranks import fsdp2_on_a_cpu
+from hf_tfamily.recipes import load_recipe
+from hf_tfamily.run_errors import RunError
+from hf_tfamily.tasks.token_sequences import TokenSequenceTask
+from hf_tfamily.training import train
+from tests.distributed.fsdp_ranks import fsdp2_on_a_cpu, write_recipes
 from tests.distributed.pairs import run_ranks
 from tests.tiny_models import tiny_config
 
@@ -64,8 +68,28 @@ def train_broken(folder, kind, rank, sharded):
     (folder / f"{kind}-{rank}.json").write_text(json.dumps(str(raised.value)))
 
 
+def end_broken(folder, rank, error):
+    """A run whose last evaluation, in the main process, fails."""
+
+    def evaluate(self, *args, **kwargs):
+        if error is not None:
+            raise error
+        return {"bits_per_dim": float("nan")}
+
+    expected = DivergenceError if error is None else (type(error), RunError)[rank]
+    recipe = load_recipe(folder / "stock.yaml", ["training.eval_strategy=no"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TokenSequenceTask, "evaluate", evaluate)
+        with pytest.raises(expected) as raised:
+            train(recipe, folder / f"end-{error is None}")
+    (folder / f"end-{error is None}-{rank}.json").write_text(json.dumps(str(raised.value)))
+
+
 def work(folder):
     rank = torch.distributed.get_rank()
+    for error in (None, ZeroDivisionError("by nothing")):
+        end_broken(folder, rank, error)
+        torch.distributed.barrier()
     for engine in ("ddp", "fsdp2"):
         with fsdp2_on_a_cpu("FULL_STATE_DICT") if engine == "fsdp2" else nullcontext():
             for kind in KINDS:
@@ -75,7 +99,12 @@ def work(folder):
 
 @pytest.mark.slow
 def test_all_processes_stop(tmp_path):
+    write_recipes(tmp_path)
     run_ranks(work, tmp_path)
+    for diverged, message in ((True, "bits_per_dim is nan on held-out data"), (False, "by nothing")):
+        for rank in range(2):
+            assert message in json.loads((tmp_path / f"end-{diverged}-{rank}.json").read_text())
+        assert not (tmp_path / f"end-{diverged}").exists()
     for engine, kind in ((engine, kind) for engine in ("ddp", "fsdp2") for kind in KINDS):
         folder, message = tmp_path / engine, KINDS[kind]
         said = [json.loads((folder / f"{kind}-{rank}.json").read_text()) for rank in range(2)]

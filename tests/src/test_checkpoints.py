@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hf_tfamily import training
+from hf_tfamily import manifest, training
 from hf_tfamily.checkpoints import damage, newest_whole
 from hf_tfamily.manifest import MANIFEST, write_manifest
 from hf_tfamily.recipes import load_recipe
@@ -212,4 +212,28 @@ def test_resumed_from_the_one_before_equals_an_uninterrupted_run(run, recipe, tm
     straight = train(recipe, tmp_path / "straight")
     assert f"Resuming from {run / 'checkpoint-2'}." in capsys.readouterr().out
     resumed, straight = (load_file(folder / "model.safetensors") for folder in (resumed, straight))
+    assert all(torch.equal(resumed[name], straight[name]) for name in straight)
+
+
+def test_the_only_checkpoint_goes_when_the_next_has_its_manifest(recipe, micro_file, tmp_path, monkeypatch):
+    """A kill just before the manifest leaves the older one."""
+    limited, write = load_recipe(micro_file, ["training.max_steps=6", "training.save_total_limit=1"]), write_manifest
+
+    def die(checkpoint):
+        assert [path.name for path in sorted(checkpoint.parent.glob("checkpoint-*"))] == [
+            "checkpoint-2",
+            "checkpoint-4",
+        ]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(manifest, "write_manifest", lambda path: (die if path.name == "checkpoint-4" else write)(path))
+    with pytest.raises(KeyboardInterrupt):
+        train(limited, tmp_path / "run")
+    monkeypatch.undo()
+    assert damage(tmp_path / "run.partial" / "checkpoint-2") is None
+    interrupt(monkeypatch, 5, limited, tmp_path / "other")
+    assert [path.name for path in (tmp_path / "other.partial").glob("checkpoint-*")] == ["checkpoint-4"]
+    train(limited, tmp_path / "run", resume=True)
+    straight = train(recipe, tmp_path / "straight")
+    resumed, straight = (load_file(folder / "model.safetensors") for folder in (tmp_path / "run", straight))
     assert all(torch.equal(resumed[name], straight[name]) for name in straight)

@@ -214,3 +214,16 @@ def test_classes_are_mixed_in_the_shares_of_their_pixels(fields):
         torch.testing.assert_close(shares.sum(dim=1), torch.ones(2))
         if "cutmix" in fields:
             assert set(mixed.unique().tolist()) <= {0.0, 1.0}
+
+
+def test_emoji_files_that_are_none_are_named(tmp_path):
+    (tmp_path / "font.ttf").write_bytes(b"no font")
+    groups = "\n".join(f"# group: {group}\n{0x1F600 + n:X} ; fully-qualified" for n, group in enumerate(EMOJI_GROUPS))
+    for listing, message in (
+        ("", r"list.txt lists no emoji"),
+        (groups.replace("1F600", "1F6x0"), r"list.txt, line 2: '1F6x0' are no code points"),
+        (groups, r"font.ttf is no font that emoji can be drawn with|libraqm"),
+    ):
+        (tmp_path / "list.txt").write_text(listing)
+        with pytest.raises(ValueError, match=message):
+            load_data({"source": "emoji", "font": str(tmp_path / "font.ttf"), "listing": str(tmp_path / "list.txt")})

@@ -2,7 +2,9 @@
 
 import copy
 import math
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
@@ -12,6 +14,7 @@ import hf_tfamily_cli
 from hf_tfamily.divergence import DivergenceError, stop_at_divergence
 from hf_tfamily.recipes import load_recipe
 from hf_tfamily.recurrent_training import RecurrentTrainer
+from hf_tfamily.tasks.recurrent_text import text_metrics
 from hf_tfamily.training import train
 from tests.tiny_models import tiny_config
 
@@ -152,3 +155,17 @@ def test_loss_scaling_may_skip_steps(tmp_path):
     trainer.accelerator.scaler = None
     with pytest.raises(DivergenceError, match="the norm of gradients is inf"):
         watch.on_pre_optimizer_step(trainer.args, trainer.state, trainer.control)
+
+
+def test_a_large_loss_that_is_finite_is_said_at_the_end(micro_file, tmp_path, capsys):
+    """It ends no run: losses come down again."""
+    for rate, said in (("3", True), ("1e-2", False)):
+        settings = ["training.max_steps=40", "training.eval_strategy=no", f"training.learning_rate={rate}"]
+        train(load_recipe(micro_file, settings), tmp_path / rate)
+        assert ("nothing was learnt. A lower learning_rate" in capsys.readouterr().out) == said
+
+
+def test_absurd_losses_have_figures():
+    """A perplexity beyond what a float holds is the largest that one does, about."""
+    data = SimpleNamespace(eval_bytes=4, eval_words=1, vocab_size=257)
+    assert math.isfinite(text_metrics(np.full(4, 1e5), data)["perplexity"])

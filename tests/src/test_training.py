@@ -133,27 +133,6 @@ def run_command(*arguments, launcher=(sys.executable, "-m")):
     return [*launcher, "hf_tfamily", "train", *map(str, arguments)]
 
 
-@pytest.mark.slow
-def test_killed_again_and_again(micro_file, tmp_path):
-    """kill -9 at odd moments: nothing half-written appears, and the run still ends as an undisturbed one does."""
-    settings = ["--set", "training.max_steps=60", "--set", "training.save_steps=5", "--set", "training.eval_steps=60"]
-    subprocess.run(run_command(micro_file, "--output", tmp_path / "straight", *settings), check=True)
-    output, kills = tmp_path / "killed", 0
-    while not output.exists():
-        process = subprocess.Popen(run_command(micro_file, "--output", output, "--resume", *settings))
-        reached = furthest_checkpoint(output)
-        while process.poll() is None and furthest_checkpoint(output) <= reached + 10 and not output.exists():
-            time.sleep(0.01)
-        if process.poll() is None and not output.exists():
-            process.kill()
-            kills += 1
-        process.wait()
-    assert kills >= 3
-    AutoModelForCausalLM.from_pretrained(output)
-    killed, straight = (load_file(folder / "model.safetensors") for folder in (output, tmp_path / "straight"))
-    assert all(torch.equal(killed[name], straight[name]) for name in straight)
-
-
 def furthest_checkpoint(output):
     checkpoints = output.with_name(output.name + ".partial").glob("checkpoint-*")
     return max((int(checkpoint.name.split("-")[-1]) for checkpoint in checkpoints), default=0)

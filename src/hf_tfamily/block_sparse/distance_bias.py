@@ -114,10 +114,15 @@ def check_distances(distances: Tensor, pattern: Pattern, lowest: int, highest: i
 def _first_missing(listed: bytes, dtype: torch.dtype, pattern: Pattern, lowest: int, highest: int) -> int | None:
     with torch.inference_mode(False):
         distances = torch.frombuffer(bytearray(listed), dtype=dtype).long()
-        past, later = torch.arange(max(lowest, 0), highest + 1), torch.arange(lowest, min(0, highest + 1))
+        past, later = _run(max(lowest, 0), highest + 1), _run(lowest, min(0, highest + 1))
         wanted = torch.cat([later[-later <= _ahead(pattern)], past[pattern.meets(past)]])
         missing = wanted[~torch.isin(wanted, distances)]
         return int(missing[0]) if len(missing) else None
+
+
+def _run(low: int, high: int) -> Tensor:
+    """The numbers from `low` to below `high`; none where all keys lie behind all queries, say."""
+    return torch.arange(low, max(low, high))
 
 
 def _ahead(pattern: Pattern) -> float:

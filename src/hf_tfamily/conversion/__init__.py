@@ -16,7 +16,16 @@ from types import ModuleType
 from typing import NamedTuple
 
 from . import bloom, llama, marian, mistral, mpt, qwen2, swin, transformer_xl
-from .checkpoint import Fit, check_destination, find_checkpoint, fit, read_config, read_weights, write_checkpoint
+from .checkpoint import (
+    Fit,
+    check_destination,
+    find_checkpoint,
+    fit,
+    naming,
+    read_config,
+    read_weights,
+    write_checkpoint,
+)
 from .equality import largest_difference
 
 # For each of our types the first is what it becomes when no target is named.
@@ -57,17 +66,20 @@ def convert(
     destination = Path(destination)
     check_destination(destination)
     folder = find_checkpoint(source)
-    config, weights, result = _convert(folder, target, pickled_weights)
-    result.fit.require(result.architecture)
-    if check:
-        result = result._replace(difference=largest_difference(folder, config, weights, pickled_weights))
-    write_checkpoint(destination, config, weights, companions_of=folder)
+    with naming(folder):
+        config, weights, result = _convert(folder, target, pickled_weights)
+        result.fit.require(result.architecture)
+        if check:
+            result = result._replace(difference=largest_difference(folder, config, weights, pickled_weights))
+        write_checkpoint(destination, config, weights, companions_of=folder)
     return result
 
 
 def dry_run(source: str | Path, target: str | None = None, pickled_weights: bool = False) -> Conversion:
     """What `convert` would make of `source`, weights left over or missing included; nothing is written."""
-    return _convert(find_checkpoint(source), target, pickled_weights)[-1]
+    folder = find_checkpoint(source)
+    with naming(folder):
+        return _convert(folder, target, pickled_weights)[-1]
 
 
 def _convert(folder: Path, target: str | None, pickled_weights: bool) -> tuple[dict, dict, Conversion]:

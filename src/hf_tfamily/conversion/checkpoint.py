@@ -3,9 +3,10 @@
 import fnmatch
 import json
 import os
-import pickle
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +15,6 @@ import torch
 import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ..auto import SYSTEMS
@@ -36,6 +36,23 @@ COMPANIONS = (
     "merges.txt",
     "chat_template*",
 )
+
+
+# What values that nobody expects make of code that reads them.
+OF_WRONG_VALUES = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, MemoryError)
+
+
+@contextmanager
+def naming(folder: Path) -> Iterator[None]:
+    """Errors that come of what is in a checkpoint are ValueErrors that say which it is."""
+    try:
+        yield
+    except (*OF_WRONG_VALUES, StrictDataclassError) as error:
+        if isinstance(error, ValueError) and str(folder) in str(error):
+            raise
+        readable = isinstance(error, (ValueError, StrictDataclassError))
+        said = error if readable else f"its config or weights are not as expected: {error!r}"
+        raise ValueError(f"{folder}: {said}") from error
 
 
 def find_checkpoint(source: str | Path) -> Path:
@@ -77,9 +94,21 @@ def read_weights(folder: Path, pickled: bool = False) -> dict[str, torch.Tensor]
             )
         if whole.is_file():
             return _read_weight_file(whole)
-        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        return {key: tensor for shard in shards for key, tensor in _read_weight_file(folder / shard).items()}
+        return {key: tensor for shard in _shards_in(index) for key, tensor in _read_weight_file(shard).items()}
     raise FileNotFoundError(f"{folder} has no weights: neither {' nor '.join(WEIGHT_FILES)}, whole or with an index.")
+
+
+def _shards_in(index: Path) -> list[Path]:
+    """The files that an index names, beside it."""
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        shards = [index.parent / name for name in names]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index} does not say which files hold the weights: {error!r}") from error
+    for shard in shards:
+        if not shard.is_file():
+            raise FileNotFoundError(f"{shard} is missing, which {index.name} names.")
+    return shards
 
 
 def _read_weight_file(path: Path) -> dict[str, torch.Tensor]:
@@ -87,7 +116,7 @@ def _read_weight_file(path: Path) -> dict[str, torch.Tensor]:
         if path.suffix == ".safetensors":
             return load_file(path)
         weights = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except Exception as error:  # of any kind, where somebody else's bytes are read
         raise ValueError(f"{path} does not hold weights: {error}") from error
     if not isinstance(weights, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in weights.values()):
         raise ValueError(f"{path} does not hold weights by name.")

@@ -8,6 +8,7 @@ num_values + class where a class is given. A model reads the first N ids and pre
 """
 
 import inspect
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -41,12 +42,21 @@ SOURCES: dict[str, Callable[..., LoadedData]] = {
 def load_data(data: Mapping[str, Any]) -> LoadedData:
     """The data set that `{"source": name, **arguments}` describes; arguments are those of the function in SOURCES.
 
-    Raises ValueError on an unknown source or argument (with the nearest names), MissingPackageError where an optional
-    package is not installed, FileNotFoundError where files are missing.
+    Raises ValueError on an unknown source or argument (with the nearest names) and on files that are not as they should
+    be (by name), MissingPackageError where an optional package is not installed, FileNotFoundError where files are
+    missing.
     """
     check_data(data)
     arguments = dict(data)
-    return SOURCES[arguments.pop("source")](**arguments)
+    source = SOURCES[arguments.pop("source")]
+    try:
+        return source(**arguments)
+    except ValueError as error:
+        places = {name: value for name, value in arguments.items() if isinstance(value, str) and os.path.exists(value)}
+        if not places or any(place in str(error) for place in places.values()):
+            raise
+        read = ", ".join(f"data.{name}={place}" for name, place in places.items())
+        raise ValueError(f"{str(error).rstrip('.')} ({read}).") from error
 
 
 def check_data(data: Mapping[str, Any]) -> None:

@@ -110,7 +110,10 @@ def read_wav(file: str | Path) -> tuple[np.ndarray, int]:
 
 
 def _chunks(content: bytes, file: str | Path) -> dict[str, bytes]:
-    """The parts of a RIFF file up to the samples, by name. Raises ValueError if it is none, or shorter than it says."""
+    """The parts of a RIFF file up to the samples, by name.
+
+    Raises ValueError if it is none, if it is shorter than it says, or if its parts do not fill it as it says.
+    """
     if content[:4] != b"RIFF" or content[8:12] != b"WAVE":
         raise ValueError(f"{file} is no wav file of whole-number samples: it does not begin like one.")
     chunks, place = {}, 12
@@ -124,7 +127,21 @@ def _chunks(content: bytes, file: str | Path) -> dict[str, bytes]:
             )
         chunks[name.decode("latin-1")] = found
         place += 8 + size + size % 2
+    if "data" in chunks and size not in UNKNOWN_SIZES:
+        _check_end(content, place, file)
     return chunks
+
+
+def _check_end(content: bytes, place: int, file: str | Path) -> None:
+    """What follows the samples, of a file that says its own size, is made of parts; else samples are cut off."""
+    end = 8 + int.from_bytes(content[4:8], "little")
+    if end not in (len(content), len(content) + 1):
+        return
+    while place + 8 <= end:
+        size = int.from_bytes(content[place + 4 : place + 8], "little")
+        place += 8 + size + size % 2
+    if place < end - 1 or place > end + 1:  # some programs leave out the byte that makes sizes even
+        raise ValueError(f"{file} contradicts itself: its parts do not end where it should, at byte {end:,}.")
 
 
 def write_wav(file: str | Path, levels: np.ndarray, sample_rate: int) -> None:

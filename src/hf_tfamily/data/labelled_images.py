@@ -110,6 +110,8 @@ def emoji(
         raise ValueError(f"size must be at least 1, got {size}.")
     _check_emoji_files(font, listing)
     rows = list(_emoji_of_list(listing))
+    if not rows:
+        raise ValueError(f"{listing} lists no emoji.")
     place, counts = {}, dict.fromkeys(EMOJI_GROUPS, 0)  # of each emoji without its variants, in its group
     for group, text in rows:
         if base_emoji(text) not in place:
@@ -265,12 +267,15 @@ def _check_emoji_files(font: str, listing: str) -> None:
 def _emoji_of_list(listing: str) -> Iterator[tuple[str, str]]:
     """(group, emoji) of every emoji in Unicode's list that is written in full."""
     group = ""
-    for line in split_lines(read_text(listing)):
+    for number, line in enumerate(split_lines(read_text(listing)), 1):
         if line.startswith("# group: "):
             group = line.removeprefix("# group: ")
         code_points, _, status = line.partition("#")[0].partition(";")
         if status.strip() == "fully-qualified" and group in EMOJI_GROUPS:
-            yield group, "".join(chr(int(point, 16)) for point in code_points.split())
+            try:
+                yield group, "".join(chr(int(point, 16)) for point in code_points.split())
+            except (ValueError, OverflowError) as error:
+                raise ValueError(f"{listing}, line {number}: {code_points.strip()!r} are no code points.") from error
 
 
 def _draw_emoji(texts: Sequence[str], font: str, size: int) -> Iterator[np.ndarray]:
@@ -278,8 +283,11 @@ def _draw_emoji(texts: Sequence[str], font: str, size: int) -> Iterator[np.ndarr
     image, draw, fonts = require("PIL.Image"), require("PIL.ImageDraw"), require("PIL.ImageFont")
     if not require("PIL.features").check("raqm"):
         raise ValueError("Emoji of several characters need Pillow with libraqm, which its wheels for Linux bring.")
-    face = fonts.truetype(font, GLYPH_SIZE, layout_engine=fonts.Layout.RAQM)
-    for text in texts:
-        canvas = image.new("RGB", (GLYPH_BOX, GLYPH_BOX), "white")
-        draw.Draw(canvas).text((0, (GLYPH_BOX - GLYPH_HEIGHT) // 2), text, font=face, embedded_color=True)
-        yield np.asarray(canvas.resize((size, size), image.Resampling.BOX))
+    try:
+        face = fonts.truetype(font, GLYPH_SIZE, layout_engine=fonts.Layout.RAQM)
+        for text in texts:
+            canvas = image.new("RGB", (GLYPH_BOX, GLYPH_BOX), "white")
+            draw.Draw(canvas).text((0, (GLYPH_BOX - GLYPH_HEIGHT) // 2), text, font=face, embedded_color=True)
+            yield np.asarray(canvas.resize((size, size), image.Resampling.BOX))
+    except OSError as error:
+        raise ValueError(f"{font} is no font that emoji can be drawn with: {error}.") from error

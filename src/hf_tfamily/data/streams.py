@@ -199,6 +199,8 @@ def _word_ids(lines: list[str], vocabulary: dict[str, int]) -> np.ndarray:
     unknown = vocabulary.get(UNKNOWN_WORD, -1)
     words = (word for line in lines for word in (*line.split(), END_OF_LINE))
     ids = np.fromiter((vocabulary.get(word, unknown) for word in words), np.int32)
+    if not len(ids):
+        raise ValueError("A part of the text has no lines.")
     if ids.min() < 0:
         raise ValueError(f"The held-out text has words that the training text lacks, and there is no {UNKNOWN_WORD}.")
     return ids

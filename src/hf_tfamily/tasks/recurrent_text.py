@@ -152,7 +152,7 @@ def text_metrics(losses: np.ndarray, data: TextStreams) -> dict[str, float]:
     nats = float(losses.sum())
     return {
         "bits_per_byte": nats / data.eval_bytes / math.log(2),
-        "perplexity": math.exp(nats / len(losses)),
+        "perplexity": math.exp(min(nats / len(losses), 700.0)),
         "word_perplexity": math.exp(min(nats / max(1, data.eval_words), 700.0)),
         "uniform_bits_per_byte": math.log2(data.vocab_size) * len(losses) / data.eval_bytes,
     }
