@@ -17,9 +17,9 @@ from tests.fuzzing import fuzz
 pytestmark = pytest.mark.slow
 each_decoder = pytest.mark.parametrize(("name", "head"), DECODERS, ids=lambda x: getattr(x, "__name__", x))
 CLOSE = {"rtol": 1e-6, "atol": 1e-8}
-MOST_TOKENS, MOST_ROWS = 40, 6
-# What a cache that cannot be cropped says; the stock pair of an encoder's and a decoder's cache raises a TypeError.
-NO_CROPS = ("cannot be cropped", "cannot take values back", "takes back only tokens", "only defined for dynamic cache")
+MOST_TOKENS, MOST_ROWS, START = 40, 6, 2
+# What caches say that cannot be cropped; the stock pair of an encoder's and a decoder's cache raises a TypeError.
+REFUSALS = ("cannot be cropped", "cannot take values back", "takes back only tokens", "only defined for dynamic cache")
 
 
 class Reading:
@@ -59,27 +59,32 @@ class Reading:
 
     def crop(self, count: int) -> None:
         count = min(count, self.ids.shape[1] - 1)
-        try:
-            self.cache.crop(-count)
-        except (ValueError, TypeError) as error:
-            if not any(words in str(error) for words in NO_CROPS):
-                raise
-            return
-        self.ids = self.ids[:, : self.ids.shape[1] - count]
+        if self._does(lambda: self.cache.crop(-count)):
+            self.ids = self.ids[:, : self.ids.shape[1] - count]
 
     def select(self, rows: list[int], how: str) -> None:
         rows = torch.tensor([row % len(self.ids) for row in rows])
         if how == "reorder":
             rows = torch.arange(len(self.ids)).roll(int(rows[0]))
             self.cache.reorder_cache(rows)
-        else:
-            self.cache.batch_select_indices(rows)
-        self._rows(rows)
+            self._rows(rows)
+        elif self._does(lambda: self.cache.batch_select_indices(rows)):
+            self._rows(rows)
 
     def repeat(self, times: int) -> None:
         times = min(times, MOST_ROWS // len(self.ids))
-        self.cache.batch_repeat_interleave(times)
-        self._rows(torch.arange(len(self.ids)).repeat_interleave(times))
+        if self._does(lambda: self.cache.batch_repeat_interleave(times)):
+            self._rows(torch.arange(len(self.ids)).repeat_interleave(times))
+
+    def _does(self, change) -> bool:
+        """Does the cache take a change? One that refuses says so and stays as it is."""
+        try:
+            change()
+        except (ValueError, TypeError) as error:
+            if not any(words in str(error) for words in REFUSALS):
+                raise
+            return False
+        return True
 
     def _rows(self, rows: torch.Tensor) -> None:
         self.ids, self.padding = self.ids[rows], self.padding[rows]
@@ -103,8 +108,10 @@ OPERATIONS = st.one_of(
 
 
 def check(decoder: Decoder, first: int, rows: int, padding: list[int], patterned: bool, operations: list, seed: int):
-    reading = Reading(decoder, rows, padding, patterned, seed)
+    if decoder.fields.get("zero_initial_memory"):  # whose zeros padding would push out, since it takes slots
+        padding = [0] * 3
     try:
+        reading = Reading(decoder, rows, padding, patterned, seed)
         reading.read(first)
         for name, *arguments in operations:
             getattr(reading, name)(*arguments)
@@ -129,17 +136,19 @@ def check_beams(decoder: Decoder, length: int, left: int, beams: int, new: int, 
     model = decoder.build(seed)
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
+    model.generation_config.decoder_start_token_id = START
     ids = torch.randint(1, IDS, (2, length + left))
     mask = torch.ones_like(ids)
     mask[0, :left] = 0
-    given = decoder.inputs(model, 2, seed)
+    ids[:, 0] = START  # generate() would put it there
     prompt = {"input_ids": ids, "attention_mask": mask}
-    if decoder.crosses:
-        encoded = BaseModelOutput(given["encoder_states"])
-        prompt = {"encoder_outputs": encoded, "attention_mask": given["attention_mask"], "decoder_input_ids": ids}
-        prompt["decoder_attention_mask"] = mask
     options = {"max_new_tokens": new, "num_beams": beams, "num_return_sequences": beams, "do_sample": False}
     try:
+        given = decoder.inputs(model, 2, seed)
+        if decoder.crosses:
+            encoded = BaseModelOutput(given["encoder_states"])
+            prompt = {"encoder_outputs": encoded, "attention_mask": given["attention_mask"], "decoder_input_ids": ids}
+            prompt["decoder_attention_mask"] = mask
         found = model.generate(**prompt, **options, return_dict_in_generate=True, output_scores=True)
         rows = torch.arange(2).repeat_interleave(beams)
         sequences = found.sequences

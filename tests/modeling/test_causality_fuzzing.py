@@ -24,11 +24,11 @@ SEEDS = st.integers(0, 9)
 def check_causality(decoder: Decoder, length: int, place: int, segment: int | None, seed: int) -> None:
     if decoder.recurrent:
         decoder = decoder._replace(fields={**decoder.fields, "segment_length": segment})
-    model = decoder.build(seed)
-    ids, given = torch.randint(1, IDS, (2, length)), decoder.inputs(model, 2, seed)
+    model, ids = decoder.build(seed), torch.randint(1, IDS, (2, length))
     changed = ids.clone()
     changed[:, place:] = torch.randint(1, IDS, changed[:, place:].shape)
     try:
+        given = decoder.inputs(model, 2, seed)
         logits, others = (call(model, decoder, each, None, given).logits for each in (ids, changed))
     except ValueError as error:
         if not is_refusal(decoder, error):
@@ -45,11 +45,11 @@ def test_the_future_changes_nothing(name, head):
 
 
 def check_padding(decoder: Decoder, length: int, left: int, right: int, seed: int) -> None:
-    model = decoder.build(seed)
-    ids, given = torch.randint(1, IDS, (2, length)), decoder.inputs(model, 2, seed)
+    model, ids = decoder.build(seed), torch.randint(1, IDS, (2, length))
     padded = torch.nn.functional.pad(ids, (left, right), value=3)
     mask = torch.nn.functional.pad(torch.ones_like(ids), (left, right))
     try:
+        given = decoder.inputs(model, 2, seed)
         expected = call(model, decoder, ids, None, given).logits
         found = call(model, decoder, padded, mask, given).logits[:, left : left + length]
     except ValueError as error:

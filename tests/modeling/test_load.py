@@ -36,7 +36,7 @@ def our_caches() -> list:
     return [
         found
         for found in gc.get_objects()
-        if isinstance(found, functools._lru_cache_wrapper) and found.__module__.startswith("hf_tfamily")
+        if type(found) is functools._lru_cache_wrapper and found.__module__.startswith("hf_tfamily")
     ]
 
 
@@ -68,8 +68,8 @@ def assert_flat(work: Callable[[int], None], times: int) -> None:
             work(number)
         counts.append((*live_tensors(), resident_bytes()))
     (tensors, held, resident), (tensors_after, held_after, resident_after) = counts
-    assert tensors_after <= tensors + tensors // 10 + 20, counts
-    assert held_after <= held + held // 10 + (1 << 16), counts
+    assert tensors_after <= 1.3 * tensors + 50, counts
+    assert held_after <= 1.3 * held + (1 << 16), counts
     assert resident_after <= resident + (24 << 20), counts
 
 
@@ -124,7 +124,7 @@ def test_a_thousand_lengths():
     ]
 
     def call(number):
-        query = torch.randn(1, 2, 1 + number, 4, requires_grad=True)
+        query = torch.randn(1, 2, 1 + number * 7919 % 1000, 4, requires_grad=True)  # none twice, in no order
         attend(query, query, query, patterns[number % 3], causal=True).sum().backward()
 
     assert_flat(call, 1000)
