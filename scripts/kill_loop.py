@@ -168,7 +168,7 @@ def group_of(kind: Kind, rank: int, meeting: str) -> Iterator[None]:
 def moments(run: training.RunFolder, draw: random.Random) -> dict[str, Callable[[], float | None]]:
     """What to wait for, by name: each says after how many seconds to kill now, or None if it is not yet time."""
     reached = newest(run.partial)
-    later, files = reached + SAVE_STEPS * draw.randint(1, 2), draw.randint(1, 6)
+    later, files = reached + SAVE_STEPS * draw.randint(1, 6), draw.randint(1, 6)
     lock, began = run.output.with_name(run.output.name + ".lock"), time.time()
 
     def starting():
@@ -179,7 +179,7 @@ def moments(run: training.RunFolder, draw: random.Random) -> dict[str, Callable[
 
     def checkpoint_is_written():
         unfinished = run.partial / f"checkpoint-{newest(run.partial, whole=False)}"
-        written = step_of(unfinished) > reached and len(names_in(unfinished)) >= files
+        written = step_of(unfinished) >= later and len(names_in(unfinished)) >= files
         new = written and not (unfinished / MANIFEST).exists() and changed_at(unfinished) > began
         return 0.0 if new else None
 
