@@ -171,6 +171,7 @@ def test_wav_files_of_every_form(tmp_path, content):
         (wav(LEVELS.tobytes())[:30], r"cut off: its part 'fmt ' should have 16 bytes and has 10"),
         (wav(LEVELS.tobytes())[:36], "its format or its samples are missing"),
         (wav(LEVELS.tobytes()[:-1]), "cut off: it ends inside a sample"),
+        (wav(LEVELS.tobytes(), size=4), "contradicts itself: its parts do not end where it should, at byte 52"),
         (wav(LEVELS.tobytes(), kind=3, extensible=True), "but of floating-point numbers; make it one: ffmpeg"),
         (wav(LEVELS.tobytes(), kind=3), "but of floating-point numbers; make it one: ffmpeg"),
         (wav(LEVELS.tobytes(), kind=7, bits=8), "but of mu-law; make it one: ffmpeg"),
@@ -202,3 +203,17 @@ def test_cut_off_gzip_files_are_named(tmp_path, content):
     (tmp_path / "a.gz").write_bytes(content)
     with pytest.raises(ValueError, match=r"a\.gz is no whole gzip file"):
         _read_idx(tmp_path / "a.gz")
+
+
+def test_damaged_rows_of_a_folder_are_named(tmp_path, cache):
+    """Whatever `datasets` raises: a StopIteration for an empty file, an OSError without a name for Parquet."""
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "train.jsonl").touch()
+    (tmp_path / "cut").mkdir()
+    datasets.Dataset.from_list([{"text": "one"}] * 9).to_parquet(str(tmp_path / "cut" / "train.parquet"))
+    content = bytearray((tmp_path / "cut" / "train.parquet").read_bytes())
+    content[-60:-20] = bytes(40)
+    (tmp_path / "cut" / "train.parquet").write_bytes(content)
+    for name in ("empty", "cut"):
+        with pytest.raises(ValueError, match=f"{name}, split train, cannot be read"):
+            load_data({"source": "hub_text", "dataset": str(tmp_path / name), "length": 1})

@@ -25,14 +25,17 @@ class HubParts(NamedTuple):
 
 
 def load_part(dataset: str, name: str | None, split: str, revision: str | None) -> "Dataset":
-    """One split. Raises ValueError where it is refused, naming the file if one is no UTF-8 text."""
+    """One split. Raises ValueError where it cannot be read, naming the file if one is no UTF-8 text."""
     datasets = require("datasets")
     try:
         return datasets.load_dataset(dataset, name, split=split, revision=revision)
-    except (datasets.exceptions.DatasetsError, UnicodeDecodeError) as error:
+    except ImportError:
+        raise
+    except Exception as error:  # of any kind, where somebody else's files are read
         for file in _text_files(dataset):
             read_text(file)
-        if isinstance(error, OSError):
+        missing = isinstance(error, datasets.exceptions.DatasetsError) or not Path(dataset).exists()
+        if isinstance(error, OSError) and missing:  # files that are not there, or the Hub
             raise
         raise ValueError(f"{dataset}, split {split}, cannot be read: {error.__cause__ or error}") from error
 
