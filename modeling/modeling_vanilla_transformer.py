@@ -356,19 +356,20 @@ class VanillaTransformerStack(VanillaTransformerPreTrainedModel):
         return inputs_embeds * self.embed_scale
 
     def prepare(
-        self, embeddings, attention_mask, position_ids=None, past_key_values=None, paged: bool = False
+        self, embeddings, attention_mask, position_ids=None, past_key_values=None, paged: bool = False, **seen
     ) -> tuple:
         """What the blocks see: the embeddings with positions [B, T, hidden], a mask for each layer, and the order.
 
         Args:
             paged: the keys are in the cache of continuous batching, which made a mask for all that it holds.
+            seen: what else `layer_masks` takes.
         """
         if paged:
             masks, queries, keys = [attention_mask] * len(self.layers), position_ids, position_ids
         else:
             said = (attention_mask, position_ids, past_key_values)
             masks = layer_masks(
-                self.patterns, self.config, embeddings, *said, causal=self.is_causal, heads=self.local_heads
+                self.patterns, self.config, embeddings, *said, causal=self.is_causal, heads=self.local_heads, **seen
             )
             queries, keys = query_and_key_positions(embeddings, *said)
         if self.positions.num_positions is not None:

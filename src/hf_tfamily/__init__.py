@@ -30,6 +30,7 @@ from .modeling.attention_patterns import (
 from .modeling.cache_patterns import PatternCache
 from .modeling.configuration_compressive_transformer import CompressiveTransformerConfig
 from .modeling.configuration_image_transformer import ImageTransformerConfig
+from .modeling.configuration_long_encoder import LongEncoderConfig
 from .modeling.configuration_rope_decoder import RoPEDecoderConfig
 from .modeling.configuration_sparse_transformer import SparseTransformerConfig
 from .modeling.configuration_swin_transformer import SwinTransformerConfig
@@ -51,6 +52,15 @@ from .modeling.modeling_image_transformer import (
     ImageTransformerForSuperResolution,
     ImageTransformerModel,
     ImageTransformerPreTrainedModel,
+)
+from .modeling.modeling_long_encoder import (
+    LongEncoder,
+    LongEncoderForMaskedLM,
+    LongEncoderForQuestionAnswering,
+    LongEncoderForSequenceClassification,
+    LongEncoderForTokenClassification,
+    LongEncoderModel,
+    LongEncoderPreTrainedModel,
 )
 from .modeling.modeling_rope_decoder import (
     RoPEDecoder,
@@ -143,6 +153,14 @@ __all__ = [
     "ImageTransformerPreTrainedModel",
     "Intersection",
     "Local",
+    "LongEncoder",
+    "LongEncoderConfig",
+    "LongEncoderForMaskedLM",
+    "LongEncoderForQuestionAnswering",
+    "LongEncoderForSequenceClassification",
+    "LongEncoderForTokenClassification",
+    "LongEncoderModel",
+    "LongEncoderPreTrainedModel",
     "Pattern",
     "PatternCache",
     "PerHead",
