@@ -26,6 +26,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .attention import cross_attention_mask, new_positions
+from .attention_patterns import Pattern
 from .checks import check_counted, check_some_token
 from .classification import token_classification_loss
 from .configuration_long_encoder import LongEncoderConfig
@@ -165,8 +166,8 @@ class QuestionGlobal(NoneGlobal):
         if not torch.compiler.is_compiling() and not bool(ends.any(dim=1).all()):
             missing = (~ends.any(dim=1)).nonzero().flatten().tolist()
             raise ValueError(
-                f"input_ids have no sep_token_id={self.separator} in row {', '.join(map(str, missing))}, so that no token "
-                "is global; end each question with it, or give a global_attention_mask."
+                f"input_ids have no sep_token_id={self.separator} in row {', '.join(map(str, missing))}, so that no "
+                "token is global; end each question with it, or give a global_attention_mask."
             )
         return ends.cumsum(dim=1) == 0, None
 
@@ -211,6 +212,10 @@ class LongEncoderModel(VanillaEncoderModel, LongEncoderPreTrainedModel):
     def __init__(self, config: LongEncoderConfig, task_rule: type[NoneGlobal] = NoneGlobal):
         super().__init__(config)
         self.default_globals = (task_rule if config.global_tokens == "by_task" else RULES[config.global_tokens])(config)
+
+    def patterns_for(self, length: int) -> list[Pattern]:
+        """Blocks are drawn for a length (Big Bird, section 2)."""
+        return [pattern.bind((length,)) for pattern in self.patterns]
 
     @merge_with_config_defaults
     @capture_outputs

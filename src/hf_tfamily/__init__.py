@@ -13,6 +13,7 @@ from .auto import register_all
 from .modeling.attention_patterns import (
     Block1D,
     Block2D,
+    BlockTable,
     Fixed,
     FixedBlock,
     FixedSummary,
@@ -135,6 +136,7 @@ def __dir__() -> list[str]:
 __all__ = [
     "Block1D",
     "Block2D",
+    "BlockTable",
     "CompressiveMemory",
     "CompressiveTransformerConfig",
     "CompressiveTransformerForCausalLM",

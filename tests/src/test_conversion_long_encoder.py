@@ -1,8 +1,14 @@
-"""Longformer there and back: equal outputs and gradients at every length, and what does not fit is refused."""
+"""Longformer and BigBird there and back: equal outputs and gradients at every length, the rest refused."""
 
 import pytest
 import torch
 from transformers import (
+    BigBirdConfig,
+    BigBirdForMaskedLM,
+    BigBirdForPreTraining,
+    BigBirdForSequenceClassification,
+    BigBirdForTokenClassification,
+    BigBirdModel,
     LongformerConfig,
     LongformerForMaskedLM,
     LongformerForQuestionAnswering,
@@ -150,3 +156,76 @@ def test_what_longformer_cannot_say(fields, message, tmp_path):
     LongEncoderForMaskedLM(config).save_pretrained(tmp_path / "ours")
     with pytest.raises(ValueError, match=message):
         convert(tmp_path / "ours", tmp_path / "stock", "longformer")
+
+
+BIG_BIRDS = (BigBirdModel, BigBirdForMaskedLM, BigBirdForSequenceClassification, BigBirdForTokenClassification)
+
+
+def big_bird(model_class, **fields):
+    """In training mode, in which stock draws random blocks."""
+    torch.manual_seed(0)
+    fields = {"block_size": 4, "num_random_blocks": 2, "max_position_embeddings": 80, **fields}
+    model = model_class(BigBirdConfig(**TINY, **fields)).train()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "pooler" not in name:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.mark.parametrize("model_class", BIG_BIRDS)
+def test_big_bird_there_and_back(model_class, tmp_path):
+    stock = big_bird(model_class)
+    stock.save_pretrained(tmp_path / "stock")
+    result = convert(tmp_path / "stock", tmp_path / "ours")
+    assert result.architecture == model_class.__name__.replace("BigBird", "LongEncoder")
+    ours = load(tmp_path / "ours")
+    convert(tmp_path / "ours", tmp_path / "back", "big_bird")
+    back = load(tmp_path / "back").train()
+    assert type(back) is model_class
+    for length in (37, 40, 59, 62, 80):  # at up to 36 tokens stock switches to full attention
+        for padded in (False, True):
+            inputs = batch(length, pad=0)
+            if padded:  # inside the last block: stock counts global blocks in slots
+                spare = max((length - 1) % 4, 0)
+                inputs["attention_mask"][1, length - spare :] = 0
+            assert_equal(ours, stock, inputs)
+            assert_equal(back, stock, inputs)
+    kept = {name: tensor for name, tensor in stock.state_dict().items() if "pooler" not in name}
+    assert all(torch.equal(back.state_dict()[name], tensor) for name, tensor in kept.items())
+
+
+@pytest.mark.parametrize("longest", [1024, 3072, 4096])
+@torch.no_grad()
+def test_big_bird_at_the_lengths_of_its_paper(longest, tmp_path):
+    stock = big_bird(BigBirdModel, max_position_embeddings=longest, block_size=64, num_random_blocks=3)
+    stock.save_pretrained(tmp_path / "stock")
+    convert(tmp_path / "stock", tmp_path / "ours")
+    length = longest - 10
+    inputs = batch(length)
+    inputs["attention_mask"] = None
+    if longest == 1024:  # where stock shows some blocks twice
+        assert load(tmp_path / "ours")(**inputs)[0].isfinite().all()
+        return
+    torch.testing.assert_close(load(tmp_path / "ours")(**inputs)[0], stock(**inputs)[0], atol=1e-5, rtol=1e-5)
+
+
+def test_big_bird_for_pretraining_becomes_a_masked_lm(tmp_path):
+    stock = big_bird(BigBirdForPreTraining)
+    stock.save_pretrained(tmp_path / "stock")
+    assert convert(tmp_path / "stock", tmp_path / "ours").architecture == "LongEncoderForMaskedLM"
+    inputs = batch(40)
+    with torch.no_grad():
+        found, expected = load(tmp_path / "ours")(**inputs).logits, stock(**inputs).prediction_logits
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_big_birds_full_attention(tmp_path):
+    stock = big_bird(BigBirdForMaskedLM, attention_type="original_full").eval()
+    stock.save_pretrained(tmp_path / "stock")
+    convert(tmp_path / "stock", tmp_path / "ours")
+    inputs = batch(40)
+    torch.testing.assert_close(load(tmp_path / "ours")(**inputs)[0], stock(**inputs)[0], atol=1e-5, rtol=1e-5)
+    convert(tmp_path / "ours", tmp_path / "back", "big_bird")
+    assert load(tmp_path / "back").config.attention_type == "original_full"

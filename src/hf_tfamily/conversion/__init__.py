@@ -15,12 +15,23 @@ from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
-from . import bloom, llama, longformer, marian, mistral, mpt, qwen2, swin, transformer_xl
+from . import big_bird, bloom, llama, longformer, marian, mistral, mpt, qwen2, swin, transformer_xl
 from .checkpoint import Fit, check_destination, find_checkpoint, fit, read_config, read_weights, write_checkpoint
 from .equality import largest_difference
 
 # For each of our types the first is what it becomes when no target is named.
-CONVERTERS: tuple[ModuleType, ...] = (llama, mistral, qwen2, transformer_xl, marian, bloom, mpt, swin, longformer)
+CONVERTERS: tuple[ModuleType, ...] = (
+    llama,
+    mistral,
+    qwen2,
+    transformer_xl,
+    marian,
+    bloom,
+    mpt,
+    swin,
+    longformer,
+    big_bird,
+)
 
 
 class Conversion(NamedTuple):

@@ -82,15 +82,21 @@ def to_encoder(weights: dict, prefix: str, architecture: str, modules: dict, of_
 
 
 def from_encoder(
-    ours: LongEncoderConfig, weights: dict, prefix: str, heads: dict, modules: dict, of_heads: dict, built_in: dict
+    ours: LongEncoderConfig,
+    weights: dict,
+    family: str,
+    heads: dict,
+    modules: dict,
+    of_heads: dict,
+    built_in: dict,
+    prefix: str,
 ) -> tuple[str, dict, dict]:
-    """Their class, the fields that both give, and weights under their names, a pooler of zeros among them where they
-    have one."""
+    """Their class, the fields that both give, and weights under their names."""
     back = {our_name: theirs for theirs, our_name in heads.items()}
     architecture = renamed(ours.architectures, back)
     for field, needed in {**BUILT_IN, **built_in}.items():
         value = getattr(ours, field)
-        require(value == needed, f"{prefix} has {field}={needed!r} built in, but this model has {field}={value!r}.")
+        require(value == needed, f"{family} has {field}={needed!r} built in, but this model has {field}={value!r}.")
     stock = {name: getattr(ours, name) for name in SHARED_FIELDS}
     stock |= {theirs: getattr(ours, name) for theirs, name in DROPOUTS.items()}
     is_bare = architecture.endswith("Model")
@@ -117,8 +123,8 @@ def _is_of(module: str, architecture: str) -> bool:
     return module != "classifier.out_proj." or not architecture.endswith("TokenClassification")
 
 
-def add_pooler(weights: dict, prefix: str, width: int) -> dict:
-    """With a pooler of zeros."""
+def add_pooler(weights: dict, module: str, width: int) -> dict:
+    """With a pooler of zeros, which no head reads."""
     like = next(iter(weights.values()))
     zeros = {"weight": like.new_zeros(width, width), "bias": like.new_zeros(width)}
-    return {**weights, **{f"{prefix}pooler.dense.{name}": x for name, x in zeros.items()}}
+    return {**weights, **{f"{module}.{name}": x for name, x in zeros.items()}}

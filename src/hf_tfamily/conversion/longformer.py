@@ -69,7 +69,9 @@ def to_ours(config: dict, weights: dict[str, torch.Tensor]) -> tuple[dict, dict[
 def to_stock(config: dict, weights: dict[str, torch.Tensor]) -> tuple[dict, dict[str, torch.Tensor]]:
     ours = LongEncoderConfig.from_dict(config)
     built_in = {"global_projections": True, "global_tokens": "by_task", "pooler_act": "tanh"}
-    architecture, stock, weights = from_encoder(ours, weights, "longformer", HEADS, MODULES, OF_HEADS, built_in)
+    architecture, stock, weights = from_encoder(
+        ours, weights, "Longformer", HEADS, MODULES, OF_HEADS, built_in, "longformer"
+    )
     _check_activation(architecture, ours.hidden_act)
     patterns = patterns_for_layers(ours.attention_patterns, ours.num_hidden_layers)
     for pattern in map(pattern_from_dict, patterns):
@@ -89,7 +91,7 @@ def to_stock(config: dict, weights: dict[str, torch.Tensor]) -> tuple[dict, dict
     rows = weights[table].new_zeros(_unused_rows(ours), ours.hidden_size)
     weights[table] = torch.cat([rows, weights[table]])
     if architecture == "LongformerModel":
-        weights = add_pooler(weights, "", ours.hidden_size)
+        weights = add_pooler(weights, "pooler.dense", ours.hidden_size)
     if "lm_head.decoder.bias" in weights:
         weights["lm_head.bias"] = weights["lm_head.decoder.bias"]
     return stock, weights
