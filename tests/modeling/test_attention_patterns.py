@@ -64,7 +64,9 @@ def grid_of(pattern):
 
 
 def test_every_pattern_type_is_tested():
-    assert {p.type for pattern in PATTERNS + GRID_PATTERNS for p in walk(pattern)} == set(PATTERN_TYPES)
+    of_one_system = {"big_bird_blocks"}  # a draw of BlockTables, in test_long_encoder.py
+    tested = {p.type for pattern in PATTERNS + GRID_PATTERNS for p in walk(pattern)}
+    assert tested == set(PATTERN_TYPES) - of_one_system
 
 
 def test_strided_attention_is_the_papers():
