@@ -147,4 +147,4 @@ class LongEncoderConfig(VanillaEncoderConfig):
             )
 
 
-__all__ = ["LongEncoderConfig"]
+__all__ = ["BigBirdBlocks", "LongEncoderConfig"]

@@ -31,7 +31,7 @@ from .modeling.attention_patterns import (
 from .modeling.cache_patterns import PatternCache
 from .modeling.configuration_compressive_transformer import CompressiveTransformerConfig
 from .modeling.configuration_image_transformer import ImageTransformerConfig
-from .modeling.configuration_long_encoder import LongEncoderConfig
+from .modeling.configuration_long_encoder import BigBirdBlocks, LongEncoderConfig
 from .modeling.configuration_rope_decoder import RoPEDecoderConfig
 from .modeling.configuration_sparse_transformer import SparseTransformerConfig
 from .modeling.configuration_swin_transformer import SwinTransformerConfig
@@ -134,6 +134,7 @@ def __dir__() -> list[str]:
 
 
 __all__ = [
+    "BigBirdBlocks",
     "Block1D",
     "Block2D",
     "BlockTable",

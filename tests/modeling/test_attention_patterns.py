@@ -209,7 +209,7 @@ def test_dict_form_is_plain():
         (lambda: PerHead((Local(2), Full())).check_heads(3), r"2 patterns.* num_attention_heads=3"),
         (
             lambda: pattern_from_dict({"type": "stride", "stride": 4}),
-            r"'stride'; did you mean 'strided'.*Allowed: block_1d",
+            r"'stride'; did you mean 'strided'.*Allowed: big_bird_blocks, block_1d",
         ),
         (lambda: pattern_from_dict({"type": "local", "windw": 4}), r"no key 'windw'; did you mean 'window'"),
         (lambda: pattern_from_dict({"type": "local"}), r"'local' needs 'window'"),
