@@ -80,7 +80,7 @@ def _paper_table(drawn: BigBirdBlocks) -> BlockTable:
     """Among the blocks up to PAPER_LAST, without the neighbours, but for the last two rows of the longest."""
     random, blocks = np.random.RandomState(drawn.seed), drawn.longest // drawn.block
     middle = np.arange(1, blocks - 1, dtype=np.int32)
-    last = PAPER_LAST // drawn.block - 1 if PAPER_LAST > 2 * drawn.block else blocks - 1
+    last = PAPER_LAST // drawn.block - 1 if 2 * drawn.block < PAPER_LAST else blocks - 1
     rows = []
     for _ in range(drawn.heads):
         head = [()]
