@@ -53,6 +53,7 @@ class VisibleKeys:
         awaits_pattern: made for a stock model; the attention function adds the layer's pattern to what is said here.
         global_tokens: [B, S] bool, tokens that see every key and that every query sees, whatever the pattern says;
             causality, padding and packing hold for them too. None if there are none.
+        most_global: at most so many global tokens are in a row; None if that is still to be counted.
         memo: what a backend works out once for all layers of a step.
     """
 
@@ -75,6 +76,7 @@ class VisibleKeys:
     all_places: bool = False
     awaits_pattern: bool = False
     global_tokens: torch.Tensor | None = None
+    most_global: int | None = None
     memo: dict = field(default_factory=dict, init=False, repr=False)
 
     def __getattr__(self, name: str):
@@ -676,12 +678,14 @@ def layer_masks(
     past_key_values: Cache | None = None,
     causal: bool = True,
     heads: Heads | None = None,
+    global_tokens: torch.Tensor | None = None,
+    most_global: int | None = None,
 ) -> list:
     """The mask of every layer, in the form that the config's attention implementation takes.
 
     Transformers' own mask builders collapse heads, so patterns that differ between heads need this one. Layers of the
-    same pattern share a mask. Arguments are those of `visible_keys`, and the `heads` that this process computes; all if
-    None.
+    same pattern share a mask. Arguments are those of `visible_keys`, the `heads` that this process computes (all if
+    None), and what VisibleKeys says of global tokens.
 
     Raises:
         ValueError: as `visible_keys`, or where a cache was made for other heads than these.
@@ -709,6 +713,9 @@ def layer_masks(
     if not seen or (isinstance(past_length, int) and past_length == 0):
         cases = [(p, *_key_sizes(past_key_values, hidden_states, layer)) for layer, p in enumerate(patterns)]
         seen = {case: visible_keys(case[0], *arguments, *case[1:], causal=causal) for case in set(cases)}
+    if global_tokens is not None:
+        own = {"global_tokens": global_tokens, "most_global": most_global}
+        seen = {case: replace(keys, **own) for case, keys in seen.items()}
     masks = {case: lower_mask(seen[case], config._attn_implementation, hidden_states.device) for case in set(cases)}
     return [masks[case] for case in cases]
 

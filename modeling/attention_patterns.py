@@ -132,6 +132,13 @@ class Pattern:
         """The keys that are seen, if they are the same few of every block for all queries."""
         return None
 
+    def picks(self, start: torch.Tensor) -> torch.Tensor | None:
+        """[R, J] all keys that the runs of queries (`block_span`) from the positions [R] on see; None if not known.
+
+        J is the same for all runs; positions below 0 are no keys, else each is there once.
+        """
+        return None
+
     def block_span(self, query: int) -> tuple[int, int] | None:
         """(start, end) of the run of queries, this one among them, that all see the same keys; None if there is none.
 
@@ -458,9 +465,106 @@ class RandomBlocks(Pattern):
         return keys[keys < stop]
 
     def reads(self, query, first, count):
-        drawn = self._drawn(query // self.block)
+        return self.picks(query[:, 0])
+
+    def picks(self, start):
+        drawn = self._drawn(start[:, None] // self.block)
         numbers = torch.cat([torch.where(exists, number, -1) for number, exists in drawn], dim=1)
-        return (numbers[:, :, None] * self.block + _up_to(self.block, query)).flatten(1)
+        return _keys_of_blocks(numbers, self.block)
+
+
+@dataclass(frozen=True)
+class BlockTable(Pattern):
+    """Each block of queries sees the blocks of keys that a table lists for it, for each head.
+
+    What an implementation of random blocks (Zaheer et al. 2020, arXiv:2007.14062) once drew. Head h follows
+    `table[h mod len(table)]`, whose i-th entry lists the numbers of the key blocks that the i-th block of queries sees;
+    later blocks of queries see none.
+    """
+
+    type: ClassVar[str] = "block_table"
+    block: int
+    table: tuple[tuple[tuple[int, ...], ...], ...]
+
+    def __post_init__(self) -> None:
+        check_count(self, "block")
+        if not self.table or not all(self.table):
+            raise ValueError("BlockTable.table must have at least one head, and each at least one block of queries.")
+        table = tuple(tuple(tuple(row) for row in head) for head in self.table)
+        for row in (row for head in table for row in head):
+            if any(isinstance(number, bool) or not isinstance(number, int) or number < 0 for number in row):
+                raise ValueError(f"BlockTable.table must hold numbers of blocks from 0 on, got the row {list(row)}.")
+            if len(set(row)) < len(row):
+                raise ValueError(f"BlockTable.table lists a block twice in the row {list(row)}; list each once.")
+        object.__setattr__(self, "table", table)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**super().to_dict(), "table": [[list(row) for row in head] for head in self.table]}
+
+    def visible(self, head, query, key):
+        if not any(isinstance(value, torch.Tensor) for value in (head, query, key)):
+            rows = self.table[head % len(self.table)]
+            row = rows[query // self.block] if query // self.block < len(rows) else ()
+            return key // self.block in row
+        query, key = torch.as_tensor(query), torch.as_tensor(key)
+        numbers = _numbers(self.table).to(query.device)
+        row = (query // self.block).clamp(max=numbers.shape[1] - 1)
+        seen = (query != query) & (key != key)
+        for listed in numbers.unbind(-1):
+            seen = seen | (listed[head % len(self.table), row] == key // self.block)
+        return seen
+
+    @property
+    def head_period(self) -> int:
+        return len(self.table)
+
+    def for_head(self, head: int) -> "BlockTable":
+        return replace(self, table=(self.table[head % len(self.table)],))
+
+    def check_heads(self, num_heads: int) -> None:
+        if num_heads % len(self.table):
+            raise ValueError(
+                f"BlockTable.table is for {len(self.table)} heads, which does not divide "
+                f"num_attention_heads={num_heads}; give a table of a number of heads that does."
+            )
+
+    def block_span(self, query):
+        start = query // self.block * self.block
+        return start, start + self.block
+
+    def picks(self, start):
+        numbers = _numbers(self.table)[0].to(start.device)
+        return _keys_of_blocks(numbers[(start // self.block).clamp(max=len(numbers) - 1)], self.block)
+
+    def reads(self, query, first, count):
+        return self.picks(query[:, 0])
+
+    def candidates(self, start, end, stop):
+        rows = self.table[0][start // self.block : (end - 1) // self.block + 1]
+        starts = torch.tensor(sorted({number for row in rows for number in row}), dtype=torch.long) * self.block
+        keys = (starts[:, None] + torch.arange(self.block)).flatten()
+        return keys[keys < stop]
+
+
+@lru_cache(maxsize=64)
+def _numbers(table: tuple) -> torch.Tensor:
+    """[heads, rows + 1, J] the blocks of a BlockTable, -1 where a row has fewer, and in a last row for all later ones.
+
+    Cached, so that layers share them: not to be written to.
+    """
+    with torch.inference_mode(False):
+        longest = max(1, *(len(row) for head in table for row in head))
+        rows = max(len(head) for head in table)
+        numbers = torch.full((len(table), rows + 1, longest), -1)
+        for h, head in enumerate(table):
+            for i, row in enumerate(head):
+                numbers[h, i, : len(row)] = torch.tensor(row, dtype=torch.long)
+        return numbers
+
+
+def _keys_of_blocks(numbers: torch.Tensor, block: int) -> torch.Tensor:
+    """[R, J * block] the keys of blocks [R, J]; below 0 where the number is."""
+    return (numbers[:, :, None] * block + torch.arange(block, device=numbers.device)).flatten(1)
 
 
 @dataclass(frozen=True)
@@ -546,15 +650,18 @@ class Window2D(Pattern):
 
 @dataclass(frozen=True)
 class Block1D(Pattern):
-    """Local attention in one dimension: all queries of a block see the block and `flange` positions before it."""
+    """Local attention in one dimension: all queries of a block see the block and `flange` positions before it, and
+    `flange_after` behind it, as the neighbouring blocks of Zaheer et al. 2020 (arXiv:2007.14062) are."""
 
     type: ClassVar[str] = "block_1d"
     block: int
     flange: int
+    flange_after: int = 0
 
     def __post_init__(self) -> None:
         check_count(self, "block")
         check_count(self, "flange", lowest=0)
+        check_count(self, "flange_after", lowest=0)
 
     def visible(self, head, query, key):
         low, high = self.interval(query)
@@ -562,7 +669,7 @@ class Block1D(Pattern):
 
     def interval(self, query):
         start = query // self.block * self.block
-        return start - self.flange, start + self.block
+        return start - self.flange, start + self.block + self.flange_after
 
     def block_span(self, query: int) -> tuple[int, int]:
         start = query // self.block * self.block
@@ -577,7 +684,7 @@ class Block1D(Pattern):
         return self.flange + self.block - 1
 
     def last_query(self, key):
-        return self.interval(key + self.flange)[1] - 1
+        return (key + self.flange) // self.block * self.block + self.block - 1
 
 
 @dataclass(frozen=True)

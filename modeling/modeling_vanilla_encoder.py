@@ -41,9 +41,10 @@ class VanillaEncoderModel(VanillaTransformerStack, VanillaEncoderPreTrainedModel
     """The encoder without a head: ids or embeddings in, hidden states [B, T, hidden] out."""
 
     config: VanillaEncoderConfig
+    block_class = VanillaTransformerEncoderBlock
 
     def __init__(self, config: VanillaEncoderConfig):
-        blocks = [VanillaTransformerEncoderBlock(config, i) for i in range(config.num_hidden_layers)]
+        blocks = [self.block_class(config, i) for i in range(config.num_hidden_layers)]
         super().__init__(config, config.vocab_size, config.attention_patterns, blocks)
         self.embed_types = nn.Embedding(config.type_vocab_size, config.hidden_size) if config.type_vocab_size else None
         self.post_init()
@@ -90,6 +91,7 @@ class VanillaEncoderModel(VanillaTransformerStack, VanillaEncoderPreTrainedModel
 class VanillaEncoderForMaskedLM(VanillaEncoderPreTrainedModel):
     """The encoder with the logits of what stood at each position (section 3.1, task 1)."""
 
+    model_class = VanillaEncoderModel
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
 
@@ -97,7 +99,7 @@ class VanillaEncoderForMaskedLM(VanillaEncoderPreTrainedModel):
         super().__init__(config)
         self.loss_function = label_smoothed_loss
         self.loss_and_logits = loss_by_config(config, shifted=False)
-        self.model = VanillaEncoderModel(config)
+        self.model = self.model_class(config)
         self.transform = nn.Linear(config.hidden_size, config.hidden_size)
         self.act_fn = ACT2FN[config.hidden_act]
         self.transform_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -144,12 +146,15 @@ class VanillaEncoderForMaskedLM(VanillaEncoderPreTrainedModel):
 class VanillaEncoderForSequenceClassification(VanillaEncoderPreTrainedModel):
     """The encoder with a classifier on what it made of each row's first token (section 3.2)."""
 
+    model_class = VanillaEncoderModel
+
     def __init__(self, config: VanillaEncoderConfig):
         super().__init__(config)
         self.num_labels = config.num_labels
         self.loss_function = classification_loss
-        self.model = VanillaEncoderModel(config)
+        self.model = self.model_class(config)
         self.pooler = nn.Linear(config.hidden_size, config.hidden_size)
+        self.act_fn = torch.tanh
         self.dropout = nn.Dropout(config.classifier_dropout)
         self.score = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
@@ -181,7 +186,7 @@ class VanillaEncoderForSequenceClassification(VanillaEncoderPreTrainedModel):
         rows = torch.arange(states.shape[0], device=states.device)
         padded = attention_mask is not None and attention_mask.ndim == 2
         first = states[rows, attention_mask.long().argmax(dim=-1)] if padded else states[:, 0]
-        logits = self.score(self.dropout(self.pooler(first).tanh()))
+        logits = self.score(self.dropout(self.act_fn(self.pooler(first))))
         loss = None
         if labels is not None:
             loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config, **kwargs)

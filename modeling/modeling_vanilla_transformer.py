@@ -41,7 +41,7 @@ from .attention import (
     layer_masks,
     query_and_key_positions,
 )
-from .attention_patterns import Full, patterns_for_layers
+from .attention_patterns import Full, Pattern, patterns_for_layers
 from .cache_patterns import PatternCache, PatternCacheGenerationMixin
 from .causal_lm import CausalLMHead, label_smoothed_loss, loss_by_config, own_smoothing, position_wise
 from .checks import check_embeddings, check_one_input, check_positions, check_some_token, check_token_ids
@@ -345,6 +345,10 @@ class VanillaTransformerStack(VanillaTransformerPreTrainedModel):
     def num_ids(self) -> int:
         return self.config.vocab_size
 
+    def patterns_for(self, length: int) -> list[Pattern]:
+        """What the layers of a call of so many tokens see."""
+        return self.patterns
+
     def token_embeddings(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
         """[B, T, hidden] of ids, or what is given instead; either is scaled (section 3.4)."""
         check_one_input(input_ids, inputs_embeds)
@@ -356,19 +360,26 @@ class VanillaTransformerStack(VanillaTransformerPreTrainedModel):
         return inputs_embeds * self.embed_scale
 
     def prepare(
-        self, embeddings, attention_mask, position_ids=None, past_key_values=None, paged: bool = False
+        self, embeddings, attention_mask, position_ids=None, past_key_values=None, paged: bool = False, **seen
     ) -> tuple:
         """What the blocks see: the embeddings with positions [B, T, hidden], a mask for each layer, and the order.
 
         Args:
             paged: the keys are in the cache of continuous batching, which made a mask for all that it holds.
+            seen: what else `layer_masks` takes.
         """
         if paged:
             masks, queries, keys = [attention_mask] * len(self.layers), position_ids, position_ids
         else:
             said = (attention_mask, position_ids, past_key_values)
             masks = layer_masks(
-                self.patterns, self.config, embeddings, *said, causal=self.is_causal, heads=self.local_heads
+                self.patterns_for(embeddings.shape[1]),
+                self.config,
+                embeddings,
+                *said,
+                causal=self.is_causal,
+                heads=self.local_heads,
+                **seen,
             )
             queries, keys = query_and_key_positions(embeddings, *said)
         if self.positions.num_positions is not None:

@@ -2,6 +2,7 @@
 
 from hf_tfamily.modeling.attention_patterns import (
     Block1D,
+    BlockTable,
     Fixed,
     FixedBlock,
     FixedSummary,
@@ -27,6 +28,16 @@ EXAMPLES: list[Pattern] = [  # for sequences, with 4 heads
     RandomBlocks(4, 2),
     RandomBlocks(3, 2, seed=5, length=50),
     Block1D(7, 3),
+    Block1D(5, 5, 5),
+    BlockTable(4, [[[0, 2], [1], [], [0, 4, 7], [9, 1]], [[1], [5, 2]]]),
+    Union([Block1D(4, 4, 4), BlockTable(4, [[[0, 2], [1], [], [0, 4, 7], [9, 1]], [[1], [5, 2]]])]),
+    Union(
+        [
+            Block1D(4, 0, 4),
+            RandomBlocks(4, 2, length=50),
+            BlockTable(4, [[[0, 2], [1], [], [0, 4, 7], [9, 1]], [[1], [5, 2]]]),
+        ]
+    ),
     Sink(3),
     Union([Local(5), Sink(2)]),
     Union([FixedBlock(6), Sink(9)]),

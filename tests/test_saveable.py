@@ -46,6 +46,7 @@ MOST_OF_OTHERS = 9
 MOST_FILES = {
     "compressive_transformer": 12,
     "image_transformer": 10,
+    "long_encoder": 13,
     "swin_transformer": 7,
     "transformer_xl": 10,
     "vanilla_encoder": 11,

@@ -71,6 +71,15 @@ class Tiny(NamedTuple):
 TINY = {
     "compressive_transformer": Tiny({**SMALL, "mem_len": 16, "compressed_mem_len": 8}, recurrent=True),
     "image_transformer": Tiny({**SMALL, "image_size": 8, "num_channels": 1}),
+    "long_encoder": Tiny(
+        {
+            **SMALL,
+            "attention_patterns": [{"type": "local", "window": 3}, {"type": "local", "window": 5}],
+            "max_position_embeddings": 64,
+            "global_tokens": "first",
+            "num_global_tokens": 2,
+        }
+    ),
     "rope_decoder": Tiny(),
     "sparse_transformer": Tiny(),
     "swin_transformer": Tiny(
@@ -123,6 +132,8 @@ def batch_for(model_type: str, auto_class: type, labels: bool = True) -> dict[st
         return {**inputs, "bool_masked_pos": torch.arange(64).repeat(2, 1) % 3 == 0}
     if head.endswith(("SequenceClassification", "ImageClassification")):
         return {**inputs, "labels": torch.tensor([0, 1])}
+    if head.endswith("QuestionAnswering"):
+        return {**inputs, "start_positions": torch.tensor([1, 4]), "end_positions": torch.tensor([3, 9])}
     if head.endswith("TokenClassification"):
         return {**inputs, "labels": inputs["input_ids"] % 2}
     return {**inputs, "labels": inputs.get("decoder_input_ids", inputs["input_ids"]).clone()}

@@ -13,6 +13,7 @@ from .auto import register_all
 from .modeling.attention_patterns import (
     Block1D,
     Block2D,
+    BlockTable,
     Fixed,
     FixedBlock,
     FixedSummary,
@@ -30,6 +31,7 @@ from .modeling.attention_patterns import (
 from .modeling.cache_patterns import PatternCache
 from .modeling.configuration_compressive_transformer import CompressiveTransformerConfig
 from .modeling.configuration_image_transformer import ImageTransformerConfig
+from .modeling.configuration_long_encoder import BigBirdBlocks, LongEncoderConfig
 from .modeling.configuration_rope_decoder import RoPEDecoderConfig
 from .modeling.configuration_sparse_transformer import SparseTransformerConfig
 from .modeling.configuration_swin_transformer import SwinTransformerConfig
@@ -51,6 +53,15 @@ from .modeling.modeling_image_transformer import (
     ImageTransformerForSuperResolution,
     ImageTransformerModel,
     ImageTransformerPreTrainedModel,
+)
+from .modeling.modeling_long_encoder import (
+    LongEncoder,
+    LongEncoderForMaskedLM,
+    LongEncoderForQuestionAnswering,
+    LongEncoderForSequenceClassification,
+    LongEncoderForTokenClassification,
+    LongEncoderModel,
+    LongEncoderPreTrainedModel,
 )
 from .modeling.modeling_rope_decoder import (
     RoPEDecoder,
@@ -123,8 +134,10 @@ def __dir__() -> list[str]:
 
 
 __all__ = [
+    "BigBirdBlocks",
     "Block1D",
     "Block2D",
+    "BlockTable",
     "CompressiveMemory",
     "CompressiveTransformerConfig",
     "CompressiveTransformerForCausalLM",
@@ -143,6 +156,14 @@ __all__ = [
     "ImageTransformerPreTrainedModel",
     "Intersection",
     "Local",
+    "LongEncoder",
+    "LongEncoderConfig",
+    "LongEncoderForMaskedLM",
+    "LongEncoderForQuestionAnswering",
+    "LongEncoderForSequenceClassification",
+    "LongEncoderForTokenClassification",
+    "LongEncoderModel",
+    "LongEncoderPreTrainedModel",
     "Pattern",
     "PatternCache",
     "PerHead",

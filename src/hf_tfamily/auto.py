@@ -12,6 +12,7 @@ from transformers import (
     AutoModelForImageClassification,
     AutoModelForMaskedImageModeling,
     AutoModelForMaskedLM,
+    AutoModelForQuestionAnswering,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
@@ -53,6 +54,17 @@ SYSTEMS = [
             AutoModelForSeq2SeqLM: "ForSuperResolution",
         },
         ImageTokenProcessor,
+    ),
+    System(
+        "long_encoder",
+        "LongEncoder",
+        {
+            AutoModel: "Model",
+            AutoModelForMaskedLM: "ForMaskedLM",
+            AutoModelForSequenceClassification: "ForSequenceClassification",
+            AutoModelForTokenClassification: "ForTokenClassification",
+            AutoModelForQuestionAnswering: "ForQuestionAnswering",
+        },
     ),
     System(
         "rope_decoder",

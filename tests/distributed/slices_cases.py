@@ -336,6 +336,8 @@ def refusals_of_models():
     refused(entered(BertModel(BertConfig(**encoder, attn_implementation="block_sparse"))), "pooler")
     refused(entered(tiny_model("vanilla_transformer", AutoModelForSeq2SeqLM)), "two sequences")
     refused(entered(ours("rope_decoder", position_encoding="alibi")), "scores by distance")
+    long = tiny_model("long_encoder", AutoModelForMaskedLM, attn_implementation="block_sparse")
+    refused(entered(long), "global tokens, which every rank would need")
     refused(entered(torch.nn.Linear(2, 2)), "Linear")
     refused(entered(tiny_model("transformer_xl", AutoModelForSequenceClassification)), "whole rows")
 

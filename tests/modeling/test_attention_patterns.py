@@ -64,7 +64,9 @@ def grid_of(pattern):
 
 
 def test_every_pattern_type_is_tested():
-    assert {p.type for pattern in PATTERNS + GRID_PATTERNS for p in walk(pattern)} == set(PATTERN_TYPES)
+    of_one_system = {"big_bird_blocks"}  # a draw of BlockTables, in test_long_encoder.py
+    tested = {p.type for pattern in PATTERNS + GRID_PATTERNS for p in walk(pattern)}
+    assert tested == set(PATTERN_TYPES) - of_one_system
 
 
 def test_strided_attention_is_the_papers():
@@ -207,7 +209,7 @@ def test_dict_form_is_plain():
         (lambda: PerHead((Local(2), Full())).check_heads(3), r"2 patterns.* num_attention_heads=3"),
         (
             lambda: pattern_from_dict({"type": "stride", "stride": 4}),
-            r"'stride'; did you mean 'strided'.*Allowed: block_1d",
+            r"'stride'; did you mean 'strided'.*Allowed: big_bird_blocks, block_1d",
         ),
         (lambda: pattern_from_dict({"type": "local", "windw": 4}), r"no key 'windw'; did you mean 'window'"),
         (lambda: pattern_from_dict({"type": "local"}), r"'local' needs 'window'"),

@@ -14,6 +14,7 @@ from hf_tfamily.modeling.attention_patterns import (
     FAR,
     Block1D,
     Block2D,
+    BlockTable,
     Fixed,
     FixedBlock,
     FixedSummary,
@@ -52,7 +53,16 @@ leaves = st.one_of(
     st.builds(FixedBlock, small),
     fixed(FixedSummary),
     fixed(Fixed),
-    st.builds(Block1D, small, st.integers(0, 9)),
+    st.builds(Block1D, small, st.integers(0, 9), st.integers(0, 9)),
+    st.builds(
+        BlockTable,
+        st.integers(1, 6),
+        st.lists(
+            st.lists(st.lists(st.integers(0, 12), max_size=3, unique=True), min_size=1, max_size=9),
+            min_size=1,
+            max_size=2,
+        ),
+    ),
     st.builds(RandomBlocks, st.integers(1, 6), st.integers(1, 3), st.integers(0, 99), st.none() | st.just(LENGTH)),
     st.builds(Block2D, *[st.integers(1, 3)] * 2, *[st.integers(0, 3)] * 2).map(lambda p: p.bind((5, 4, 3))),
 )
@@ -114,6 +124,17 @@ def test_in_columns(pattern):
     same = (query - key) % pattern.key_step == 0
     inside = pattern.in_columns.visible(0, query // pattern.key_step, key // pattern.key_step)
     assert torch.equal(same & inside, table(pattern))
+
+
+@held
+def test_picks(pattern):
+    starts = torch.tensor([start for start in range(LENGTH) if (pattern.block_span(start) or (-1,))[0] == start])
+    if (keys := pattern.picks(starts)) is None:
+        return
+    for start, row in zip(starts.tolist(), keys):
+        real = row[(row >= 0) & (row < LENGTH)]
+        assert len(real.unique()) == len(real)
+        assert torch.equal(real.sort().values, table(pattern)[start].nonzero()[:, 0])
 
 
 @held

@@ -31,7 +31,8 @@ def attend_padded(seen: VisibleKeys, queries: Tensors, key, value, execute: Call
     bound = seen.key_offset + seen.key_length  # that holds for positions of padded rows
     query_slots, query_span = _slots(seen.query_positions.expand(seen.batch_size, -1), query_valid, bound)
     key_slots, key_span = _slots(seen.key_positions.expand(seen.batch_size, -1), seen.key_valid, bound)
-    return _attend_slots(queries, key, value, execute, query_slots, key_slots, seen.batch_size, query_span, key_span)
+    where = (query_slots, key_slots, seen.batch_size, query_span, key_span)
+    return _attend_slots(queries, key, value, execute, *where, seen.global_tokens)
 
 
 def _slots(positions: torch.Tensor, valid: torch.Tensor | None, bound: int) -> tuple[torch.Tensor, Span]:
@@ -68,13 +69,23 @@ def attend_packed(seen: VisibleKeys, queries: Tensors, key, value, execute: Call
         slots = rows[numbers] * bound + seen.key_positions
         slots = slots.masked_fill(~chosen[numbers] | (numbers < 0), -1)
         query_slots, span = slots[:, : seen.query_length], Span(0, bound)
-        found.append(_attend_slots(queries, key, value, execute, query_slots, slots, int(chosen.sum()), span, span))
+        where = (query_slots, slots, int(chosen.sum()), span, span)
+        found.append(_attend_slots(queries, key, value, execute, *where, seen.global_tokens))
     outputs, *lses = zip(*found)  # each query has a document in one of them
     return sum(outputs), *(reduce(torch.maximum, lse) for lse in lses)
 
 
 def _attend_slots(
-    queries: Tensors, key, value, execute: Callable, query_slots, key_slots, num_rows: int, query_span, key_span
+    queries: Tensors,
+    key,
+    value,
+    execute: Callable,
+    query_slots,
+    key_slots,
+    num_rows: int,
+    query_span,
+    key_span,
+    global_tokens=None,
 ) -> Tensors:
     """Move tokens to their slots [B, T] and [B, S] among `num_rows` rows, attend, and move what comes of it back.
 
@@ -89,6 +100,7 @@ def _attend_slots(
         return moved[:nowhere].unflatten(0, (num_rows, span.length))
 
     valid = torch.ones(key_slots.shape, dtype=torch.bool, device=key.device)
+    marked = {} if global_tokens is None else {"global_tokens": to_slots(global_tokens, key_slots, key_span)}
     outputs = execute(
         tuple(to_slots(query, query_slots, query_span) for query in queries),
         to_slots(key, key_slots, key_span),
@@ -96,6 +108,7 @@ def _attend_slots(
         q_offset=query_span.start,
         kv_offset=key_span.start,
         key_valid=to_slots(valid, key_slots, key_span),
+        **marked,
     )
     batch, length = queries[0].shape[:2]
 

@@ -18,6 +18,7 @@ from .alignment import Tensors, attend_packed, attend_padded
 from .cpu import block_sparse_attention
 from .decode import attend_biased, attend_masked, attend_one, mask_of_step
 from .distance_bias import biased_attention, check_bias, dense_of
+from .global_tokens import attend_global, most_global
 from .patterns import own_mask
 from .relative import relative_attention
 from .stock_masks import bind, of_local_heads
@@ -74,6 +75,8 @@ def block_sparse_attention_forward(
         return attend_relative(seen, query, key, value, scaling, bias), None
     tensors = (tensor.transpose(1, 2) for tensor in in_one_dtype(query, key, value))
     sinks = kwargs.get("s_aux")
+    if slices is not None and seen.global_tokens is not None:
+        raise ValueError("context_parallel: global tokens would be needed on every rank; use data parallelism or FSDP.")
     if slices is None:
         output, lse = attend_seen(seen, *tensors, scaling, return_lse or sinks is not None, bias)
     else:
@@ -124,13 +127,18 @@ def attend_seen(
     """
 
     def execute(queries: Tensors, key: Tensor, value: Tensor, **where) -> Tensors:
-        how = {"causal": seen.causal, "scale": scaling, "return_lse": True}
+        how = {"causal": seen.causal, "scale": scaling}
+        if seen.global_tokens is not None:
+            return attend_global(*queries, key, value, seen.pattern, most=most_global(seen), **how, **where)
+        how["return_lse"] = True
         if bias is not None:
             return biased_attention(*queries, key, value, bias.table, bias.distances, seen.pattern, **how, **where)
         return block_sparse_attention(*queries, key, value, seen.pattern, **how, **where)
 
     if bias is not None:
         check_bias(seen, bias, query.shape[2])
+    if seen.global_tokens is not None and seen.query_length == 1:
+        return attend_masked(*mask_of_step(seen, query.device), query, key, value, scaling, with_lse)
     if _is_one_token(seen, key.device):
         return attend_one(seen, query, key, value, scaling, with_lse, bias)
     if seen.query_positions is not None and (seen.query_length == 1 or seen.key_positions.ndim == 3):
@@ -161,6 +169,8 @@ def _run(seen: VisibleKeys, queries: Tensors, key: Tensor, value: Tensor, execut
     """What `execute` gives for queries and keys at the positions that they have, [B, T, ...] each."""
     if seen.query_positions is None:
         where = {"q_offset": seen.query_offset, "kv_offset": seen.key_offset, "key_valid": seen.key_valid}
+        if seen.global_tokens is not None:
+            where["global_tokens"] = seen.global_tokens
         return execute(queries, key, value, **where)
     align = attend_padded if seen.query_documents is None else attend_packed
     return align(seen, queries, key, value, execute)
@@ -209,7 +219,7 @@ def _refuse_unsupported(attention_mask: Any, dropout: float, kwargs: dict[str, A
         (f"attention sinks (s_aux) beside {of_distances}", eager, scores and kwargs.get("s_aux") is not None),
         ("a position_bias that is a tensor", or_sdpa, isinstance(bias, Tensor)),
         (f"return_lse beside {of_distances}", eager, scores and kwargs.get("return_lse")),
-        ("global tokens", "use 'eager', 'sdpa' or 'flex_attention'", has("global_tokens")),
+        ("global tokens beside a position_bias", or_sdpa, bias is not None and has("global_tokens")),
         (masks, or_sdpa, isinstance(attention_mask, Tensor)),
         ("a 4-D attention_mask", or_sdpa, has("extra")),
     ]

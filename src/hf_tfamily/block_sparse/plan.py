@@ -10,6 +10,7 @@ its class. `plan_attention` says what an executor runs (cpu.py).
     summaries   summary keys in blocks other than the own       some blocks         compact: summary positions only
     sinks       the first keys, which all queries see           all after a few     the first keys
     runs        queries that all see the same keys              one run             its own; around it, compact
+    picks       runs whose keys a list says                     one run             compact: those of the list
     table       any other union                                 64 queries          compact: the keys they see
 
 A *tile* is a rectangle of queries and keys under one rule: everything, causal, or a small mask. Alike tiles at even
@@ -116,7 +117,7 @@ def run_groups(pattern: Pattern, heads: range, extent: Extent) -> list[Group] | 
     Where the pattern is an interval they are one run of keys before it. Else those keys are picked into one list, run
     after run. None if a run sees some of its own tokens only.
     """
-    own, around, picked = [], [], [torch.empty(0, dtype=torch.long)]
+    own, around, after, picked = [], [], [], [torch.empty(0, dtype=torch.long)]
     position, num_picked, is_interval = extent.first_query, 0, pattern.interval(0) is not None
     while position < extent.end_query:
         start, end = pattern.block_span(position)
@@ -130,7 +131,7 @@ def run_groups(pattern: Pattern, heads: range, extent: Extent) -> list[Group] | 
         if is_interval:
             low, high = pattern.interval(start)
             around.append(Tile(queries, extent.keys(low, start)))
-            around.append(Tile(queries, range(0) if extent.causal else extent.keys(end, high)))
+            after.append(Tile(queries, range(0) if extent.causal else extent.keys(end, high)))
         else:
             found = _keys_around(pattern, start, end, extent)
             around.append(Tile(queries, range(num_picked, num_picked + len(found))))
@@ -138,7 +139,7 @@ def run_groups(pattern: Pattern, heads: range, extent: Extent) -> list[Group] | 
             num_picked += len(found)
         position = end
     if is_interval:
-        return [Group(heads, parts_of(own + around))]
+        return [Group(heads, parts_of(own + around) + parts_of(after))]  # no part has a query twice
     return [Group(heads, parts_of(own)), Group(heads, parts_of(around), torch.cat(picked))]
 
 
@@ -310,6 +311,59 @@ def _earlier_summaries(block: int, width: int, blocks: range, extent: Extent) ->
         yield from cut(queries, keys, row, max(blocks.start - first, 0) * width)
 
 
+def picked_groups(leaves: list[Pattern], heads: range, extent: Extent) -> list[Group] | None:
+    """Runs of queries with lists of keys (random blocks), and at most one interval of the same runs around them.
+
+    None if it is no such union, or if causality cuts through a run that is listed.
+    """
+    listed = [leaf for leaf in leaves if leaf.for_head(0).picks(torch.zeros(1, dtype=torch.long)) is not None]
+    near = [leaf for leaf in leaves if leaf not in listed]
+    spans = {leaf.block_span(extent.first_query) for leaf in leaves}
+    if not listed or len(near) > 1 or len(spans) > 1 or None in spans:
+        return None
+    start, end = spans.pop()
+    if near and (near[0].interval(0) is None or near[0].key_step > 1 or near[0].period != end - start):
+        return None
+    if any(leaf.block_span(end) != (end, 2 * end - start) for leaf in leaves):
+        return None
+    starts = torch.arange(start, extent.end_query, end - start)
+    of_heads = [_listed_keys(listed, near, head, starts) for head in heads]
+    longest = max(keys.shape[1] for keys in of_heads)
+    keys = torch.stack([F.pad(x, (0, longest - x.shape[1]), value=-1) for x in of_heads], dim=-1)  # [R, J, heads]
+    if extent.causal:
+        later = keys >= starts[:, None, None]
+        if bool((later & (keys < starts[:, None, None] + end - start)).any()):
+            return None
+        keys = keys.masked_fill(later, -1)
+    groups = run_groups(near[0], heads, extent) if near else []
+    at_once = max(1, _TABLE_KEYS // keys.shape[1])
+    for first in range(0, len(starts), at_once):
+        some, runs = keys[first : first + at_once], starts[first : first + at_once].tolist()
+        absent = ((some < extent.first_key) | (some >= extent.end_key)).flatten(0, 1)
+        if bool(absent.all()):
+            continue
+        width = some.shape[1]
+        tiles = (
+            Tile(extent.queries(run, run + end - start), range(i * width, (i + 1) * width))
+            for i, run in enumerate(runs)
+        )
+        index = (some.flatten(0, 1) - extent.first_key).masked_fill(absent, 0)
+        groups.append(Group(heads, parts_of(tiles), index, absent if bool(absent.any()) else None))
+    return groups
+
+
+def _listed_keys(listed: list[Pattern], near: list[Pattern], head: int, starts: torch.Tensor) -> torch.Tensor:
+    """[R, J] the keys that the lists of a head have for the runs [R]; -1 where another part shows them already."""
+    found, before = [], [leaf.for_head(head) for leaf in near]
+    for leaf in (leaf.for_head(head) for leaf in listed):
+        keys = leaf.picks(starts)
+        for other in before:
+            keys = keys.masked_fill((keys >= 0) & other.visible(0, starts[:, None], keys), -1)
+        found.append(keys)
+        before.append(leaf)
+    return torch.cat(found, dim=1)
+
+
 def table_groups(pattern: Pattern, heads: range, extent: Extent) -> list[Group]:
     """Rows of queries, each with the list of keys that any of its queries sees. Exact for every pattern."""
     groups = []
@@ -429,6 +483,8 @@ def _heads_alike(pattern: Pattern, heads: range) -> Iterator[tuple[Pattern, rang
 def _view_groups(pattern: Pattern, heads: range, extent: Extent) -> list[Group] | None:
     """The groups of a pattern made of views, or None if some leaf has none."""
     leaves = _simplify(pattern.parts, extent)
+    if (groups := picked_groups(leaves, heads, extent)) is not None:
+        return groups
     if len(leaves) == 1 and _kind(leaves[0]) is None and pattern.head_period == 1:
         return _groups_of_one(leaves[0], heads, extent)
     layout = _layout(leaves)

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
-from . import bloom, llama, marian, mistral, mpt, qwen2, swin, transformer_xl
+from . import big_bird, bloom, llama, longformer, marian, mistral, mpt, qwen2, swin, transformer_xl
 from .checkpoint import (
     Fit,
     check_destination,
@@ -29,7 +29,18 @@ from .checkpoint import (
 from .equality import largest_difference
 
 # For each of our types the first is what it becomes when no target is named.
-CONVERTERS: tuple[ModuleType, ...] = (llama, mistral, qwen2, transformer_xl, marian, bloom, mpt, swin)
+CONVERTERS: tuple[ModuleType, ...] = (
+    llama,
+    mistral,
+    qwen2,
+    transformer_xl,
+    marian,
+    bloom,
+    mpt,
+    swin,
+    longformer,
+    big_bird,
+)
 
 
 class Conversion(NamedTuple):

@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 
 from ..block_sparse.cpu import block_sparse_attention
+from ..block_sparse.global_tokens import Attended, merge
 from ..modeling.attention_patterns import Full, Pattern, Strided
 from .exchange import Stream, Wire
 from .exchange_plan import Columns, ExchangePlan, Route, Slices, all_see, needed, positions_sent
-
-Attended = tuple[Tensor, Tensor]  # outputs [B, T, h, Dv] and LSEs [B, T, h]
 
 
 def attend_slices(
@@ -56,15 +55,6 @@ def attend_slices(
             near = [*near, layer.back(share.route.columns, next(came), next(came))]
         found.append(reduce(merge, near))
     return layer.hide_padding(*_in_order(plan, found))
-
-
-def merge(first: Attended, second: Attended) -> Attended:
-    """Two parts that show no key twice, as one."""
-    blind = torch.isneginf(first[1]) & torch.isneginf(second[1])  # sees nothing in either
-    ours, theirs = (lse.masked_fill(blind, 0.0) for lse in (first[1], second[1]))
-    share = torch.sigmoid(ours - theirs)[..., None].to(first[0].dtype)
-    output = first[0] * share + second[0] * (1 - share)
-    return output, torch.logaddexp(ours, theirs).masked_fill(blind, float("-inf"))
 
 
 def _in_order(plan: ExchangePlan, found: list[Attended]) -> Attended:

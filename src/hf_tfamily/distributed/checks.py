@@ -48,6 +48,10 @@ def check_model(model: PreTrainedModel) -> None:
         ),
         (layers or mixers, f"{name} mixes positions by {', '.join([*sorted(layers), *mixers])}; {ALONGSIDE}"),
         (ropes, f"rope_type {', '.join(ropes)!r} looks at the length of a row; use 'yarn', 'linear' or 'default'"),
+        (
+            getattr(config, "global_tokens", None) is not None,
+            f"{name} has global tokens, which every rank would need; {ALONGSIDE}",
+        ),
         (tuned, f"attn_temperature_tuning of {name} counts positions from 0 on each rank; {ALONGSIDE}"),
         (
             "position_ids" not in inspect.signature(model.forward).parameters,
