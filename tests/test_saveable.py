@@ -48,6 +48,7 @@ MOST_FILES = {
     "image_transformer": 10,
     "swin_transformer": 7,
     "transformer_xl": 10,
+    "universal_transformer": 10,
     "vanilla_encoder": 11,
     "vanilla_transformer": 8,
     "xl_sparse": 12,

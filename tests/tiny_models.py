@@ -88,6 +88,7 @@ TINY = {
         hierarchical=True,
     ),
     "transformer_xl": Tiny({**SMALL, "mem_len": 16}, recurrent=True),
+    "universal_transformer": Tiny({**SMALL, "adaptive": True}, inputs=translation_inputs),
     "vanilla_encoder": Tiny(),
     "vanilla_transformer": Tiny(inputs=translation_inputs),
     "xl_sparse": Tiny({**SMALL, "mem_len": 16}, recurrent=True),

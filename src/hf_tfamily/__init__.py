@@ -34,6 +34,7 @@ from .modeling.configuration_rope_decoder import RoPEDecoderConfig
 from .modeling.configuration_sparse_transformer import SparseTransformerConfig
 from .modeling.configuration_swin_transformer import SwinTransformerConfig
 from .modeling.configuration_transformer_xl import TransformerXLConfig
+from .modeling.configuration_universal_transformer import UniversalTransformerConfig
 from .modeling.configuration_vanilla_encoder import VanillaEncoderConfig
 from .modeling.configuration_vanilla_transformer import VanillaTransformerConfig
 from .modeling.configuration_xl_sparse import XLSparseConfig
@@ -78,6 +79,13 @@ from .modeling.modeling_transformer_xl import (
     TransformerXLForSequenceClassification,
     TransformerXLModel,
     TransformerXLPreTrainedModel,
+)
+from .modeling.modeling_universal_transformer import (
+    UniversalTransformer,
+    UniversalTransformerForCausalLM,
+    UniversalTransformerForConditionalGeneration,
+    UniversalTransformerModel,
+    UniversalTransformerPreTrainedModel,
 )
 from .modeling.modeling_vanilla_encoder import (
     VanillaEncoder,
@@ -176,6 +184,12 @@ __all__ = [
     "TransformerXLModel",
     "TransformerXLPreTrainedModel",
     "Union",
+    "UniversalTransformer",
+    "UniversalTransformerConfig",
+    "UniversalTransformerForCausalLM",
+    "UniversalTransformerForConditionalGeneration",
+    "UniversalTransformerModel",
+    "UniversalTransformerPreTrainedModel",
     "VanillaEncoder",
     "VanillaEncoderConfig",
     "VanillaEncoderForMaskedLM",

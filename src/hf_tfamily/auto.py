@@ -95,6 +95,15 @@ SYSTEMS = [
         },
     ),
     System(
+        "universal_transformer",
+        "UniversalTransformer",
+        {
+            AutoModel: "Model",
+            AutoModelForSeq2SeqLM: "ForConditionalGeneration",
+            AutoModelForCausalLM: "ForCausalLM",
+        },
+    ),
+    System(
         "vanilla_encoder",
         "VanillaEncoder",
         {
