@@ -225,10 +225,11 @@ def page_of_exits(rows: list[dict]) -> list[str]:
         "",
         "## Early exits",
         "",
-        f"A rope_decoder of {rows[0]['depth']} layers of width {WIDTH} on bytes of the King James Bible, greedy, one prompt "
-        f"at a time: {PROMPT} bytes, and {WRITTEN} that it writes. A token leaves at the confidence said: how far the "
-        "likeliest byte is above the second (softmax), or the cosine of the states before and after a layer (state). "
-        "Agreement: share of the bytes that the same model writes with every layer, each after what that wrote before. "
+        f"A rope_decoder of {rows[0]['depth']} layers of width {WIDTH} on bytes of the King James Bible, greedy, one "
+        f"prompt at a time: {PROMPT} bytes, and {WRITTEN} that it writes. A token leaves at the confidence said: how "
+        "far the likeliest byte is above the second (softmax), or the cosine of the states before and after a layer "
+        "(state). Agreement: share of the bytes that the same model writes with every layer, each after what that "
+        "wrote before. "
         "Tokens a second: the best of three.",
         "",
         "| loss at | held-out bits per byte | leaves at | layers | agreement | tokens a second |",
