@@ -29,6 +29,8 @@ MAY_IMPORT = {
 }
 # Systems that their own paper presents as an extension of another.
 EXTENDS = {
+    "configuration_adaptive_span": "configuration_rope_decoder",
+    "modeling_adaptive_span": "modeling_rope_decoder",
     "configuration_compressive_transformer": "configuration_transformer_xl",
     "configuration_universal_transformer": "configuration_vanilla_transformer",
     "configuration_vanilla_encoder": "configuration_vanilla_transformer",

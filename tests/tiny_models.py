@@ -69,6 +69,7 @@ class Tiny(NamedTuple):
 
 
 TINY = {
+    "adaptive_span": Tiny({**SMALL, "max_span": 6, "span_ramp": 3, "initial_span": 3}),
     "compressive_transformer": Tiny({**SMALL, "mem_len": 16, "compressed_mem_len": 8}, recurrent=True),
     "image_transformer": Tiny({**SMALL, "image_size": 8, "num_channels": 1}),
     "rope_decoder": Tiny(),

@@ -28,6 +28,7 @@ from .modeling.attention_patterns import (
     Window2D,
 )
 from .modeling.cache_patterns import PatternCache
+from .modeling.configuration_adaptive_span import AdaptiveSpanConfig
 from .modeling.configuration_compressive_transformer import CompressiveTransformerConfig
 from .modeling.configuration_image_transformer import ImageTransformerConfig
 from .modeling.configuration_rope_decoder import RoPEDecoderConfig
@@ -39,6 +40,12 @@ from .modeling.configuration_vanilla_encoder import VanillaEncoderConfig
 from .modeling.configuration_vanilla_transformer import VanillaTransformerConfig
 from .modeling.configuration_xl_sparse import XLSparseConfig
 from .modeling.memory_segments import SegmentMemory
+from .modeling.modeling_adaptive_span import (
+    AdaptiveSpan,
+    AdaptiveSpanForCausalLM,
+    AdaptiveSpanModel,
+    AdaptiveSpanPreTrainedModel,
+)
 from .modeling.modeling_compressive_transformer import (
     CompressiveMemory,
     CompressiveTransformerForCausalLM,
@@ -131,6 +138,11 @@ def __dir__() -> list[str]:
 
 
 __all__ = [
+    "AdaptiveSpan",
+    "AdaptiveSpanConfig",
+    "AdaptiveSpanForCausalLM",
+    "AdaptiveSpanModel",
+    "AdaptiveSpanPreTrainedModel",
     "Block1D",
     "Block2D",
     "CompressiveMemory",

@@ -35,6 +35,7 @@ class System(NamedTuple):
 
 
 SYSTEMS = [
+    System("adaptive_span", "AdaptiveSpan", {AutoModel: "Model", AutoModelForCausalLM: "ForCausalLM"}),
     System(
         "compressive_transformer",
         "CompressiveTransformer",
