@@ -211,6 +211,19 @@ def draw_steps(file: Path, taken: Sequence[int] = (2, 4, 1, 5, 3, 2, 4)) -> None
     plots.save(figure, file)
 
 
+@plots.styled
+def draw_spans(file: Path, spans: Sequence[int] = (0, 6, 16, 30), ramp: int = 8, length: int = 48) -> None:
+    """How much each head's soft mask lets through, by distance."""
+    figure = plots.new_figure(4.6, 2.4)
+    axes = figure.subplots()
+    distances = np.arange(length)
+    for span in spans:
+        axes.plot(distances, np.clip((ramp + span - distances) / ramp, 0, 1), linewidth=1.4, label=f"span {span}")
+    axes.set(xlabel="tokens back", ylabel="soft mask", ylim=(-0.03, 1.05))
+    axes.legend(fontsize=8)
+    plots.save(figure, file)
+
+
 def main() -> None:
     for system in SYSTEMS:
         make_page(system.name, system.prefix)
@@ -218,6 +231,7 @@ def main() -> None:
             draw(system.name)
     draw_windows(FOLDER / "swin_transformer.png")
     draw_compression(FOLDER / "compressive_transformer.png")
+    draw_spans(FOLDER / "adaptive_span.png")
     draw_steps(FOLDER / "universal_transformer.png")
     draw_stacks(FOLDER / "vanilla_encoder.png", ["encoder on itself"])
     draw_stacks(FOLDER / "vanilla_transformer.png", ["encoder on itself", "decoder on itself", "decoder on encoder"])

@@ -52,11 +52,9 @@ def test_spans_in_tokens():
     torch.testing.assert_close(fresh.spans, torch.full((2, 4), 3.0))
 
 
-@pytest.mark.parametrize("implementation", BACKENDS[1:])
+@pytest.mark.parametrize("implementation", ["sdpa", "block_sparse"])  # flex_attention learns on GPUs alone
 @pytest.mark.parametrize("frozen", [False, True])
 def test_backends_agree_in_outputs_and_gradients(implementation, frozen):
-    if implementation == "flex_attention":
-        pytest.skip("its backward needs a GPU")
     rows, mask = ids(3, 37), torch.ones(3, 37, dtype=torch.long)
     mask[0, :5] = mask[1, 30:] = 0
     results = []
