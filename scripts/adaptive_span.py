@@ -87,7 +87,8 @@ def main() -> int:
     note = (
         f"{CLAIM}\n{verdict(spans)}\n\n{picture}The model of the recipe `{RECIPE}` ({model.num_parameters():,} "
         "parameters), one row, block_sparse, forward and backward: with frozen spans, while spans learn (every head "
-        f"computes the last {model.config.max_span + model.config.span_ramp}), and with frozen spans under sdpa. {ALLOCATOR_NOTE}"
+        f"computes the last {model.config.max_span + model.config.span_ramp}), and with frozen spans under sdpa. "
+        f"{ALLOCATOR_NOTE}"
     )
     bench.start("a training step", note)
     frozen = copy.deepcopy(model)
