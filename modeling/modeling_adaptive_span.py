@@ -54,10 +54,15 @@ class SpanMask(BiasByDistance):
 
     def __init__(self, config: AdaptiveSpanConfig):
         super().__init__(config)
-        self.share = nn.Parameter(
-            torch.full((config.num_attention_heads,), config.initial_span / config.max_span),
-            requires_grad=not config.frozen_spans,
-        )
+        self.share = nn.Parameter(torch.full((config.num_attention_heads,), config.initial_span / config.max_span))
+        if config.frozen_spans:
+            self.freeze()
+
+    def freeze(self) -> None:
+        """Learn no more: what was a parameter becomes a buffer of the same name."""
+        share = self.share.detach()
+        del self.share
+        self.register_buffer("share", share)
 
     @property
     def span(self) -> torch.Tensor:
@@ -140,7 +145,7 @@ class AdaptiveSpanPreTrainedModel(RoPEDecoderPreTrainedModel):
         self.config.attention_patterns = [pattern.to_dict() for pattern in patterns]
         self.base_model.patterns = patterns_for_layers(self.config.attention_patterns, len(patterns))
         for mask in self.span_masks:
-            mask.share.requires_grad_(False)
+            mask.freeze()
 
 
 class AdaptiveSpanModel(AdaptiveSpanPreTrainedModel, RoPEDecoderModel):

@@ -139,6 +139,13 @@ class AdaptiveDepth(nn.Module):
 
 
 @dataclass
+class UniversalTransformerEncoderOutput(BaseModelOutput):
+    """`ponder` [B, S] as in UniversalTransformerOutput."""
+
+    ponder: torch.FloatTensor | None = None
+
+
+@dataclass
 class UniversalTransformerOutput(BaseModelOutputWithPastAndCrossAttentions):
     """`ponder` [B, T]: steps that each position took, and the remainder of its last; None without `adaptive`."""
 
@@ -228,12 +235,6 @@ class RepeatedBlock(UniversalTransformerPreTrainedModel, VanillaTransformerStack
             attention.positions.enter(entered, order), keep
         )  # which norms come first is its matter
 
-    def finish(self, hidden_states: tuple, past_key_values: Cache | None = None) -> UniversalTransformerOutput:
-        states, ponder = hidden_states
-        return UniversalTransformerOutput(
-            last_hidden_state=self.norm(states), past_key_values=past_key_values, ponder=ponder
-        )
-
 
 class UniversalTransformerEncoder(RepeatedBlock, VanillaTransformerEncoder):
     """Source ids or embeddings in, hidden states [B, S, hidden] out."""
@@ -241,6 +242,10 @@ class UniversalTransformerEncoder(RepeatedBlock, VanillaTransformerEncoder):
     def __init__(self, config: UniversalTransformerConfig):
         block, patterns = VanillaTransformerEncoderBlock(config, 0), config.attention_patterns
         super().__init__(config, config.vocab_size, patterns, block, config.num_hidden_layers)
+
+    def finish(self, hidden_states: tuple) -> UniversalTransformerEncoderOutput:
+        states, ponder = hidden_states
+        return UniversalTransformerEncoderOutput(last_hidden_state=self.norm(states), ponder=ponder)
 
 
 class UniversalTransformerDecoder(RepeatedBlock, VanillaTransformerDecoder):
@@ -250,6 +255,12 @@ class UniversalTransformerDecoder(RepeatedBlock, VanillaTransformerDecoder):
         block, patterns = VanillaTransformerDecoderBlock(config, 0), config.patterns_of_decoder
         super().__init__(config, config.vocab_size_of_decoder, patterns, block, config.decoder_layers)
         self.plan_cross_attention()
+
+    def finish(self, hidden_states: tuple, past_key_values: Cache | None) -> UniversalTransformerOutput:
+        states, ponder = hidden_states
+        return UniversalTransformerOutput(
+            last_hidden_state=self.norm(states), past_key_values=past_key_values, ponder=ponder
+        )
 
 
 class UniversalTransformerModel(UniversalTransformerPreTrainedModel, VanillaTransformerModel):

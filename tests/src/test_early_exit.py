@@ -33,13 +33,15 @@ DECODERS = {
     "rope_decoder": lambda: tiny_model("rope_decoder", AutoModelForCausalLM, num_hidden_layers=LAYERS),
     "rope_decoder, local": lambda: tiny_model("rope_decoder", AutoModelForCausalLM, num_hidden_layers=LAYERS, **LOCAL),
     "sparse_transformer": lambda: tiny_model("sparse_transformer", AutoModelForCausalLM, num_hidden_layers=LAYERS),
-    "vanilla_transformer": lambda: tiny_model("vanilla_transformer", AutoModelForCausalLM, decoder_layers=LAYERS),
+    "vanilla_transformer": lambda: tiny_model(
+        "vanilla_transformer", AutoModelForCausalLM, decoder_layers=LAYERS, dropout=0.0
+    ),
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**STOCK)),
     "mistral": lambda: MistralForCausalLM(MistralConfig(**STOCK, sliding_window=5)),
 }
 each_decoder = pytest.mark.parametrize("name", DECODERS)
 each_measure = pytest.mark.parametrize("measure", MEASURES)
-GREEDY = {"max_new_tokens": 9, "min_new_tokens": 9, "do_sample": False, "pad_token_id": 0}
+GREEDY = {"max_new_tokens": 9, "eos_token_id": -1, "do_sample": False, "pad_token_id": 0}
 
 
 def lively(name):
@@ -102,7 +104,7 @@ class WithoutACache:
 def test_leaves_as_the_definition_says(name, measure):
     model, prompt = lively(name).double(), ids(1, 5)
     depths = set()
-    for confidence in (0.0, 0.1, 0.5, 0.9, 0.97, 1.1):
+    for confidence in (0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.9, 0.97, 1.1):
         expected, taken = WithoutACache(model, confidence, measure).generate(prompt, GREEDY["max_new_tokens"])
         with early_exit(model, confidence, measure) as exits:
             found = model.generate(prompt, **GREEDY)
