@@ -48,12 +48,12 @@ class Within(torch.autograd.Function):
         return gradient.masked_fill(outward, 0.0)
 
 
-class SpanMask(BiasByDistance):
-    """The soft mask m_z(x) = clamp((R + z - x) / R, 0, 1) of distances x (equation 3), as a bias log m on the scores:
-    exp(s + log m) = m exp(s) (equation 4). A head's span z is `share` of max_span."""
+class Spans(nn.Module):
+    """The spans z of a layer's heads, each `share` of max_span."""
 
     def __init__(self, config: AdaptiveSpanConfig):
-        super().__init__(config)
+        super().__init__()
+        self.max_span = config.max_span
         self.share = nn.Parameter(torch.full((config.num_attention_heads,), config.initial_span / config.max_span))
         if config.frozen_spans:
             self.freeze()
@@ -64,14 +64,22 @@ class SpanMask(BiasByDistance):
         del self.share
         self.register_buffer("share", share)
 
-    @property
-    def span(self) -> torch.Tensor:
+    def forward(self) -> torch.Tensor:
         """[H], in tokens."""
-        return self.config.max_span * Within.apply(self.share)
+        return self.max_span * Within.apply(self.share)
+
+
+class SpanMask(BiasByDistance):
+    """The soft mask m_z(x) = clamp((R + z - x) / R, 0, 1) of distances x (equation 3), as a bias log m on the scores:
+    exp(s + log m) = m exp(s) (equation 4)."""
+
+    def __init__(self, config: AdaptiveSpanConfig):
+        super().__init__(config)
+        self.spans = Spans(config)
 
     def table(self, distances: torch.Tensor, causal: bool) -> torch.Tensor:
         ramp = self.config.span_ramp
-        mask = ((ramp + self.span[:, None] - distances) / ramp).clamp(max=1)
+        mask = ((ramp + self.spans()[:, None] - distances) / ramp).clamp(max=1)
         seen = mask > 0
         return torch.where(seen, mask, 1.0).log().masked_fill(~seen, -math.inf)
 
@@ -120,18 +128,13 @@ class AdaptiveSpanPreTrainedModel(RoPEDecoderPreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
-        if isinstance(module, SpanMask):
+        if isinstance(module, Spans):
             init.constant_(module.share, self.config.initial_span / self.config.max_span)
-
-    @property
-    def span_masks(self) -> list[SpanMask]:
-        """That of each layer."""
-        return [layer.self_attn.mask for layer in self.base_model.layers]
 
     @property
     def spans(self) -> torch.Tensor:
         """[layers, H], in tokens, without the ramp."""
-        return torch.stack([mask.span for mask in self.span_masks])
+        return torch.stack([layer.self_attn.mask.spans() for layer in self.base_model.layers])
 
     @torch.no_grad()
     def freeze_spans(self) -> None:
@@ -144,8 +147,8 @@ class AdaptiveSpanPreTrainedModel(RoPEDecoderPreTrainedModel):
         self.config.frozen_spans = True
         self.config.attention_patterns = [pattern.to_dict() for pattern in patterns]
         self.base_model.patterns = patterns_for_layers(self.config.attention_patterns, len(patterns))
-        for mask in self.span_masks:
-            mask.freeze()
+        for layer in self.base_model.layers:
+            layer.self_attn.mask.spans.freeze()
 
 
 class AdaptiveSpanModel(AdaptiveSpanPreTrainedModel, RoPEDecoderModel):

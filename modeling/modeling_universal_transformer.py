@@ -92,6 +92,17 @@ class FixedDepth(nn.Module):
         return states, None
 
 
+class HaltingUnit(nn.Linear):
+    """The probability [B, T] that a position is ready, of states [B, T, hidden]; after two steps at first."""
+
+    def __init__(self, config: UniversalTransformerConfig):
+        super().__init__(config.hidden_size, 1)
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        # No matrix product: with one row it may round as weights happen to lie in memory, and halting has a threshold.
+        return torch.sigmoid((states * self.weight[0]).float().sum(dim=-1) + self.bias.float())
+
+
 class AdaptiveDepth(nn.Module):
     """Each position takes steps until its halting probabilities add up (section 2.3).
 
@@ -103,7 +114,7 @@ class AdaptiveDepth(nn.Module):
 
     def __init__(self, config: UniversalTransformerConfig):
         super().__init__()
-        self.halting = nn.Linear(config.hidden_size, 1)
+        self.halting = HaltingUnit(config)
         self.threshold = config.halting_threshold
 
     def forward(self, states: torch.Tensor, walk: Walk) -> tuple[torch.Tensor, torch.Tensor]:
@@ -119,7 +130,7 @@ class AdaptiveDepth(nn.Module):
                     break
                 walk.remember(entered, step)
                 continue
-            probability = torch.sigmoid(self.halting(entered)[..., 0].float())
+            probability = self.halting(entered)
             states = walk.apply(entered, step)
             halts = ~halted & ((halting_sum + probability > self.threshold) | (step == walk.steps - 1))
             remainder = 1 - halting_sum
@@ -183,8 +194,8 @@ class UniversalTransformerPreTrainedModel(VanillaTransformerPreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
-        if isinstance(module, AdaptiveDepth):
-            init.ones_(module.halting.bias)
+        if isinstance(module, HaltingUnit):
+            init.ones_(module.bias)
 
 
 class RepeatedBlock(UniversalTransformerPreTrainedModel, VanillaTransformerStack):

@@ -25,11 +25,16 @@ SHARES = torch.tensor([[0.0, 0.1, 0.37, 1.0], [0.47, -0.2, 1.3, 0.26]])  # of ma
 BACKENDS = ("eager", "sdpa", "flex_attention", "block_sparse")
 
 
+def learned(model):
+    """The spans of each layer's heads."""
+    return [layer.self_attn.mask.spans for layer in model.base_model.layers]
+
+
 def made(model_class=AdaptiveSpanForCausalLM, implementation="eager", **fields):
     """The same weights for the same fields, and heads of several spans."""
     torch.manual_seed(0)
     model = model_class._from_config(AdaptiveSpanConfig(**{**TINY, **fields}), attn_implementation=implementation)
-    for mask, shares in zip(model.span_masks, SHARES):
+    for mask, shares in zip(learned(model), SHARES):
         mask.share.data.copy_(shares)
     return model.eval()
 
@@ -90,7 +95,7 @@ def test_gradients_of_spans_are_their_differences(implementation):
         return torch.nn.functional.cross_entropy(model(rows).logits[:, :-1].flatten(0, 1), rows[:, 1:].flatten())
 
     loss().backward()
-    for mask, shares in zip(model.span_masks, SHARES):
+    for mask, shares in zip(learned(model), SHARES):
         for head, share in enumerate(shares.tolist()):
             if not 0 < share < 1:
                 continue
@@ -104,12 +109,12 @@ def test_gradients_of_spans_are_their_differences(implementation):
 
 
 def test_spans_come_back_from_an_end_and_go_no_further():
-    mask = made().span_masks[0]
+    mask = learned(made())[0]
     for share, pushes in ((-0.2, (0.0, -1.0)), (1.3, (1.0, 0.0)), (0.5, (1.0, -1.0))):
         for gradient, expected in zip((1.0, -1.0), pushes):
             mask.share.data.fill_(share)
             mask.share.grad = None
-            (gradient * mask.span / TINY["max_span"]).sum().backward()
+            (gradient * mask() / TINY["max_span"]).sum().backward()
             assert mask.share.grad.tolist() == [expected] * 4
 
 
@@ -117,7 +122,7 @@ def test_spans_shrink_under_their_cost_alone():
     model = made(span_cost=1.0).train()
     model.lm_head.weight.data.zero_()  # so that nothing else moves them
     before = model.spans.detach()
-    optimizer = torch.optim.SGD([mask.share for mask in model.span_masks], lr=0.2)
+    optimizer = torch.optim.SGD([mask.share for mask in learned(model)], lr=0.2)
     rows = ids(2, 9)
     plain = model.eval()(rows, labels=rows).loss
     loss = model.train()(rows, labels=rows).loss
@@ -177,7 +182,7 @@ def test_frozen_spans_read_fewer_keys():
         )
 
     model = made(max_span=120, implementation="block_sparse")
-    for mask in model.span_masks:
+    for mask in learned(model):
         mask.share.data.fill_(0.05)
     before = pairs(model)
     model.freeze_spans()

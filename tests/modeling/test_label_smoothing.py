@@ -26,7 +26,8 @@ SMOOTHING = 0.1
 TARGETS = ("labels", "shift_labels", "counted_targets")
 CASES = cases()
 CAUSAL = [name for name, head in all_heads() if head is AutoModelForCausalLM]
-PLAIN = [name for name in CAUSAL if name != "compressive_transformer"]  # whose loss is of logits alone
+COSTLY = ("adaptive_span", "compressive_transformer", "universal_transformer")  # whose loss is not of logits alone
+PLAIN = [name for name in CAUSAL if name not in COSTLY]
 # Heads whose labels are at their own positions, and for which the Trainer's smoothing is right as it is.
 ALIGNED = [
     *(name for name in CASES if name.endswith("single_label_classification") and "compressive" not in name),
@@ -37,6 +38,9 @@ REFUSED = {
     "compressive_transformer-adaptive": "the compression learns by a loss that only the model has",
     "compressive_transformer-auto_encoding": "the compression learns by a loss that only the model has",
     "compressive_transformer-single_label_classification": "the compression learns by a loss that only the model has",
+    "adaptive_span-CausalLM": "spans pay a cost that only the model knows",
+    "universal_transformer-CausalLM": "halting learns by a cost that only the model has",
+    "universal_transformer-Seq2SeqLM": "halting learns by a cost that only the model has",
     "image_transformer-mixture-CausalLM": "a mixture of logistics has its own, unsmoothed",
     "image_transformer-mixture-Seq2SeqLM": "a mixture of logistics has its own, unsmoothed",
     "rope_decoder-next_token": "This batch came without its labels",

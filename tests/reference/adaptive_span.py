@@ -23,7 +23,7 @@ def attention(module, states: torch.Tensor, config) -> torch.Tensor:
     for t in range(len(states)):
         outputs = []
         for h in range(heads):
-            span = config.max_span * min(max(float(module.mask.share[h]), 0.0), 1.0)
+            span = config.max_span * min(max(float(module.mask.spans.share[h]), 0.0), 1.0)
             mine, keys = slice(h * size, (h + 1) * size), slice(h // group * size, (h // group + 1) * size)
             q = rotate((module.q_proj.weight @ states[t])[mine], t, 10000, "half", size)
             weights, values = [], []
