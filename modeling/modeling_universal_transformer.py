@@ -93,14 +93,14 @@ class FixedDepth(nn.Module):
 
 
 class HaltingUnit(nn.Linear):
-    """The probability [B, T] that a position is ready, of states [B, T, hidden]; after two steps at first."""
+    """The logit [B, T, 1] of the probability that a position is ready, of states [B, T, hidden]."""
 
     def __init__(self, config: UniversalTransformerConfig):
         super().__init__(config.hidden_size, 1)
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         # No matrix product: with one row it may round as weights happen to lie in memory, and halting has a threshold.
-        return torch.sigmoid((states * self.weight[0]).float().sum(dim=-1) + self.bias.float())
+        return (states * self.weight[0]).sum(dim=-1, keepdim=True) + self.bias
 
 
 class AdaptiveDepth(nn.Module):
@@ -130,7 +130,7 @@ class AdaptiveDepth(nn.Module):
                     break
                 walk.remember(entered, step)
                 continue
-            probability = self.halting(entered)
+            probability = torch.sigmoid(self.halting(entered)[..., 0].float())
             states = walk.apply(entered, step)
             halts = ~halted & ((halting_sum + probability > self.threshold) | (step == walk.steps - 1))
             remainder = 1 - halting_sum
