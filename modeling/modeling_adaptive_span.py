@@ -10,8 +10,6 @@ has learned relative ones.
 Shapes: B batch, T tokens, H heads, L distances.
 """
 
-import math
-
 import torch
 from torch import nn
 from transformers import initialization as init
@@ -31,6 +29,10 @@ from .modeling_rope_decoder import (
     check_scored,
 )
 from .positions import BiasByDistance, nothing_seen_is_zero
+
+UNSEEN = (
+    -1e4
+)  # a bias after which a weight is exactly 0; rows of a part may have no other, and infinities no difference
 
 
 class Within(torch.autograd.Function):
@@ -81,7 +83,7 @@ class SpanMask(BiasByDistance):
         ramp = self.config.span_ramp
         mask = ((ramp + self.spans()[:, None] - distances) / ramp).clamp(max=1)
         seen = mask > 0
-        return torch.where(seen, mask, 1.0).log().masked_fill(~seen, -math.inf)
+        return torch.where(seen, mask, 1.0).log().masked_fill(~seen, UNSEEN)
 
 
 def places(model: "AdaptiveSpanModel", inputs_embeds, attention_mask, position_ids, past_key_values) -> dict:

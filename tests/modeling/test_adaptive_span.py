@@ -79,6 +79,19 @@ def test_backends_agree_in_outputs_and_gradients(implementation, frozen):
         torch.testing.assert_close(found, expected, atol=3e-5, rtol=1e-3)
 
 
+def test_short_spans_in_long_rows():
+    """Where whole tiles of keys are seen by no query."""
+    rows, results = ids(1, 300), []
+    for backend in ("eager", "block_sparse"):
+        model = made(implementation=backend, max_span=256).train()
+        for spans in learned(model):
+            spans.share.data.mul_(0.05)
+        output = model(rows, labels=rows)
+        output.loss.backward()
+        results.append((output.logits, {name: p.grad for name, p in model.named_parameters()}))
+    torch.testing.assert_close(*results[::-1], atol=3e-5, rtol=1e-3)
+
+
 @torch.no_grad()
 def test_flex_attention_agrees():
     rows = ids(2, 33)
