@@ -56,19 +56,24 @@ def rotations(model: "RoPEDecoderModel", inputs_embeds, attention_mask, position
 
 def scored_distances(model: "RoPEDecoderModel", inputs_embeds, attention_mask, position_ids, past_key_values) -> dict:
     """The same as a bias on the scores, which depends on the head and the distance alone."""
-    encoding, implementation = model.config.position_encoding, model.config._attn_implementation
+    check_scored(model, f"position_encoding={model.config.position_encoding!r}", past_key_values)
+    queries, keys = query_and_key_positions(inputs_embeds, attention_mask, position_ids, past_key_values)
+    return {"position_bias": model.positions.prepare(queries, keys, True, inputs_embeds, model.local_heads)}
+
+
+def check_scored(model: "RoPEDecoderModel", who: str, past_key_values: Cache | None) -> None:
+    """Raise ValueError where backend or cache cannot give `who` adds to the scores what it needs."""
+    implementation = model.config._attn_implementation
     if implementation not in PATTERN_BACKENDS:
         raise ValueError(
-            f"attn_implementation={implementation!r} adds no bias to the scores, which position_encoding={encoding!r} "
-            f"needs; use {', '.join(map(repr, PATTERN_BACKENDS))}."
+            f"attn_implementation={implementation!r} adds no bias to the scores, which {who} needs; use "
+            f"{', '.join(map(repr, PATTERN_BACKENDS))}."
         )
     if hasattr(past_key_values, "announce"):
         raise ValueError(
-            f"position_encoding={encoding!r} needs every past key, which a pattern-aware cache does not keep; pass "
+            f"{who} needs every past key, which a pattern-aware cache does not keep; pass "
             "past_key_values=DynamicCache()."
         )
-    queries, keys = query_and_key_positions(inputs_embeds, attention_mask, position_ids, past_key_values)
-    return {"position_bias": model.positions.prepare(queries, keys, True, inputs_embeds, model.local_heads)}
 
 
 def no_positions(*said) -> dict:
@@ -144,10 +149,12 @@ class RoPEDecoderMLP(nn.Module):
 class RoPEDecoderBlock(GradientCheckpointingLayer):
     """Residual block with pre-norm."""
 
+    attention_class = RoPEDecoderAttention
+
     def __init__(self, config: RoPEDecoderConfig, layer_idx: int):
         super().__init__()
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.self_attn = RoPEDecoderAttention(config, layer_idx)
+        self.self_attn = self.attention_class(config, layer_idx)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = RoPEDecoderMLP(config)
         self.chunk_size = config.chunk_size_feed_forward
@@ -204,12 +211,14 @@ class RoPEDecoderPreTrainedModel(PatternBackend, PreTrainedModel):
 class RoPEDecoderModel(RoPEDecoderPreTrainedModel):
     """The decoder without a head: ids or embeddings in, hidden states [B, T, hidden] out."""
 
+    block_class = RoPEDecoderBlock
+
     def __init__(self, config: RoPEDecoderConfig):
         super().__init__(config)
         patterns = Full() if config.attention_patterns is None else config.attention_patterns
         self.patterns = patterns_for_layers(patterns, config.num_hidden_layers)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(RoPEDecoderBlock(config, i) for i in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(self.block_class(config, i) for i in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.order_of = ORDERS[config.position_encoding]
         if self.order_of is rotations:
@@ -286,6 +295,7 @@ class RoPEDecoderModel(RoPEDecoderPreTrainedModel):
 class RoPEDecoderForCausalLM(CausalLMHead, RoPEDecoderPreTrainedModel, PatternCacheGenerationMixin):
     """The decoder with a linear layer to the next token's logits."""
 
+    model_class = RoPEDecoderModel
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
@@ -293,7 +303,7 @@ class RoPEDecoderForCausalLM(CausalLMHead, RoPEDecoderPreTrainedModel, PatternCa
 
     def __init__(self, config: RoPEDecoderConfig):
         super().__init__(config)
-        self.model = RoPEDecoderModel(config)
+        self.model = self.model_class(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self._can_compile_fullgraph = not self.scores_distances  # whose length is looked at
         self.post_init()

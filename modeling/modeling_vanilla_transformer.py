@@ -24,6 +24,7 @@ from transformers.modeling_outputs import (
     BaseModelOutput,
     BaseModelOutputWithPastAndCrossAttentions,
     CausalLMOutputWithCrossAttentions,
+    CausalLMOutputWithPast,
     Seq2SeqLMOutput,
     Seq2SeqModelOutput,
 )
@@ -368,6 +369,11 @@ class VanillaTransformerStack(VanillaTransformerPreTrainedModel):
             paged: the keys are in the cache of continuous batching, which made a mask for all that it holds.
             seen: what else `layer_masks` takes.
         """
+        masks, queries, order = self.place(embeddings, attention_mask, position_ids, past_key_values, paged)
+        return self.positions.embed(embeddings, queries), masks, order
+
+    def place(self, embeddings, attention_mask, position_ids, past_key_values, paged: bool = False) -> tuple:
+        """A mask for each layer, the positions [B or 1, T] of the tokens, and what the layers need to know of them."""
         if paged:
             masks, queries, keys = [attention_mask] * len(self.layers), position_ids, position_ids
         else:
@@ -385,8 +391,13 @@ class VanillaTransformerStack(VanillaTransformerPreTrainedModel):
         if self.positions.num_positions is not None:
             counted_to = keys.shape[1] if position_ids is None else None
             check_positions(queries, self.positions.num_positions, counted_to)
-        order = self.positions.prepare(queries, keys, self.is_causal, embeddings, self.local_heads)
-        return self.positions.embed(embeddings, queries), masks, order
+        return masks, queries, self.positions.prepare(queries, keys, self.is_causal, embeddings, self.local_heads)
+
+    def apply_layers(self, hidden_states: torch.Tensor, masks: list, *others, **kwargs) -> torch.Tensor:
+        """[B, T, hidden] through all blocks, which take `others` and `kwargs` alike."""
+        for layer, mask in zip(self.layers, masks):
+            hidden_states = layer(hidden_states, mask, *others, **kwargs)
+        return hidden_states
 
 
 class VanillaTransformerEncoder(VanillaTransformerStack):
@@ -421,8 +432,10 @@ class VanillaTransformerEncoder(VanillaTransformerStack):
         check_some_token(attention_mask)
         hidden_states, masks, order = self.prepare(embeddings, attention_mask)
         hidden_states = self.dropout(self.embedding_norm(hidden_states))
-        for layer, mask in zip(self.layers, masks):
-            hidden_states = layer(hidden_states, mask, order=order, **kwargs)
+        return self.finish(self.apply_layers(hidden_states, masks, order=order, **kwargs))
+
+    def finish(self, hidden_states: torch.Tensor) -> BaseModelOutput:
+        """What the stack returns of what its blocks made."""
         return BaseModelOutput(last_hidden_state=self.norm(hidden_states))
 
 
@@ -441,7 +454,11 @@ class VanillaTransformerDecoder(VanillaTransformerStack):
         blocks = [VanillaTransformerDecoderBlock(config, i) for i in range(config.decoder_layers)]
         super().__init__(config, config.vocab_size_of_decoder, config.patterns_of_decoder, blocks)
         self.post_init()
-        if hasattr(blocks[0], "cross_attn"):
+        self.plan_cross_attention()
+
+    def plan_cross_attention(self) -> None:
+        """How tensor parallelism cuts cross-attention, where there is any."""
+        if hasattr(self.layers[0], "cross_attn"):
             attention = {"q_proj": "colwise", "k_proj": "colwise", "v_proj": "colwise", "o_proj": "rowwise"}
             self.tp_plan.update({f"layers.*.cross_attn.{name}": style for name, style in attention.items()})
 
@@ -490,16 +507,21 @@ class VanillaTransformerDecoder(VanillaTransformerStack):
         cross_mask = None
         if encoder_hidden_states is not None:
             cross_mask = cross_attention_mask(self.config, embeddings, encoder_hidden_states, encoder_attention_mask)
-        for layer, mask in zip(self.layers, masks):
-            hidden_states = layer(
-                hidden_states,
-                mask,
-                encoder_hidden_states,  # not by name, so that gradients flow through under checkpointing
-                encoder_attention_mask=cross_mask,
-                order=order,
-                past_key_values=past_key_values,
-                **kwargs,
-            )
+        hidden_states = self.apply_layers(
+            hidden_states,
+            masks,
+            encoder_hidden_states,  # not by name, so that gradients flow through under checkpointing
+            encoder_attention_mask=cross_mask,
+            order=order,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+        return self.finish(hidden_states, past_key_values)
+
+    def finish(
+        self, hidden_states: torch.Tensor, past_key_values: Cache | None
+    ) -> BaseModelOutputWithPastAndCrossAttentions:
+        """What the stack returns of what its blocks made."""
         return BaseModelOutputWithPastAndCrossAttentions(
             last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values
         )
@@ -519,12 +541,13 @@ class VanillaTransformerDecoder(VanillaTransformerStack):
 class VanillaTransformerModel(VanillaTransformerPreTrainedModel):
     """Encoder and decoder without a head: hidden states [B, T, hidden] of the target."""
 
+    encoder_class, decoder_class = VanillaTransformerEncoder, VanillaTransformerDecoder
     _tied_weights_keys = {"encoder.embed_tokens.weight": "decoder.embed_tokens.weight"}
 
     def __init__(self, config: VanillaTransformerConfig):
         super().__init__(as_encoder_decoder(config, True))
-        self.encoder = VanillaTransformerEncoder(self.config)
-        self.decoder = VanillaTransformerDecoder(self.config)
+        self.encoder = self.encoder_class(self.config)
+        self.decoder = self.decoder_class(self.config)
         if not self.config.share_embeddings:
             self._tied_weights_keys = {}
         self.post_init()
@@ -586,6 +609,12 @@ class VanillaTransformerModel(VanillaTransformerPreTrainedModel):
             use_cache=use_cache,
             **kwargs,
         )
+        return self.join(encoder_outputs, outputs)
+
+    def join(
+        self, encoder_outputs: BaseModelOutput, outputs: BaseModelOutputWithPastAndCrossAttentions
+    ) -> Seq2SeqModelOutput:
+        """One output of both stacks'."""
         return Seq2SeqModelOutput(
             last_hidden_state=outputs.last_hidden_state,
             past_key_values=outputs.past_key_values,
@@ -617,6 +646,7 @@ class VanillaTransformerGenerationMixin(PatternCacheGenerationMixin):
 class VanillaTransformerForConditionalGeneration(VanillaTransformerPreTrainedModel, VanillaTransformerGenerationMixin):
     """Encoder and decoder with a linear layer to the next target token's logits (section 3.4)."""
 
+    model_class = VanillaTransformerModel
     _tp_plan = {"lm_head": "colwise_gather_output"}
 
     def __init__(self, config: VanillaTransformerConfig):
@@ -624,7 +654,7 @@ class VanillaTransformerForConditionalGeneration(VanillaTransformerPreTrainedMod
         self.loss_type = "ForMaskedLM"  # aligned with the labels; the name of the class would make it the shifting one
         self.loss_function = label_smoothed_loss
         self.loss_and_logits = loss_by_config(config, shifted=False)
-        self.model = VanillaTransformerModel(self.config)
+        self.model = self.model_class(self.config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size_of_decoder, bias=config.output_bias)
         self._tied_weights_keys = {"lm_head.weight": "model.decoder.embed_tokens.weight"}
         if config.share_embeddings:
@@ -678,6 +708,10 @@ class VanillaTransformerForConditionalGeneration(VanillaTransformerPreTrainedMod
         loss, logits = self.loss_and_logits(
             self.lm_head, function, states, labels=labels, label_smoothing=smoothing, **kwargs
         )
+        return self.finish(loss, logits, outputs)
+
+    def finish(self, loss: torch.Tensor | None, logits: torch.Tensor | None, outputs: Seq2SeqModelOutput):
+        """What the head returns beside what its model did."""
         return Seq2SeqLMOutput(
             loss=loss,
             logits=logits,
@@ -705,11 +739,12 @@ class VanillaTransformerForConditionalGeneration(VanillaTransformerPreTrainedMod
 class VanillaTransformerDecoderModel(VanillaTransformerPreTrainedModel):
     """The decoder alone, under the name that it has beside an encoder, so that it takes such a checkpoint's weights."""
 
+    decoder_class = VanillaTransformerDecoder
     _no_split_modules = ["VanillaTransformerDecoderBlock"]
 
     def __init__(self, config: VanillaTransformerConfig):
         super().__init__(config)
-        self.decoder = VanillaTransformerDecoder(config)
+        self.decoder = self.decoder_class(config)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -725,13 +760,14 @@ class VanillaTransformerDecoderModel(VanillaTransformerPreTrainedModel):
 class VanillaTransformerForCausalLM(CausalLMHead, VanillaTransformerPreTrainedModel, VanillaTransformerGenerationMixin):
     """The decoder alone as a language model; with add_cross_attention it may attend to an encoder's states."""
 
+    model_class = VanillaTransformerDecoderModel
     _no_split_modules = ["VanillaTransformerDecoderBlock"]
     _tied_weights_keys = {"lm_head.weight": "model.decoder.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
 
     def __init__(self, config: VanillaTransformerConfig):
         super().__init__(as_encoder_decoder(config, False))
-        self.model = VanillaTransformerDecoderModel(self.config)
+        self.model = self.model_class(self.config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size_of_decoder, bias=config.output_bias)
         self.post_init()
 
@@ -770,6 +806,10 @@ class VanillaTransformerForCausalLM(CausalLMHead, VanillaTransformerPreTrainedMo
             **kwargs,
         )
         predicted = self.predict(outputs, labels, logits_to_keep, **kwargs)
+        return self.finish(predicted, outputs)
+
+    def finish(self, predicted: CausalLMOutputWithPast, outputs: BaseModelOutputWithPastAndCrossAttentions):
+        """What the head returns beside what its model did."""
         return CausalLMOutputWithCrossAttentions(**predicted, cross_attentions=outputs.cross_attentions)
 
 

@@ -194,6 +194,36 @@ def draw_stacks(file: Path, titles: Sequence[str], source: int = 8, target: int 
     plots.save(figure, file)
 
 
+@plots.styled
+def draw_steps(file: Path, taken: Sequence[int] = (2, 4, 1, 5, 3, 2, 4)) -> None:
+    """Which steps positions are computed in (filled), and which they are copied through."""
+    figure = plots.new_figure(4.2, 2.8)
+    axes = figure.subplots()
+    steps = np.arange(1, max(taken) + 1)[:, None]
+    axes.imshow(steps <= np.array(taken), cmap=ListedColormap(["#e8ecf0", "#2f6fb7"]), vmin=0, vmax=1)
+    axes.set(xlabel="position", ylabel="step", yticks=range(len(steps)), yticklabels=steps[:, 0])
+    axes.set(xticks=range(len(taken)), xticklabels=range(len(taken)))
+    axes.set_title("computed, and copied once halted", **plots.PANEL_TITLE)
+    axes.set_xticks(np.arange(0.5, len(taken) - 1), minor=True)
+    axes.set_yticks(np.arange(0.5, len(steps) - 1), minor=True)
+    axes.grid(which="minor", color="white", linewidth=1)
+    axes.tick_params(which="both", length=0)
+    plots.save(figure, file)
+
+
+@plots.styled
+def draw_spans(file: Path, spans: Sequence[int] = (0, 6, 16, 30), ramp: int = 8, length: int = 48) -> None:
+    """How much each head's soft mask lets through, by distance."""
+    figure = plots.new_figure(4.6, 2.4)
+    axes = figure.subplots()
+    distances = np.arange(length)
+    for span in spans:
+        axes.plot(distances, np.clip((ramp + span - distances) / ramp, 0, 1), linewidth=1.4, label=f"span {span}")
+    axes.set(xlabel="tokens back", ylabel="soft mask", ylim=(-0.03, 1.05))
+    axes.legend(fontsize=8)
+    plots.save(figure, file)
+
+
 def main() -> None:
     for system in SYSTEMS:
         make_page(system.name, system.prefix)
@@ -201,6 +231,8 @@ def main() -> None:
             draw(system.name)
     draw_windows(FOLDER / "swin_transformer.png")
     draw_compression(FOLDER / "compressive_transformer.png")
+    draw_spans(FOLDER / "adaptive_span.png")
+    draw_steps(FOLDER / "universal_transformer.png")
     draw_stacks(FOLDER / "vanilla_encoder.png", ["encoder on itself"])
     draw_stacks(FOLDER / "vanilla_transformer.png", ["encoder on itself", "decoder on itself", "decoder on encoder"])
 

@@ -29,12 +29,19 @@ MAY_IMPORT = {
 }
 # Systems that their own paper presents as an extension of another.
 EXTENDS = {
+    "configuration_adaptive_span": "configuration_rope_decoder",
+    "modeling_adaptive_span": "modeling_rope_decoder",
     "configuration_compressive_transformer": "configuration_transformer_xl",
     "configuration_long_encoder": "configuration_vanilla_encoder",
     "configuration_vanilla_encoder": "configuration_vanilla_transformer",
     "configuration_xl_sparse": "configuration_transformer_xl",
     "modeling_compressive_transformer": "modeling_transformer_xl",
     "modeling_long_encoder": "modeling_vanilla_encoder",
+    "configuration_universal_transformer": "configuration_vanilla_transformer",
+    "configuration_vanilla_encoder": "configuration_vanilla_transformer",
+    "configuration_xl_sparse": "configuration_transformer_xl",
+    "modeling_compressive_transformer": "modeling_transformer_xl",
+    "modeling_universal_transformer": "modeling_vanilla_transformer",
     "modeling_vanilla_encoder": "modeling_vanilla_transformer",
     "modeling_xl_sparse": "modeling_transformer_xl",
 }

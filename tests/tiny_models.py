@@ -69,6 +69,7 @@ class Tiny(NamedTuple):
 
 
 TINY = {
+    "adaptive_span": Tiny({**SMALL, "max_span": 6, "span_ramp": 3, "initial_span": 3}),
     "compressive_transformer": Tiny({**SMALL, "mem_len": 16, "compressed_mem_len": 8}, recurrent=True),
     "image_transformer": Tiny({**SMALL, "image_size": 8, "num_channels": 1}),
     "long_encoder": Tiny(
@@ -97,6 +98,7 @@ TINY = {
         hierarchical=True,
     ),
     "transformer_xl": Tiny({**SMALL, "mem_len": 16}, recurrent=True),
+    "universal_transformer": Tiny({**SMALL, "adaptive": True}, inputs=translation_inputs),
     "vanilla_encoder": Tiny(),
     "vanilla_transformer": Tiny(inputs=translation_inputs),
     "xl_sparse": Tiny({**SMALL, "mem_len": 16}, recurrent=True),

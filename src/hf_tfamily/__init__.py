@@ -29,6 +29,7 @@ from .modeling.attention_patterns import (
     Window2D,
 )
 from .modeling.cache_patterns import PatternCache
+from .modeling.configuration_adaptive_span import AdaptiveSpanConfig
 from .modeling.configuration_compressive_transformer import CompressiveTransformerConfig
 from .modeling.configuration_image_transformer import ImageTransformerConfig
 from .modeling.configuration_long_encoder import BigBirdBlocks, LongEncoderConfig
@@ -36,10 +37,17 @@ from .modeling.configuration_rope_decoder import RoPEDecoderConfig
 from .modeling.configuration_sparse_transformer import SparseTransformerConfig
 from .modeling.configuration_swin_transformer import SwinTransformerConfig
 from .modeling.configuration_transformer_xl import TransformerXLConfig
+from .modeling.configuration_universal_transformer import UniversalTransformerConfig
 from .modeling.configuration_vanilla_encoder import VanillaEncoderConfig
 from .modeling.configuration_vanilla_transformer import VanillaTransformerConfig
 from .modeling.configuration_xl_sparse import XLSparseConfig
 from .modeling.memory_segments import SegmentMemory
+from .modeling.modeling_adaptive_span import (
+    AdaptiveSpan,
+    AdaptiveSpanForCausalLM,
+    AdaptiveSpanModel,
+    AdaptiveSpanPreTrainedModel,
+)
 from .modeling.modeling_compressive_transformer import (
     CompressiveMemory,
     CompressiveTransformerForCausalLM,
@@ -90,6 +98,13 @@ from .modeling.modeling_transformer_xl import (
     TransformerXLModel,
     TransformerXLPreTrainedModel,
 )
+from .modeling.modeling_universal_transformer import (
+    UniversalTransformer,
+    UniversalTransformerForCausalLM,
+    UniversalTransformerForConditionalGeneration,
+    UniversalTransformerModel,
+    UniversalTransformerPreTrainedModel,
+)
 from .modeling.modeling_vanilla_encoder import (
     VanillaEncoder,
     VanillaEncoderForMaskedLM,
@@ -134,6 +149,11 @@ def __dir__() -> list[str]:
 
 
 __all__ = [
+    "AdaptiveSpan",
+    "AdaptiveSpanConfig",
+    "AdaptiveSpanForCausalLM",
+    "AdaptiveSpanModel",
+    "AdaptiveSpanPreTrainedModel",
     "BigBirdBlocks",
     "Block1D",
     "Block2D",
@@ -197,6 +217,12 @@ __all__ = [
     "TransformerXLModel",
     "TransformerXLPreTrainedModel",
     "Union",
+    "UniversalTransformer",
+    "UniversalTransformerConfig",
+    "UniversalTransformerForCausalLM",
+    "UniversalTransformerForConditionalGeneration",
+    "UniversalTransformerModel",
+    "UniversalTransformerPreTrainedModel",
     "VanillaEncoder",
     "VanillaEncoderConfig",
     "VanillaEncoderForMaskedLM",

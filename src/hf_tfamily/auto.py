@@ -36,6 +36,7 @@ class System(NamedTuple):
 
 
 SYSTEMS = [
+    System("adaptive_span", "AdaptiveSpan", {AutoModel: "Model", AutoModelForCausalLM: "ForCausalLM"}),
     System(
         "compressive_transformer",
         "CompressiveTransformer",
@@ -104,6 +105,15 @@ SYSTEMS = [
             AutoModel: "Model",
             AutoModelForCausalLM: "ForCausalLM",
             AutoModelForSequenceClassification: "ForSequenceClassification",
+        },
+    ),
+    System(
+        "universal_transformer",
+        "UniversalTransformer",
+        {
+            AutoModel: "Model",
+            AutoModelForSeq2SeqLM: "ForConditionalGeneration",
+            AutoModelForCausalLM: "ForCausalLM",
         },
     ),
     System(

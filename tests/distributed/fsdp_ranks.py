@@ -68,7 +68,7 @@ def train_by_hand(case: Case) -> dict:
         fully_shard(block)
     fully_shard(model)
     assert {type(block).__bases__[-1].__name__ for block in blocks} == set(model._no_split_modules)
-    assert len(blocks) > 1
+    assert len(blocks) > 1 or case.name == "universal_transformer"  # whose decoder is one, applied again and again
     assert sum(isinstance(module, FSDPModule) for module in model.modules()) == len(blocks) + 1
     assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
     optimizer, losses = optimizer_of(model), []

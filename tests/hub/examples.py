@@ -29,7 +29,7 @@ def repository(name: str) -> str:
 def main_head(name: str) -> type:
     """The Auto class that a system is mostly used with."""
     heads = {auto_class.__name__: auto_class for auto_class in _system(name).heads}
-    if name == "vanilla_transformer":  # which has a decoder alone as well
+    if name in ("universal_transformer", "vanilla_transformer"):  # which have a decoder alone as well
         return heads["AutoModelForSeq2SeqLM"]
     return next(heads[head] for head in MAIN_HEADS if head in heads)
 

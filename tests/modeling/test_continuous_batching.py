@@ -31,6 +31,7 @@ REFUSED = [
     ("vanilla_transformer", {"position_encoding": "relative"}, "position_encoding='relative'"),
     ("vanilla_transformer", {"position_encoding": "transformer_xl"}, "position_encoding='transformer_xl'"),
     ("vanilla_transformer", {"position_encoding": "alibi"}, "position_encoding='alibi'"),
+    ("universal_transformer", {}, "go by step"),
     ("rope_decoder", {"position_encoding": "t5"}, "position_encoding='t5'"),
     *((name, {}, "no memory of segments") for name in TINY if TINY[name].recurrent),
 ]

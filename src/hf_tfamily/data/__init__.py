@@ -14,6 +14,7 @@ from typing import Any
 
 from ..modeling.attention_patterns import nearest
 from ..value_types import annotations_of, check_value
+from .algorithms import AlgorithmPairs, algorithms
 from .audio import audio_files, mu_law_decode, mu_law_encode, write_wav
 from .augmentation import Augmentation
 from .enlargement import EnlargementPairs, photo_enlargements
@@ -34,7 +35,7 @@ SOURCES: dict[str, Callable[..., LoadedData]] = {
         *(bible, text_file, hub_text, audio_files),
         *(bible_stream, text_file_stream, hub_word_stream),
         *(libreoffice_help, translation_files),
-        bible_masked,
+        *(bible_masked, algorithms),
     )
 }
 
@@ -80,6 +81,7 @@ def check_data(data: Mapping[str, Any]) -> None:
 
 __all__ = [
     "SOURCES",
+    "AlgorithmPairs",
     "EnlargementPairs",
     "LabelledImages",
     "LoadedData",

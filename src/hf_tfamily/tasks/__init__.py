@@ -8,6 +8,7 @@ import inspect
 
 from ..data import SOURCES
 from ..recipes import Recipe
+from .algorithms import AlgorithmTask
 from .base import Task
 from .image_classification import ImageClassificationTask
 from .masked_text import MaskedTextTask
@@ -23,6 +24,7 @@ TASKS: tuple[Task, ...] = (
     SuperResolutionTask(),
     ImageClassificationTask(),
     MaskedTextTask(),
+    AlgorithmTask(),
 )
 
 
