@@ -164,12 +164,12 @@ def test_a_store_that_was_cut_off_is_gone_on_with(tmp_path):
 def test_a_finished_store_is_replaced_only_if_asked(tmp_path):
     model, folder = tiny("llama"), tmp_path / "store"
     knn.build_datastore(model, text(30), folder)
-    with pytest.raises(RunError, match="exists already.*--overwrite"):
+    with pytest.raises(RunError, match=r"exists already.*--overwrite"):
         knn.build_datastore(model, text(30), folder)
     assert len(knn.build_datastore(model, text(40), folder, overwrite=True)) == 39
     other = tmp_path / "other"
     other.mkdir()
-    with pytest.raises(RunError, match="exists already; choose another folder"):
+    with pytest.raises(RunError, match=r"exists already; choose another folder"):
         knn.build_datastore(model, text(30), other, overwrite=True)
 
 
@@ -278,7 +278,7 @@ def test_states_that_are_not_finite_are_refused(tmp_path):
     model = tiny("llama")
     with torch.no_grad():
         model.model.layers[1].post_attention_layernorm.weight.mul_(1e6)
-    with pytest.raises(ValueError, match="beyond what float16 holds.*--dtype float32"):
+    with pytest.raises(ValueError, match=r"beyond what float16 holds.*--dtype float32"):
         knn.build_datastore(model, text(30), tmp_path / "large")
     with torch.no_grad():
         model.model.layers[1].post_attention_layernorm.weight.fill_(float("nan"))

@@ -51,8 +51,6 @@ def test_greedy_equals_one_token_after_the_other(pair, use_cache):
 
 def test_rows_padded_on_the_left_go_on_as_alone(pair):
     model, store = pair
-    if hasattr(model.config, "mem_len"):
-        pytest.skip("covered by the models' own tests")
     rows = [prompt()[0:1], prompt()[1:2, :4]]
     padded = torch.zeros(2, 7, dtype=torch.long)
     padded[0], padded[1, 3:] = rows[0][0], rows[1][0]
@@ -107,5 +105,5 @@ def test_what_cannot_be_told_is_refused(tmp_path):
             with pytest.raises(ValueError, match="neither with assisted generation nor with guidance_scale"):
                 model.generate(prompt(1).repeat(1, 3), **arguments, **option)
     assert not model._forward_pre_hooks
-    with pytest.raises(ValueError, match="is no PreTrainedModel.*merge_and_unload"):
+    with pytest.raises(ValueError, match=r"is no PreTrainedModel.*merge_and_unload"):
         knn.KNNLogitsProcessor(torch.nn.Linear(2, 2), store)

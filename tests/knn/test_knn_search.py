@@ -164,7 +164,9 @@ def run(monkeypatch):
 @pytest.fixture
 def folder(tmp_path):
     """A byte-level model and two texts."""
-    from tests.tiny_models import AutoModelForCausalLM, tiny_model
+    from transformers import AutoModelForCausalLM
+
+    from tests.tiny_models import tiny_model
 
     export(tiny_model("rope_decoder", AutoModelForCausalLM, vocab_size=257), tmp_path / "model", byte_tokenizer())
     (tmp_path / "seen.txt").write_text("In the beginning was the word. " * 10)

@@ -12,7 +12,7 @@ from .datastore import Datastore
 from .evaluation import K
 from .interpolation import check_lambda, check_temperature, interpolate, knn_log_distribution
 from .search import NPROBE
-from .states import StateRecorder
+from .states import StateRecorder, check_model
 
 
 class KNNLogitsProcessor(LogitsProcessor):
@@ -51,6 +51,7 @@ class KNNLogitsProcessor(LogitsProcessor):
             ValueError: for a store of another model or tokenizer, k beyond the store, lambda outside [0, 1], a
                 temperature that is not above 0.
         """
+        check_model(model)
         check_lambda(lmbda)
         check_temperature(temperature)
         self.k = min(K, len(store)) if k is None else k
