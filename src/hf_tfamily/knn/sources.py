@@ -10,6 +10,7 @@ from ..data import TextStreams, TokenSequences, load_data
 from ..data.text_lines import read_text
 from ..finished import best_device
 from ..recipes import load_recipe
+from ..tasks import task_of
 
 
 def load_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -38,9 +39,10 @@ def read_tokens(
         raise ValueError("Say what to read: --text FILE, or --data RECIPE.")
     if texts:
         return [_ids_of(tokenizer, path) for path in texts]
-    data = load_data(load_recipe(recipe, overrides).data)
-    if not isinstance(data, (TextStreams, TokenSequences)):
+    loaded = load_recipe(recipe, overrides)
+    if task_of(loaded).data_class not in (TextStreams, TokenSequences):
         raise ValueError(f"{recipe} is no recipe of text or of token sequences.")
+    data = load_data(loaded.data)
     if data.processor is not None and getattr(data.processor, "get_vocab", dict)() != tokenizer.get_vocab():
         raise ValueError(f"The ids of {recipe} are not those of this model's tokenizer; give its text by --text.")
     part = data.eval if held_out else data.train
