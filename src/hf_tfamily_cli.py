@@ -1,4 +1,4 @@
-"""The command `hf-tfamily`: train, evaluate, sample, push, convert, consolidate, show, info, recipes.
+"""The command `hf-tfamily`: train, evaluate, sample, push, convert, consolidate, show, info, recipes, knn.
 
 What is wrong with a request is said in one line, with exit code 2. A module of its own, outside the package: that
 imports torch, which the commands need and `--help` does not.
@@ -337,6 +337,143 @@ def recipes() -> None:
         loaded = [load_recipe(name) for name in list_recipes()]
         rows = [(recipe.name, f"{recipe.parameters or 0:,}", recipe.title) for recipe in loaded]
         console.print(_table(["recipe", "parameters", "what it is"], rows))
+
+
+knn_app = typer.Typer(help="A memory outside the model: kNN-LM, for any causal language model.", no_args_is_help=True)
+app.add_typer(knn_app, name="knn")
+
+CausalModel = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Folder or Hub repository of a causal language model.")
+]
+Store = Annotated[Path, typer.Option(help="Folder of a datastore.", exists=True, file_okay=False)]
+Texts = Annotated[list[Path] | None, typer.Option("--text", help="UTF-8 file, as often as you like.", exists=True)]
+DataRecipe = Annotated[str | None, typer.Option("--data", metavar="RECIPE", help="The text of a recipe instead.")]
+Neighbours = Annotated[int | None, typer.Option("--k", help="Neighbours of a token [default: 1024, or all]")]
+Lists = Annotated[int, typer.Option(min=1, help="Lists of an ivfpq index that a token reads.")]
+Window = Annotated[int | None, typer.Option(min=1, help="Tokens read at once.")]
+Context = Annotated[int | None, typer.Option(min=0, help="Of them, those that only help to predict the others.")]
+
+
+@knn_app.command("build")
+def knn_build(
+    model: CausalModel,
+    output: Annotated[Path, typer.Option(help="New folder.")],
+    text: Texts = None,
+    data: DataRecipe = None,
+    overrides: Overrides = [],  # noqa: B006
+    keys: Annotated[str, typer.Option(help="ffn_input, final, or the name of a module.")] = "ffn_input",
+    window: Window = None,
+    context: Context = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Windows at once.")] = 4,
+    limit: Annotated[int | None, typer.Option(min=2, help="Tokens of each text to take [default: all]")] = None,
+    dtype: Annotated[str, typer.Option(help="Of keys: float16 or float32.")] = "float16",
+    index: Annotated[str, typer.Option(help="flat (exact), ivfpq, or auto, by size.")] = "auto",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a store that was cut off.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
+) -> None:
+    """Make a datastore: for every token of a text the model's state before it, and the token."""
+    with _one_line_errors():
+        from hf_tfamily import knn
+
+        _quiet()
+        loaded, tokenizer = knn.load_model(model)
+        documents = knn.read_tokens(tokenizer, text, data, overrides, held_out=False)
+        try:
+            store = knn.build_datastore(
+                loaded,
+                [document[:limit] for document in documents],
+                output,
+                tokenizer,
+                **{"keys": keys, "window": window, "context": context, "batch_size": batch_size},
+                **{"dtype": dtype, "index": index, "resume": resume, "overwrite": overwrite},
+                progress=True,
+                say=lambda line: console.print(escape(line), soft_wrap=True),
+            )
+        except KeyboardInterrupt:
+            errors.print("\nInterrupted. To go on, give the same command and --resume.")
+            raise typer.Exit(130) from None
+        console.print(
+            f"[bold]{len(store):,} entries[/] of width {store.keys.shape[1]}, {store.kind}: {escape(str(output))}"
+        )
+
+
+@knn_app.command("evaluate")
+def knn_evaluate(
+    model: CausalModel,
+    store: Store,
+    text: Texts = None,
+    data: DataRecipe = None,
+    overrides: Overrides = [],  # noqa: B006
+    k: Neighbours = None,
+    temperature: Annotated[float | None, typer.Option(help="Distances are divided by it [default: tuned]")] = None,
+    lmbda: Annotated[float | None, typer.Option("--lambda", help="Share of the neighbours [default: tuned]")] = None,
+    tuned_on: Annotated[float, typer.Option(help="Share of the text that tunes; the rest is reported.")] = 0.5,
+    nprobe: Lists = 32,
+    window: Window = None,
+    context: Context = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Windows at once.")] = 4,
+    limit: Annotated[int | None, typer.Option(min=2, help="Tokens of each text to take [default: all]")] = None,
+    rebuild_index: Annotated[
+        bool, typer.Option("--rebuild-index", help="First make the index anew: for a store of somebody else.")
+    ] = False,
+) -> None:
+    """Perplexity of a text with and without neighbours; of a recipe's data, the held-out part."""
+    with _one_line_errors():
+        from hf_tfamily import knn
+
+        _quiet()
+        opened = knn.Datastore(store)
+        loaded, tokenizer = knn.load_model(model)
+        documents = knn.read_tokens(tokenizer, text, data, overrides, held_out=True)
+        if rebuild_index:
+            opened.rebuild_index()
+        figures = knn.evaluate(
+            loaded,
+            opened,
+            [document[:limit] for document in documents],
+            tokenizer,
+            **{"k": k, "temperature": temperature, "lmbda": lmbda, "tuned_on": tuned_on, "nprobe": nprobe},
+            **{"window": window, "context": context, "batch_size": batch_size},
+            progress=True,
+        )
+        rows = [
+            ("the model alone", f"{figures['perplexity']:.3f}", f"{figures['bits_per_token']:.4f}"),
+            ("with neighbours", f"{figures['knn_perplexity']:.3f}", f"{figures['knn_bits_per_token']:.4f}"),
+        ]
+        console.print(_table([f"{figures['tokens']:,} tokens", "perplexity", "bits per token"], rows))
+        how = f"tuned on {figures['tuned_tokens']:,} tokens before" if figures["tuned_tokens"] else "as given"
+        console.print(
+            f"k = {figures['k']}, lambda = {figures['lmbda']:.2f}, temperature = {figures['temperature']:.6g} ({how}); "
+            f"{figures['found']:.1%} of the tokens follow one of their neighbours"
+        )
+
+
+@knn_app.command("sample")
+def knn_sample(
+    model: CausalModel,
+    store: Store,
+    prompt: Annotated[list[str], typer.Option(help="Text to go on with, as often as you like.")],
+    k: Neighbours = None,
+    temperature: Annotated[float, typer.Option(help="Distances are divided by it.")] = 1.0,
+    lmbda: Annotated[float, typer.Option("--lambda", help="Share of the neighbours.")] = 0.25,
+    nprobe: Lists = 32,
+    tokens: Annotated[int, typer.Option(min=1, help="New tokens.")] = 64,
+    greedy: Annotated[bool, typer.Option("--greedy", help="Take the likeliest token, do not draw.")] = False,
+    seed: Seed = 0,
+) -> None:
+    """Go on with a text, neighbours voting on each token."""
+    with _one_line_errors():
+        from transformers import set_seed
+
+        from hf_tfamily import knn
+
+        _quiet()
+        opened = knn.Datastore(store)
+        loaded, tokenizer = knn.load_model(model)
+        set_seed(seed)
+        options = {"lmbda": lmbda, "temperature": temperature, "k": k, "nprobe": nprobe}
+        for written in knn.continue_texts(loaded, opened, tokenizer, prompt, tokens, greedy, **options):
+            console.print(written, markup=False, soft_wrap=True)
 
 
 def _table(columns: list[str], rows: list[tuple[str, ...]]) -> Table:

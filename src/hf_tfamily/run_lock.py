@@ -27,7 +27,7 @@ def locked(file: Path) -> Iterator[None]:
             _sign(file)
     except Timeout:
         raise RunError(
-            f"{file} is held by {holder}, which trains into the same folder; wait for it, end it, or choose another "
+            f"{file} is held by {holder}, which writes into the same folder; wait for it, end it, or choose another "
             "--output."
         ) from None
     except OSError as error:

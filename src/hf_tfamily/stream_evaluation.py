@@ -27,6 +27,7 @@ def has_rolling_cache(model: PreTrainedModel) -> bool:
     """Is it a rotary decoder whose layers all see a window, so that its key/value cache may roll on for ever?"""
     patterns = getattr(model.config, "attention_patterns", None)
     rotary = getattr(model.config, "rope_parameters", None) is not None
+    rotary = rotary and not getattr(model, "scores_distances", False)  # of keys that are forgotten, too
     return rotary and isinstance(patterns, dict) and patterns.get("type") == "local"
 
 
