@@ -369,10 +369,10 @@ class VanillaTransformerStack(VanillaTransformerPreTrainedModel):
             paged: the keys are in the cache of continuous batching, which made a mask for all that it holds.
             seen: what else `layer_masks` takes.
         """
-        masks, queries, order = self.place(embeddings, attention_mask, position_ids, past_key_values, paged)
+        masks, queries, order = self.place(embeddings, attention_mask, position_ids, past_key_values, paged, **seen)
         return self.positions.embed(embeddings, queries), masks, order
 
-    def place(self, embeddings, attention_mask, position_ids, past_key_values, paged: bool = False) -> tuple:
+    def place(self, embeddings, attention_mask, position_ids, past_key_values, paged: bool = False, **seen) -> tuple:
         """A mask for each layer, the positions [B or 1, T] of the tokens, and what the layers need to know of them."""
         if paged:
             masks, queries, keys = [attention_mask] * len(self.layers), position_ids, position_ids
