@@ -14,7 +14,7 @@ from tests.hub.conftest import open_hub
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES = sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md"))
-NEEDS = {"tools.md": "peft"}
+NEEDS = {"tools.md": "peft", "knn_lm.md": "faiss"}
 MARK = "<!-- What follows is made by scripts/make_docs.py -->"
 each_page = pytest.mark.parametrize("page", PAGES)
 each_system = pytest.mark.parametrize("name", [system.name for system in SYSTEMS])
