@@ -26,8 +26,8 @@ RECIPE = "adaptive_span/bible"
 LENGTHS = (512, 2048, 8192)
 CLAIM = """\
 Sukhbaatar et al. 2019, section 4: most heads learn short spans, and only a few of them, in higher layers, look far
-back. Held to be found here if the median span is below half of the mean of the longest layer, and the longest layer is
-in the upper half.
+back. Held to be found here if some span is 1 or more, the median span is below half of the mean of the longest layer, and
+the longest layer is in the upper half.
 """
 
 
@@ -49,7 +49,7 @@ def draw(spans: np.ndarray, ramp: int, path: Path) -> None:
 def verdict(spans: np.ndarray) -> str:
     """What was found of CLAIM."""
     means = spans.mean(axis=1)
-    found = np.median(spans) < means.max() / 2 and means.argmax() >= len(spans) / 2
+    found = spans.max() >= 1 and np.median(spans) < means.max() / 2 and means.argmax() >= len(spans) / 2
     of_layers = ", ".join(f"{mean:.0f}" for mean in means)
     return (
         f"{'Found' if found else 'Not found at this size'}: the median span is {np.median(spans):.0f}, the longest "

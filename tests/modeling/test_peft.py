@@ -22,6 +22,7 @@ PATTERN = {"type": "local", "window": 4}
 RECURRENT = [name for name in TINY if TINY[name].recurrent]
 MAIN = {
     "swin_transformer": AutoModelForImageClassification,
+    "long_encoder": AutoModelForMaskedLM,
     "vanilla_encoder": AutoModelForMaskedLM,
     "vanilla_transformer": AutoModelForSeq2SeqLM,
 }
