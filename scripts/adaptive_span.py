@@ -26,8 +26,8 @@ RECIPE = "adaptive_span/bible"
 LENGTHS = (512, 2048, 8192)
 CLAIM = """\
 Sukhbaatar et al. 2019, section 4: most heads learn short spans, and only a few of them, in higher layers, look far
-back. Held to be found here if some span is 1 or more, the median span is below half of the mean of the longest layer, and
-the longest layer is in the upper half.
+back. Held to be found here if some span is 1 or more, the median span is below half of the mean of the longest layer,
+and the longest layer is in the upper half.
 """
 
 
