@@ -176,8 +176,13 @@ class AdaptiveSpanForCausalLM(AdaptiveSpanPreTrainedModel, RoPEDecoderForCausalL
         targets = next_tokens(labels, kwargs.get("shift_labels"))
         check_loss_is_inside(targets, num_items, f"spans pay a cost that only the model knows. {INSIDE}")
         if targets is not None:  # equation 5, of which each micro-batch pays as much as it has of a step's targets
-            share = (targets != IGNORED).sum() / num_targets(targets, num_items)
-            predicted.loss = predicted.loss + self.config.span_cost * share * self.spans.mean()
+            share, spans = (targets != IGNORED).sum() / num_targets(targets, num_items), self.spans
+            if hasattr(spans, "full_tensor"):  # a DTensor
+                raise ValueError(
+                    "Spans pay their cost outside the blocks, where FSDP holds shards of them alone; shard the whole "
+                    "model at once, train it in one process or under DDP, or call freeze_spans()."
+                )
+            predicted.loss = predicted.loss + self.config.span_cost * share * spans.mean()
         return predicted
 
     def obstacle_to_paging(self) -> str:

@@ -14,12 +14,11 @@ from hf_tfamily.processes import held_bytes
 from hf_tfamily.recipes import load_recipe
 from hf_tfamily.training import train
 from tests.distributed import fsdp_ranks
-from tests.distributed.fsdp_ranks import KINDS, RECIPES, STEPS, halves, optimizer_of
+from tests.distributed.fsdp_ranks import KINDS, RECIPES, STEPS, halves, optimizer_of, sharded_cases
 from tests.distributed.pairs import run_ranks
-from tests.loss_cases import cases
 
 pytestmark = pytest.mark.slow
-CASES = cases()
+CASES = sharded_cases()
 each_recipe = pytest.mark.parametrize("name", RECIPES)
 each_kind = pytest.mark.parametrize("kind", KINDS)
 
