@@ -121,7 +121,8 @@ class AdaptiveDepth(nn.Module):
         """[B, T, hidden] -> the same, and the ponder time [B, T] of each position."""
         final = torch.zeros_like(states)
         halted = torch.zeros(states.shape[:2], dtype=torch.bool, device=states.device)
-        halting_sum = torch.zeros(states.shape[:2], dtype=torch.float32, device=states.device)
+        wide = torch.promote_types(states.dtype, torch.float32)
+        halting_sum = torch.zeros(states.shape[:2], dtype=wide, device=states.device)
         ponder = torch.zeros_like(halting_sum)
         for step in range(walk.steps):
             entered = walk.enter(states, step)
@@ -130,7 +131,7 @@ class AdaptiveDepth(nn.Module):
                     break
                 walk.remember(entered, step)
                 continue
-            probability = torch.sigmoid(self.halting(entered)[..., 0].float())
+            probability = torch.sigmoid(self.halting(entered)[..., 0].to(wide))
             states = walk.apply(entered, step)
             halts = ~halted & ((halting_sum + probability > self.threshold) | (step == walk.steps - 1))
             remainder = 1 - halting_sum

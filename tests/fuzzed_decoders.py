@@ -56,7 +56,7 @@ class Decoder(NamedTuple):
         sides = self.fields.get("source_image_size", [7])  # a picture has all of its values
         source = torch.randint(1, IDS, (rows, math.prod(sides) * self.fields.get("num_channels", 1)))
         mask = torch.ones_like(source)
-        if self.name == "vanilla_transformer":
+        if self.name in ("universal_transformer", "vanilla_transformer"):
             mask[0, 5:] = 0
         with torch.no_grad():
             states = model.get_encoder()(input_ids=source, attention_mask=mask).last_hidden_state
@@ -104,6 +104,17 @@ def _vanilla(draw) -> dict:
     }
 
 
+def _universal(draw) -> dict:
+    return {**_vanilla(draw), "adaptive": draw(st.booleans()), "num_hidden_layers": draw(st.integers(1, 4))}
+
+
+def _spans(draw) -> dict:
+    longest = draw(st.integers(1, 2 * POSITIONS))
+    rope = {**_rope(draw), "position_encoding": draw(st.sampled_from(["rotary", "none"]))}
+    spans = {"max_span": longest, "initial_span": draw(st.integers(0, longest)), "span_ramp": draw(st.integers(1, 40))}
+    return {**rope, **spans}
+
+
 def _image(draw) -> dict:
     block = {"type": "block_2d", "height": 4, "width": 2, "flange_height": 2, "flange_width": 1}
     patterns = draw(st.sampled_from([block, {"type": "block_1d", "block": 7, "flange": 3}, None]))
@@ -145,11 +156,13 @@ def _xl_sparse(draw) -> dict:
 
 
 FIELDS = {
+    "adaptive_span": _spans,
     "compressive_transformer": _compressive,
     "image_transformer": _image,
     "rope_decoder": _rope,
     "sparse_transformer": _sparse,
     "transformer_xl": _xl,
+    "universal_transformer": _universal,
     "vanilla_transformer": _vanilla,
     "xl_sparse": _xl_sparse,
 }
