@@ -200,7 +200,7 @@ class UniversalTransformerPreTrainedModel(VanillaTransformerPreTrainedModel):
 
 
 class RepeatedBlock(UniversalTransformerPreTrainedModel, VanillaTransformerStack):
-    """A stack that is one block, applied config.adaptive many times."""
+    """A stack that is one block, applied as often as there are steps."""
 
     def __init__(self, config: UniversalTransformerConfig, vocab_size: int, patterns, block: nn.Module, steps: int):
         VanillaTransformerStack.__init__(self, config, vocab_size, patterns, [block])
