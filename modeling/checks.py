@@ -176,7 +176,9 @@ def check_pixels(pixel_values: torch.Tensor | None, num_channels: int, patch_siz
     if shape[0] == 0:
         raise ValueError(f"pixel_values is an empty batch: got shape {shape}.")
     if shape[2] < patch_size[0] or shape[3] < patch_size[1]:
-        raise ValueError(f"Pictures must be at least one patch of {patch_size} in size, got {shape[2]} x {shape[3]}.")
+        raise ValueError(
+            f"Pictures must be at least one patch of patch_size={patch_size} in size, got {shape[2]} x {shape[3]}."
+        )
 
 
 def check_patch_mask(bool_masked_pos: torch.Tensor, embeddings: torch.Tensor) -> None:

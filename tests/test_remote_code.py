@@ -15,6 +15,7 @@ from tests.hub.scripts import BOTH, REMOTE
 
 pytestmark = pytest.mark.slow
 
+ROUNDING = 5e-6  # of float32 outputs of about 1, computed by two backends
 WANTED = {name: (repository(name), main_head(name).__name__) for name in NAMES}
 
 
@@ -49,11 +50,11 @@ def test_every_system_runs_without_the_package(without_package, name):
     result = without_package[name]
     assert "error" not in result, result
     assert result["class"].startswith("transformers_modules.")
-    assert result["loaded"] <= 1e-6
+    assert result["loaded"] <= ROUNDING
     assert result["loss"] > 0
     assert result["labels move"] == main_head(name).__name__.endswith("CausalLM")
     assert result["changed"] > 0
-    assert result["saved again"] <= 1e-6
+    assert result["saved again"] <= ROUNDING
     assert {f"modeling_{name}.py", f"configuration_{name}.py", "config.json"} <= set(result["files"])
 
 
@@ -90,7 +91,7 @@ def test_the_packages_classes_win_where_it_is_imported(both, name):
     result = both[name]
     assert result["remote"].startswith("transformers_modules.")
     assert result["ours"] == f"hf_tfamily.modeling.modeling_{name}"
-    assert max(result["before"], result["after"]) <= 1e-6
+    assert max(result["before"], result["after"]) <= ROUNDING
 
 
 def test_links_hold_no_package_of_ours(bare_packages):

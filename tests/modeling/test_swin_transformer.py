@@ -530,7 +530,7 @@ def test_resized_windows_save_and_load(tmp_path):
         (torch.zeros(3, 32, 32), r"\[batch, channels, height, width\], got \[3, 32, 32\]"),
         (torch.zeros(1, 1, 32, 32), r"num_channels=3 channels, got 1"),
         (torch.zeros(0, 3, 32, 32), r"empty batch"),
-        (torch.zeros(1, 3, 32, 1), r"at least one patch of \(2, 2\) in size, got 32 x 1"),
+        (torch.zeros(1, 3, 32, 1), r"at least one patch of patch_size=\(2, 2\) in size, got 32 x 1"),
         (torch.zeros(1, 3, 32, 32, dtype=torch.uint8), r"floating point, got torch.uint8; an image processor"),
     ],
 )

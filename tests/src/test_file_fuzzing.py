@@ -20,10 +20,14 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import (
+    BigBirdConfig,
+    BigBirdForMaskedLM,
     BloomConfig,
     BloomForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    LongformerConfig,
+    LongformerForMaskedLM,
     MarianConfig,
     MarianMTModel,
     MistralConfig,
@@ -96,6 +100,10 @@ STOCK: dict[str, Callable[[], Any]] = {
     "marian": lambda: MarianMTModel(MarianConfig(**MARIAN)),
     "bloom": lambda: BloomForCausalLM(BloomConfig(vocab_size=50, hidden_size=8, n_layer=1, n_head=2)),
     "mpt": lambda: MptForCausalLM(MptConfig(vocab_size=50, d_model=8, n_layers=1, n_heads=2, max_seq_len=16)),
+    "longformer": lambda: LongformerForMaskedLM(
+        LongformerConfig(**SIZES, max_position_embeddings=18, attention_window=4)
+    ),
+    "big_bird": lambda: BigBirdForMaskedLM(BigBirdConfig(**SIZES, max_position_embeddings=48, block_size=4)),
     "swin": lambda: SwinForImageClassification(SwinConfig(**{**SMALL_SWIN, "depths": [1, 1]})),
 }
 GOLDEN = Path(__file__).parents[1] / "goldens" / "transformer_xl" / "plain"
@@ -271,6 +279,7 @@ CASES = {
 }
 # Those that read no file of a user's.
 INSIDE_PACKAGES = {
+    "algorithms",
     "digits",
     "photo_crops",
     "photo_enlargements",
