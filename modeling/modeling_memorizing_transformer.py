@@ -151,8 +151,8 @@ def _recall(query: torch.Tensor, store: Store, num_neighbors: int, scaling: floa
     number = min(num_neighbors, room)
     filled = torch.arange(room, device=query.device) < store.count[:, None]  # [B, R]
     with torch.no_grad():
-        scores = query @ store.keys.transpose(-1, -2)
-        chosen = scores.masked_fill(~filled[:, None, None], float("-inf")).topk(number, dim=-1).indices
+        scores = (query @ store.keys.transpose(-1, -2)).masked_fill_(~filled[:, None, None], float("-inf"))
+        chosen = scores.topk(number, dim=-1).indices
     rows = torch.arange(batch_size * heads, device=query.device).view(batch_size, heads, 1, 1)
     keys, values = (slots.flatten(0, 1)[rows, chosen] for slots in store[:2])  # [B, H, T, K, D]
     scores = (keys @ query[..., None]).squeeze(-1) * scaling

@@ -36,7 +36,7 @@ training:
 MODELS = {
     "transformer_xl": "mem_len: 12",
     "compressive_transformer": "mem_len: 12",
-    "memorizing_transformer": "mem_len: 12, memory_size: 40, num_neighbors: 4",
+    "memorizing_transformer": "mem_len: 12\n  memory_size: 40\n  num_neighbors: 4",
     "xl_sparse": "mem_len: 12",
     "rope_decoder": "max_position_embeddings: 32",
 }
