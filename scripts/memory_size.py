@@ -147,10 +147,10 @@ def page(runs: list[Run], record: dict, plot: Path | None) -> str:
     lines += [] if plot is None else [f"![bits per byte by the size of the store]({plot.name})", ""]
     counts = ", ".join(f"{count:,} are {kind}" for kind, count in record["bytes"].items())
     lines += [
-        f"The recipe `{RECIPE}` with {record['steps']} steps of {ROWS} rows, {len(record['seeds'])} seeds; {STREAMS} streams of "
-        f"{record['stream_bytes']:,} held-out bytes, of which {counts}. A name is a capitalised word within a "
-        "sentence; from long ago, if the same stream had it before what a query sees without a store. Means over "
-        "seeds, and how far seeds lie apart.",
+        f"The recipe `{RECIPE}` with {record['steps']} steps of {ROWS} rows, {len(record['seeds'])} seeds; "
+        f"{STREAMS} streams of {record['stream_bytes']:,} held-out bytes, of which {counts}. A name is a capitalised "
+        "word within a sentence; from long ago, if the same stream had it before what a query sees without a store. "
+        "Means over seeds, and how far seeds lie apart.",
         "",
         "| trained with | reads with | " + " | ".join(KINDS) + " |",
         "|--:|--:|" + "--:|" * len(KINDS),
