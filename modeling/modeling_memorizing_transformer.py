@@ -220,7 +220,7 @@ class MemorizingTransformerAttention(TransformerXLAttention):
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]:
         """[B, T, hidden] -> [B, T, hidden]; the weights [B, H, T, S] of memory and segment, where the backend has them;
-        keys and values [B, H, S, D]."""
+        keys and values [B, H, S, D] without gradient."""
         heads = heads_of(self, self.config.num_attention_heads)
         context = torch.cat([past_states, hidden_states], dim=1)
         query = self.q_norm(self.split_heads(self.q_proj(hidden_states)), heads)
@@ -231,7 +231,7 @@ class MemorizingTransformerAttention(TransformerXLAttention):
         store = empty_store(key) if store is None else store
         recalled = recall(query, store, self.num_neighbors, self.scaling).transpose(1, 2)
         output = self.gate(local, recalled, store.count > 0, heads)
-        return self.o_proj(output.flatten(2)), weights, key, value
+        return self.o_proj(output.flatten(2)), weights, key.detach(), value.detach()
 
 
 class MemorizingTransformerBlock(TransformerXLBlock):
