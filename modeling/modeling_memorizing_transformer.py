@@ -31,7 +31,7 @@ from .modeling_transformer_xl import (
 )
 from .positions import RelativePositions
 
-SCORES_AT_ONCE = 2**22  # of queries and stored keys
+NUMBERS_AT_ONCE = 2**22  # scores of queries and stored keys, and keys that are looked up
 
 
 class Store(NamedTuple):
@@ -89,7 +89,7 @@ class MemorizingMemory(SegmentMemory):
         if valid is None:
             tokens = torch.ones(len(keys), leaving, dtype=torch.bool, device=keys.device)
         else:
-            tokens = valid[:, :leaving]
+            tokens = valid[:, :leaving].to(keys.device)
         numbers = store.count[:, None] + tokens.cumsum(dim=1) - 1  # [B, E], of each token since the row began
         count = store.count + tokens.sum(dim=1)
         kept = tokens & (numbers >= count[:, None] - self.memory_size)
@@ -105,10 +105,16 @@ class MemorizingMemory(SegmentMemory):
         """Rows [B] bool that begin a new document: they see nothing of what was before, nor store it.
 
         To attention_mask, what they have read is padding from now on.
+
+        Raises:
+            ValueError: if `rows` does not say yes or no of every row.
         """
+        first = self.layers[0].first
+        if rows.dtype != torch.bool or (first is not None and rows.shape != first.shape[:1]):
+            batch = "batch" if first is None else len(first)
+            raise ValueError(f"rows must be bool of shape [{batch}], got {rows.dtype} of shape {list(rows.shape)}.")
         if self.stored is not None:
             self.stored = self.stored.masked_fill(rows.to(self.stored.device), 0)
-        first = self.layers[0].first
         if first is not None:
             gone = rows.to(first.device)[:, None]
             held = gone.new_ones(len(rows), self.held) if self.valid is None else self.valid
@@ -141,8 +147,8 @@ def recall(query: torch.Tensor, store: Store, num_neighbors: int, scaling: float
     The scores of some queries at a time are made, to choose by; those of what is chosen again, with their gradient.
     """
     check_same_kind(store.keys, query)
-    batch_size, heads, room, _ = store.keys.shape
-    at_once = max(1, SCORES_AT_ONCE // (batch_size * heads * room))
+    batch_size, heads, room, dim = store.keys.shape
+    at_once = max(1, NUMBERS_AT_ONCE // (batch_size * heads * max(room, num_neighbors * dim)))
     return torch.cat([_recall(some, store, num_neighbors, scaling) for some in query.split(at_once, dim=2)], dim=2)
 
 
@@ -157,8 +163,9 @@ def _recall(query: torch.Tensor, store: Store, num_neighbors: int, scaling: floa
     keys, values = (slots.flatten(0, 1)[rows, chosen] for slots in store[:2])  # [B, H, T, K, D]
     scores = (keys @ query[..., None]).squeeze(-1) * scaling
     hidden = ~filled[:, None, None, :number]  # the best come first, and what is not there last
-    weights = scores.masked_fill(hidden, torch.finfo(scores.dtype).min).softmax(dim=-1)
-    return (weights[..., None, :] @ values).squeeze(-2)
+    exact = torch.promote_types(scores.dtype, torch.float32)
+    weights = scores.masked_fill(hidden, torch.finfo(scores.dtype).min).softmax(dim=-1, dtype=exact)
+    return (weights[..., None, :].to(values.dtype) @ values).squeeze(-2)
 
 
 def normed(states: torch.Tensor) -> torch.Tensor:

@@ -150,7 +150,7 @@ def test_nothing_is_learnt_through_the_store():
 @pytest.mark.parametrize("at_once", [1, 40, 2**22])
 def test_looks_up_some_queries_at_a_time(number, at_once, monkeypatch):
     """The same however many at once; a row with fewer tokens looks up those, and one without any is finite."""
-    monkeypatch.setattr(modeling, "SCORES_AT_ONCE", at_once)
+    monkeypatch.setattr(modeling, "NUMBERS_AT_ONCE", at_once)
     query, keys, values = (torch.randn(3, 2, n, 4, dtype=torch.float64) for n in (5, 7, 7))
     counts = torch.tensor([30, 2, 0])
     query.requires_grad_()
@@ -436,6 +436,9 @@ def test_refuses_what_does_not_fit():
         model(tokens(1, 3), past_key_values=memory)
     with pytest.raises(ValueError, match="nothing can be learnt"):
         model.train()(tokens(2, 3), past_key_values=memory)
+    for rows in (torch.tensor([True]), torch.tensor([1, 0])):
+        with pytest.raises(ValueError, match=r"rows must be bool of shape \[2\]"):
+            memory.forget(rows)
     with pytest.raises(ValueError, match="cannot be cropped"):
         memory.crop(-1)
     like = torch.zeros(2, 2, 1, 4)
