@@ -87,6 +87,21 @@ class TransformerXLAttention(nn.Module):
         key, value = memory.update(
             self.split_heads(self.k_proj(context)), self.split_heads(self.v_proj(context)), self.layer_idx
         )  # [B, H, S, D]
+        output, weights = self.attend(query, key, value, attention_mask, positions, biases, memory, **kwargs)
+        return self.o_proj(output.flatten(2)), weights
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask,
+        positions: RelativePositions,
+        biases: tuple[torch.Tensor, torch.Tensor],
+        memory: SegmentMemory,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """[B, T, H, D] for queries [B, H, T, D] and keys and values [B, H, S, D], and the weights [B, H, T, S]."""
         relative_key = memory.relative_keys(
             self.layer_idx, positions.reach, lambda: self.split_heads(self.r_proj(positions.states))
         )  # [H, L, D]
@@ -113,7 +128,7 @@ class TransformerXLAttention(nn.Module):
         )  # [B, T, H, D]
         if positions.blind is not None:  # with a bias, sdpa averages over hidden keys where there are no others
             output = output.masked_fill(positions.blind[..., None], 0.0)
-        return self.o_proj(output.flatten(2)), weights
+        return output, weights
 
     def split_heads(self, states: torch.Tensor) -> torch.Tensor:
         """[..., S, H * D] -> [..., H, S, D]."""
@@ -157,15 +172,16 @@ class TransformerXLBlock(GradientCheckpointingLayer):
         """[B, T, hidden] -> [B, T, hidden]; the other arguments are those of the attention."""
         return self.transform(hidden_states, past_states, *context, **kwargs)[0]
 
-    def transform(self, hidden_states, past_states, *context, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """What `forward` returns, and the attention weights [B, H, T, S] where the backend has them."""
-        attended, weights = self.self_attn(
+    def transform(self, hidden_states, past_states, *context, **kwargs) -> tuple[torch.Tensor, ...]:
+        """What `forward` returns, and what the attention returns beside its output: the weights [B, H, T, S] where the
+        backend has them."""
+        attended, *others = self.self_attn(
             self.attention_pre_norm(hidden_states), self.attention_pre_norm(past_states), *context, **kwargs
         )
         hidden_states = self.attention_post_norm(hidden_states + self.dropout(attended))
         if self.chunk_size:
-            return position_wise(self.feed_forward, hidden_states, self.chunk_size), weights
-        return self.feed_forward(hidden_states), weights
+            return position_wise(self.feed_forward, hidden_states, self.chunk_size), *others
+        return self.feed_forward(hidden_states), *others
 
     def feed_forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         transformed = self.mlp(self.mlp_pre_norm(hidden_states))

@@ -177,6 +177,31 @@ def draw_compression(file: Path, segment: int = 4, memory: int = 4, places: int 
 
 
 @plots.styled
+def draw_store(file: Path, segment: int = 4, memory: int = 4, stored: int = 12) -> None:
+    """Which tokens the last query of each segment sees in the memory layer, a row for each."""
+    figure = plots.new_figure(6.0, 2.6)
+    axes = figure.subplots()
+    draws = np.random.default_rng(3)
+    for row in range(6):
+        start = row * segment
+        left = max(0, start - memory)
+        store = range(max(0, left - stored), left)
+        chosen = draws.choice(store, size=min(3, len(store)), replace=False) if len(store) else ()
+        spans = [(token, plots.ORANGE if token in chosen else "#f7dfc8") for token in store]
+        spans += [(token, "#9dc3ea") for token in range(left, start)]
+        spans += [(token, plots.BLUE) for token in range(start, start + segment)]
+        for token, colour in spans:
+            axes.barh(row, 0.88, left=token + 0.06, height=0.7, color=colour)
+    axes.set(xlabel="token", ylabel="segment", yticks=range(6), xlim=(0, 6 * segment))
+    axes.invert_yaxis()
+    kinds = {"segment": plots.BLUE, "short memory": "#9dc3ea", "store": "#f7dfc8", "looked up": plots.ORANGE}
+    for label, colour in kinds.items():
+        axes.barh(0, 0, color=colour, label=label)
+    axes.legend(loc="upper right", fontsize=8)
+    plots.save(figure, file)
+
+
+@plots.styled
 def draw_stacks(file: Path, titles: Sequence[str], source: int = 8, target: int = 8) -> None:
     """What queries see (down) of keys (right) in an encoder, a decoder, and between them."""
     masks = {
@@ -231,6 +256,7 @@ def main() -> None:
             draw(system.name)
     draw_windows(FOLDER / "swin_transformer.png")
     draw_compression(FOLDER / "compressive_transformer.png")
+    draw_store(FOLDER / "memorizing_transformer.png")
     draw_spans(FOLDER / "adaptive_span.png")
     draw_steps(FOLDER / "universal_transformer.png")
     draw_stacks(FOLDER / "vanilla_encoder.png", ["encoder on itself"])

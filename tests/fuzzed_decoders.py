@@ -151,6 +151,13 @@ def _compressive(draw) -> dict:
     return {**small, "compression": draw(st.sampled_from(COMPRESSIONS)), "clamp_len": draw(st.sampled_from([None, 5]))}
 
 
+def _memorizing(draw) -> dict:
+    # A short memory that loses nothing: how a text is cut changes what is in the store.
+    store = {"memory_size": draw(st.sampled_from([0, 9])), "num_neighbors": draw(st.integers(1, 9))}
+    order = {"untie_r": draw(st.booleans()), "norm_first": draw(st.booleans())}
+    return {"mem_len": POSITIONS, "memory_layer": draw(st.integers(0, 1)), **store, **order}
+
+
 def _xl_sparse(draw) -> dict:
     return {"mem_len": POSITIONS, "attention_patterns": _patterns(draw), "untie_r": draw(st.booleans())}
 
@@ -159,6 +166,7 @@ FIELDS = {
     "adaptive_span": _spans,
     "compressive_transformer": _compressive,
     "image_transformer": _image,
+    "memorizing_transformer": _memorizing,
     "rope_decoder": _rope,
     "sparse_transformer": _sparse,
     "transformer_xl": _xl,

@@ -21,8 +21,11 @@ from hf_tfamily.data import NextTokenCollator
 from tests.tiny_models import TINY, all_heads, batch_for, tiny_config
 
 ROWS, LENGTH, CLASSES = 8, 16, 3
-# Long enough for a Compressive Transformer to compress something.
-CHANGES = {"compressive_transformer": {"mem_len": 4, "compressed_mem_len": 2, "segment_length": 4}}
+# Long enough for a Compressive Transformer to compress something, and for a Memorizing one to look something up.
+CHANGES = {
+    "compressive_transformer": {"mem_len": 4, "compressed_mem_len": 2, "segment_length": 4},
+    "memorizing_transformer": {"mem_len": 4, "segment_length": 4},
+}
 PROBLEMS = {
     "single_label_classification": (3, lambda: torch.tensor([0, 1, 2, -100, 1, 0, 2, 1])),
     "multi_label_classification": (3, lambda: torch.randint(2, (ROWS, CLASSES)).float()),

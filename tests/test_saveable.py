@@ -48,6 +48,7 @@ MOST_FILES = {
     "compressive_transformer": 12,
     "image_transformer": 10,
     "long_encoder": 13,
+    "memorizing_transformer": 12,
     "swin_transformer": 7,
     "transformer_xl": 10,
     "universal_transformer": 10,

@@ -54,7 +54,10 @@ def text_model(name, **changes):
 # Transformers' own
 
 
-@pytest.mark.parametrize("name", ["rope_decoder", "sparse_transformer", "transformer_xl", "compressive_transformer"])
+WRITERS = ("rope_decoder", "sparse_transformer", "transformer_xl", "compressive_transformer", "memorizing_transformer")
+
+
+@pytest.mark.parametrize("name", WRITERS)
 def test_pipeline_text_generation(name):
     pipe = pipeline("text-generation", model=text_model(name), tokenizer=byte_tokenizer())
     made = pipe(["To be", "or not to be"], max_new_tokens=4, do_sample=False, batch_size=2)

@@ -81,6 +81,7 @@ TINY = {
             "num_global_tokens": 2,
         }
     ),
+    "memorizing_transformer": Tiny({**SMALL, "mem_len": 16, "memory_size": 24, "num_neighbors": 4}, recurrent=True),
     "rope_decoder": Tiny(),
     "sparse_transformer": Tiny(),
     "swin_transformer": Tiny(

@@ -33,6 +33,7 @@ from .modeling.configuration_adaptive_span import AdaptiveSpanConfig
 from .modeling.configuration_compressive_transformer import CompressiveTransformerConfig
 from .modeling.configuration_image_transformer import ImageTransformerConfig
 from .modeling.configuration_long_encoder import BigBirdBlocks, LongEncoderConfig
+from .modeling.configuration_memorizing_transformer import MemorizingTransformerConfig
 from .modeling.configuration_rope_decoder import RoPEDecoderConfig
 from .modeling.configuration_sparse_transformer import SparseTransformerConfig
 from .modeling.configuration_swin_transformer import SwinTransformerConfig
@@ -70,6 +71,12 @@ from .modeling.modeling_long_encoder import (
     LongEncoderForTokenClassification,
     LongEncoderModel,
     LongEncoderPreTrainedModel,
+)
+from .modeling.modeling_memorizing_transformer import (
+    MemorizingMemory,
+    MemorizingTransformerForCausalLM,
+    MemorizingTransformerModel,
+    MemorizingTransformerPreTrainedModel,
 )
 from .modeling.modeling_rope_decoder import (
     RoPEDecoder,
@@ -184,6 +191,11 @@ __all__ = [
     "LongEncoderForTokenClassification",
     "LongEncoderModel",
     "LongEncoderPreTrainedModel",
+    "MemorizingMemory",
+    "MemorizingTransformerConfig",
+    "MemorizingTransformerForCausalLM",
+    "MemorizingTransformerModel",
+    "MemorizingTransformerPreTrainedModel",
     "Pattern",
     "PatternCache",
     "PerHead",

@@ -68,6 +68,11 @@ SYSTEMS = [
         },
     ),
     System(
+        "memorizing_transformer",
+        "MemorizingTransformer",
+        {AutoModel: "Model", AutoModelForCausalLM: "ForCausalLM"},
+    ),
+    System(
         "rope_decoder",
         "RoPEDecoder",
         {

@@ -39,7 +39,8 @@ def empty_past(model: PreTrainedModel) -> Cache | None:
 def with_attention_length(model: PreTrainedModel, attention_length: int, segment_length: int) -> PreTrainedModel:
     """A copy of the model in which each query sees `attention_length` keys, itself included.
 
-    Of a Compressive Transformer, the short memory is chosen so that it and the compressed one hold so many slots.
+    Of a Compressive Transformer, the short memory is chosen so that it and the compressed one hold so many slots; of a
+    Memorizing Transformer, the short memory has so many, and the store what is older.
     Distances that Transformer-XL never met in training, in segments of `segment_length`, count as the largest that it
     met, unless config.clamp_len says otherwise (Dai et al. 2019, arXiv:1901.02860, evaluate so too).
     """
@@ -53,7 +54,8 @@ def with_attention_length(model: PreTrainedModel, attention_length: int, segment
         changes = {"mem_len": attention_length - config.compressed_mem_len}
     elif has_memory(model):
         clamp_len = config.clamp_len or config.mem_len + segment_length - 1
-        changes = {"mem_len": attention_length, "same_length": True, "clamp_len": clamp_len}
+        same_length = not hasattr(config, "memory_size")  # what is older is in the store, and nothing between
+        changes = {"mem_len": attention_length, "same_length": same_length, "clamp_len": clamp_len}
     elif getattr(config, "rope_parameters", None) is not None and hasattr(config, "attention_patterns"):
         changes = {"attention_patterns": {"type": "local", "window": attention_length}}
     else:

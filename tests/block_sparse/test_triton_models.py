@@ -43,12 +43,13 @@ MODELS = {
     "transformer_xl": lambda: of_ours("transformer_xl", mem_len=20),
     "transformer_xl, same length": lambda: of_ours("transformer_xl", mem_len=9, same_length=True),
     "compressive": lambda: of_ours("compressive_transformer", mem_len=6, compressed_mem_len=4, compression_rate=2),
+    "memorizing": lambda: of_ours("memorizing_transformer", mem_len=6, memory_size=9, num_neighbors=3),
     "xl_sparse, strided": lambda: of_ours("xl_sparse", mem_len=20, attention_patterns=MERGED),
     "xl_sparse, fixed": lambda: of_ours("xl_sparse", mem_len=20, attention_patterns=[FIXED, LOCAL]),
     "xl_sparse, by table": lambda: of_ours("xl_sparse", mem_len=20, attention_patterns=BY_TABLE),
     "llama": llama,
 }
-RECURRENT = ("transformer_xl", "compressive", "xl_sparse")
+RECURRENT = ("transformer_xl", "compressive", "memorizing", "xl_sparse")
 LAW = {"llama": "block_sparse"}  # a stock model's eager knows no patterns: there it is PyTorch's executor
 QUICK = ("sparse, per head", "transformer_xl", "compressive")
 every_model = pytest.mark.parametrize(

@@ -503,9 +503,11 @@ MEMORIES = {
     "transformer_xl, segments": partial(memory_equals, "transformer_xl", segment_length=5),
     "transformer_xl, padding": partial(memory_equals, "transformer_xl", padded=True),
     "compressive_transformer": partial(memory_equals, "compressive_transformer"),
+    "memorizing_transformer": partial(memory_equals, "memorizing_transformer", segment_length=5, mem_len=4),
     "xl_sparse": partial(memory_equals, "xl_sparse"),
     "transformer_xl evaluates": partial(memory_evaluates, "transformer_xl"),
     "compressive_transformer evaluates": partial(memory_evaluates, "compressive_transformer"),
+    "memorizing_transformer evaluates": partial(memory_evaluates, "memorizing_transformer", mem_len=4),
     "xl_sparse evaluates": partial(memory_evaluates, "xl_sparse"),
 }
 CASES = {

@@ -76,6 +76,7 @@ def _of_heads(backend: str):
     yield "sparse_transformer", AutoModelForCausalLM, {"attention_patterns": [MIXED, FIXED]}
     yield "image_transformer", AutoModelForCausalLM, {"attention_patterns": MIXED}
     yield "xl_sparse", AutoModelForCausalLM, {"attention_patterns": [MIXED, FIXED]}
+    yield "memorizing_transformer", AutoModelForCausalLM, {"mem_len": 4, "segment_length": 4}
     for encoding in POSITION_SCHEMES:
         fields = {"position_encoding": encoding, "attention_patterns": MIXED, "max_position_embeddings": 32}
         if backend in _backends_of(encoding):

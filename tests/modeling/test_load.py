@@ -21,6 +21,7 @@ LOCAL, STRIDED = {"type": "local", "window": 5}, {"type": "strided", "stride": 4
 SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 SYSTEMS = {  # each under block_sparse
     "sparse_transformer": {"attention_patterns": [LOCAL]},
+    "memorizing_transformer": {"mem_len": 8, "memory_size": 16, "num_neighbors": 4},
     "transformer_xl": {"mem_len": 16},
     "xl_sparse": {"mem_len": 16, "attention_patterns": [{"type": "union", "patterns": [LOCAL, STRIDED]}]},
 }

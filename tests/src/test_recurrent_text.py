@@ -36,6 +36,7 @@ training:
 MODELS = {
     "transformer_xl": "mem_len: 12",
     "compressive_transformer": "mem_len: 12",
+    "memorizing_transformer": "mem_len: 12\n  memory_size: 40\n  num_neighbors: 4",
     "xl_sparse": "mem_len: 12",
     "rope_decoder": "max_position_embeddings: 32",
 }
@@ -99,7 +100,10 @@ def test_options_of_other_tasks_are_refused(finished_once):
         evaluate(finished_once, attention_length=20, progress=False)
 
 
-BIBLE = ("transformer_xl/bible", "compressive_transformer/bible", "xl_sparse/bible", "rope_decoder/bible")
+BIBLE = (
+    *("transformer_xl/bible", "compressive_transformer/bible", "memorizing_transformer/bible", "xl_sparse/bible"),
+    "rope_decoder/bible",
+)
 BASELINE = "sparse_transformer/bible_no_memory"
 PAPER_MILLIONS = {
     "transformer_xl/enwik8_12l": 41.06,

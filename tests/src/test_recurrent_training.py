@@ -81,7 +81,9 @@ def plain_loop(model, steps, accumulation):
                 return
 
 
-@pytest.mark.parametrize("model_type", ["transformer_xl", "compressive_transformer", "xl_sparse"])
+@pytest.mark.parametrize(
+    "model_type", ["transformer_xl", "compressive_transformer", "memorizing_transformer", "xl_sparse"]
+)
 @pytest.mark.parametrize("accumulation", [1, 3])
 def test_equals_a_plain_loop(model_type, accumulation, tmp_path):
     """Over the end of an epoch, with evaluation in between, and a last step of fewer batches."""
@@ -128,6 +130,9 @@ def test_one_step_equals_a_stock_trainer_whose_model_cuts_its_input(tmp_path):
         ("transformer_xl", {"gradient_accumulation_steps": 2}),
         ("transformer_xl", {"gradient_checkpointing": True}),
         ("compressive_transformer", {}),
+        ("memorizing_transformer", {}),
+        ("memorizing_transformer", {"bf16": True}),
+        ("memorizing_transformer", {"gradient_checkpointing": True}),
         ("xl_sparse", {}),
     ],
 )

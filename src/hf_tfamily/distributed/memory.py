@@ -15,7 +15,12 @@ from torch import Tensor, distributed, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from ..modeling import memory_segments, modeling_compressive_transformer, modeling_xl_sparse
+from ..modeling import (
+    memory_segments,
+    modeling_compressive_transformer,
+    modeling_memorizing_transformer,
+    modeling_xl_sparse,
+)
 from ..modeling.causal_lm import IGNORED, next_tokens
 from .checks import learns_next_tokens
 from .exchange import Wire
@@ -25,7 +30,12 @@ NAME = "memory"  # what the bytes are counted as
 # All that a memory is made of beside tensors and numbers: nothing else is built of what another rank sends.
 CLASSES = [
     kind
-    for module in (memory_segments, modeling_compressive_transformer, modeling_xl_sparse)
+    for module in (
+        memory_segments,
+        modeling_compressive_transformer,
+        modeling_memorizing_transformer,
+        modeling_xl_sparse,
+    )
     for kind in vars(module).values()
     if isinstance(kind, type) and issubclass(kind, (Cache, CacheLayerMixin))
 ]
