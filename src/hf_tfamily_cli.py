@@ -1,4 +1,4 @@
-"""The command `hf-tfamily`: train, evaluate, sample, push, convert, consolidate, show, info, recipes, knn.
+"""The command `hf-tfamily`: train, evaluate, sample, push, convert, consolidate, show, info, recipes, reproduce, knn.
 
 What is wrong with a request is said in one line, with exit code 2. A module of its own, outside the package: that
 imports torch, which the commands need and `--help` does not.
@@ -337,6 +337,27 @@ def recipes() -> None:
         loaded = [load_recipe(name) for name in list_recipes()]
         rows = [(recipe.name, f"{recipe.parameters or 0:,}", recipe.title) for recipe in loaded]
         console.print(_table(["recipe", "parameters", "what it is"], rows))
+
+
+@app.command()
+def reproduce(
+    claim: Annotated[str | None, typer.Argument(help="Name of a claim [default: list them]")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Seconds: does it run? Without a name, every claim.")] = False,
+    output: Annotated[Path, typer.Option(help="Keeps models and results; a later call goes on.")] = Path("runs/claims"),
+    page: Annotated[Path | None, typer.Option(metavar="DIR", help="Write a page, a picture and the results.")] = None,
+) -> None:
+    """Look for a paper's claim, and say whether it is found."""
+    with _one_line_errors():
+        from hf_tfamily import reproduction
+
+        _quiet()
+        if claim is None and not quick:
+            claims = {name: reproduction.load_claim(name) for name in reproduction.list_claims()}
+            rows = [(name, found.system, found.statement) for name, found in claims.items()]
+            console.print(_table(["claim", "system", "what is claimed"], rows))
+            return
+        for name in reproduction.list_claims() if claim is None else [claim]:
+            reproduction.reproduce(name, output, quick, page)
 
 
 knn_app = typer.Typer(help="A memory outside the model: kNN-LM, for any causal language model.", no_args_is_help=True)
