@@ -126,6 +126,7 @@ def test_the_index_says_what_pages_say(claim):
 def test_every_claim_is_told_whole(name):
     told = reproduction.load_claim(name)
     assert all(getattr(told, field.name) for field in dataclasses.fields(told) if field.type is str)
+    assert "{" not in told.experiment + told.criterion
     assert told.variants
     assert told.figures
     ends = [words.endswith(".") for words in (told.statement, told.criterion, told.experiment)]

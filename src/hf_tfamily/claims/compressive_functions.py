@@ -26,7 +26,7 @@ def judge(results: Results) -> Finding:
 
 CLAIM = Claim(
     system="Compressive Transformer",
-    paper="Rae et al. 2019, arXiv:1911.05507, section 5.2, table 4",
+    paper="Rae et al. 2019, arXiv:1911.05507, section 5",
     statement="a convolution that learns to reconstruct attention is the best compression",
     papers_figure="enwik8, bits per character: convolution with attention reconstruction 0.973, most used 0.980, mean "
     "pooling 0.982, convolution with auto-encoding 0.984, max pooling 0.986",

@@ -11,7 +11,7 @@ COMMON = ("training.max_steps=1000", "data.eval_limit=48")
 
 CLAIM = Claim(
     system="Image Transformer",
-    paper="Parmar et al. 2018, arXiv:1802.05751, section 5.3, table 6",
+    paper="Parmar et al. 2018, arXiv:1802.05751, section 5.3",
     statement="for enlarging pictures two-dimensional blocks do better than one-dimensional ones",
     papers_figure="people fooled by enlarged faces at temperature 0.8: 36.11 % (2-D), 35.94 % (1-D)",
     experiment="The recipe `image_transformer/super_resolution` for 1,000 steps with 2-D blocks of 8x8 and a flange "

@@ -30,7 +30,7 @@ def judge(results):
 
 CLAIM = Claim(
     system="Transformer-XL",
-    paper="Dai et al. 2019, arXiv:1901.02860, section 4.3, table 8",
+    paper="Dai et al. 2019, arXiv:1901.02860, section 4.3",
     statement="with a memory a model makes use of a longer context",
     papers_figure="relative effective context length at r = 0.1 / 0.5: 700 / 600 with recurrence, 300 / 300 without",
     experiment="The models of `transformer_xl_memory`; contexts grow by 32 bytes up to 320, at 1,000 places of "
