@@ -8,7 +8,7 @@ VARIANTS = {
     "convolution, auto-encoding": ("model.compression=conv", "model.compression_loss=auto_encoding"),
     "mean pooling": ("model.compression=mean_pool",),
     "max pooling": ("model.compression=max_pool",),
-    "most used": ("model.compression=most_used",),
+    "most used": ("model.compression=most_used", "model.attn_implementation=eager"),
 }
 
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 from .. import finished
-from ..reproduction import Claim, Figures, Finding, Results, Verdict, Workspace, number
+from ..reproduction import Claim, Figures, Finding, Results, Verdict, Workspace
 
 ALIBI, SINUSOIDAL = "alibi", "sinusoidal"
 VARIANTS = (ALIBI, "t5", "transformer_xl", "rotary", SINUSOIDAL)
@@ -43,7 +43,7 @@ def draw(results: Results, axes: Any) -> None:
     for variant in VARIANTS:
         axes.plot(LENGTHS, [results.mean(variant, f"at_{length}") for length in LENGTHS], "o-", label=variant)
     axes.set_xscale("log", base=2)
-    axes.set_xticks(LENGTHS, [number(length) for length in LENGTHS])
+    axes.set_xticks(LENGTHS, [str(length) for length in LENGTHS])
     axes.set(xlabel="bytes in a test (trained with 128)", ylabel="held-out bits per byte")
     axes.legend()
 
