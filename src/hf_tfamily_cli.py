@@ -11,6 +11,7 @@ import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated
 
@@ -26,7 +27,6 @@ ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "1310
 app = typer.Typer(
     help="The Transformer family as Hugging Face models.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 console = Console(highlight=False)
@@ -42,8 +42,19 @@ Seed = Annotated[int, typer.Option(help="Seed of the random numbers.")]
 show_traceback = False
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"hf-tfamily {metadata.version('hf-tfamily')}")
+        raise typer.Exit
+
+
 @app.callback()
-def options(traceback: Annotated[bool, typer.Option(help="Show where an error comes from.")] = False) -> None:
+def options(
+    traceback: Annotated[bool, typer.Option(help="Show where an error comes from.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Say the version.")
+    ] = False,
+) -> None:
     global show_traceback
     show_traceback = traceback
 

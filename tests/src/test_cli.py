@@ -49,6 +49,23 @@ def test_recipes_lists_names_and_sizes(run):
     assert "sparse_transformer/cifar10 59," in output
 
 
+def test_the_version(run):
+    assert run("--version") == (0, f"hf-tfamily {metadata.version('hf-tfamily')} ")
+
+
+def test_reproduce_lists_claims_and_names_the_nearest(run):
+    code, listed = run("reproduce")
+    assert code == 0
+    assert "transformer_xl_memory" in listed
+    assert "a memory of earlier segments lowers the loss" in listed
+    code, said = run("reproduce", "transformer_xl_memry")
+    assert code == 2
+    assert "transformer_xl_memory" in said
+    code, said = run("reproduce", "swin_cost", "--quick", "--page", "pages")
+    assert code == 2
+    assert "leave out --quick or --page" in said
+
+
 def test_info_tells_what_runs_where(run):
     code, output = run("info")
     assert code == 0
