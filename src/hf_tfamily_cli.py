@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -342,12 +343,17 @@ def info() -> None:
 @app.command()
 def recipes() -> None:
     """The recipes that come with the package."""
-    with _one_line_errors():
-        from hf_tfamily.recipes import list_recipes, load_recipe
+    import yaml
 
-        loaded = [load_recipe(name) for name in list_recipes()]
-        rows = [(recipe.name, f"{recipe.parameters or 0:,}", recipe.title) for recipe in loaded]
-        console.print(_table(["recipe", "parameters", "what it is"], rows))
+    package = Path(find_spec("hf_tfamily").origin).parent  # not imported: a list need not wait for torch
+    places = (package / "configs", package.parents[1] / "configs")  # installed, and editable
+    folder = next(place for place in places if place.is_dir())
+    rows = []
+    for file in sorted(folder.glob("*/*.yaml")):
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        if "title" in content:  # configuration files of launchers have none
+            rows.append((f"{file.parent.name}/{file.stem}", f"{content['parameters']:,}", content["title"]))
+    console.print(_table(["recipe", "parameters", "what it is"], rows))
 
 
 @app.command()
