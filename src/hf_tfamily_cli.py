@@ -222,18 +222,26 @@ def convert(
     pickled_weights: Annotated[
         bool, typer.Option("--pickled-weights", help="Read a pickle, as weights only, where there is nothing else.")
     ] = False,
+    max_positions: Annotated[
+        int | None, typer.Option(help="BERT, RoBERTa: tokens to have positions for, copied along [default: 4096]")
+    ] = None,
+    attention_window: Annotated[
+        int | None, typer.Option(help="BERT, RoBERTa: tokens that a token sees [default: 512]")
+    ] = None,
 ) -> None:
     """Turn a checkpoint of a stock class into one of this family, or back."""
     with _one_line_errors():
         from hf_tfamily import conversion
 
         _quiet()
+        asked = _given(max_positions=max_positions, attention_window=attention_window)
+        length = conversion.Length(**asked) if asked else None
         if dry_run:
-            result = conversion.dry_run(source, target, pickled_weights)
+            result = conversion.dry_run(source, target, pickled_weights, length)
         elif destination is None:
             raise ValueError("Say where to write: a new folder, or --dry-run.")
         else:
-            result = conversion.convert(source, destination, target, pickled_weights, check)
+            result = conversion.convert(source, destination, target, pickled_weights, check, length)
         console.print(f"{result.architecture} ({result.model_type}): {result.fit.matched} weights fit")
         if result.difference is not None:
             console.print(f"Largest difference of logits: {result.difference:.1e} of the largest")
