@@ -1,4 +1,4 @@
-"""Write the parts of docs/systems/*.md that follow from the code, and draw the pictures there.
+"""Write the parts of docs/systems/*.md and of docs/claims.md that follow from the code, and draw the pictures there.
 
     python scripts/make_docs.py
 
@@ -8,6 +8,7 @@ of the config, and the recipes.
 
 import ast
 import io
+import json
 import re
 import tokenize
 from collections.abc import Iterator, Sequence
@@ -22,6 +23,8 @@ from hf_tfamily.auto import SYSTEMS
 from hf_tfamily.modeling.attention_patterns import Window2D
 from hf_tfamily.pattern_views import parse_pattern, pattern_panels
 from hf_tfamily.recipes import list_recipes, load_recipe
+from hf_tfamily.reproduction import list_claims, load_claim
+from hf_tfamily.reproduction.page import index
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs" / "systems"
@@ -131,6 +134,18 @@ def _recipes(name: str) -> str:
         "",
     ]
     return "\n".join([*heading, "| recipe | parameters | what it is | reference |", "|---|---|---|---|", *rows])
+
+
+def make_claims() -> None:
+    """Replace what stands below the mark of docs/claims.md by the table of all claims."""
+    page = DOCS.parent / "claims.md"
+    written = page.read_text(encoding="utf-8").partition(MARK)[0]
+    claims = []
+    for name in list_claims():
+        file = page.with_suffix("") / f"{name}.json"
+        record = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+        claims.append((name, load_claim(name), record))
+    page.write_text(f"{written}{MARK}\n\n{index(claims, page.stem)}\n", encoding="utf-8")
 
 
 def draw(name: str) -> None:
@@ -250,6 +265,7 @@ def draw_spans(file: Path, spans: Sequence[int] = (0, 6, 16, 30), ramp: int = 8,
 
 
 def main() -> None:
+    make_claims()
     for system in SYSTEMS:
         make_page(system.name, system.prefix)
         if system.name in PICTURES:

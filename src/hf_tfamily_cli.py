@@ -1,4 +1,4 @@
-"""The command `hf-tfamily`: train, evaluate, sample, push, convert, consolidate, show, info, recipes, knn.
+"""The command `hf-tfamily`: train, evaluate, sample, push, convert, consolidate, show, info, recipes, reproduce, knn.
 
 What is wrong with a request is said in one line, with exit code 2. A module of its own, outside the package: that
 imports torch, which the commands need and `--help` does not.
@@ -11,6 +11,8 @@ import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -26,7 +28,6 @@ ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "1310
 app = typer.Typer(
     help="The Transformer family as Hugging Face models.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 console = Console(highlight=False)
@@ -42,8 +43,19 @@ Seed = Annotated[int, typer.Option(help="Seed of the random numbers.")]
 show_traceback = False
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"hf-tfamily {metadata.version('hf-tfamily')}")
+        raise typer.Exit
+
+
 @app.callback()
-def options(traceback: Annotated[bool, typer.Option(help="Show where an error comes from.")] = False) -> None:
+def options(
+    traceback: Annotated[bool, typer.Option(help="Show where an error comes from.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Say the version.")
+    ] = False,
+) -> None:
     global show_traceback
     show_traceback = traceback
 
@@ -210,18 +222,26 @@ def convert(
     pickled_weights: Annotated[
         bool, typer.Option("--pickled-weights", help="Read a pickle, as weights only, where there is nothing else.")
     ] = False,
+    max_positions: Annotated[
+        int | None, typer.Option(help="BERT, RoBERTa: tokens to have positions for, copied along [default: 4096]")
+    ] = None,
+    attention_window: Annotated[
+        int | None, typer.Option(help="BERT, RoBERTa: tokens that a token sees [default: 512]")
+    ] = None,
 ) -> None:
     """Turn a checkpoint of a stock class into one of this family, or back."""
     with _one_line_errors():
         from hf_tfamily import conversion
 
         _quiet()
+        asked = _given(max_positions=max_positions, attention_window=attention_window)
+        length = conversion.Length(**asked) if asked else None
         if dry_run:
-            result = conversion.dry_run(source, target, pickled_weights)
+            result = conversion.dry_run(source, target, pickled_weights, length)
         elif destination is None:
             raise ValueError("Say where to write: a new folder, or --dry-run.")
         else:
-            result = conversion.convert(source, destination, target, pickled_weights, check)
+            result = conversion.convert(source, destination, target, pickled_weights, check, length)
         console.print(f"{result.architecture} ({result.model_type}): {result.fit.matched} weights fit")
         if result.difference is not None:
             console.print(f"Largest difference of logits: {result.difference:.1e} of the largest")
@@ -331,12 +351,38 @@ def info() -> None:
 @app.command()
 def recipes() -> None:
     """The recipes that come with the package."""
-    with _one_line_errors():
-        from hf_tfamily.recipes import list_recipes, load_recipe
+    import yaml
 
-        loaded = [load_recipe(name) for name in list_recipes()]
-        rows = [(recipe.name, f"{recipe.parameters or 0:,}", recipe.title) for recipe in loaded]
-        console.print(_table(["recipe", "parameters", "what it is"], rows))
+    package = Path(find_spec("hf_tfamily").origin).parent  # not imported: a list need not wait for torch
+    places = (package / "configs", package.parents[1] / "configs")  # installed, and editable
+    folder = next(place for place in places if place.is_dir())
+    rows = []
+    for file in sorted(folder.glob("*/*.yaml")):
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        if "title" in content:  # configuration files of launchers have none
+            rows.append((f"{file.parent.name}/{file.stem}", f"{content['parameters']:,}", content["title"]))
+    console.print(_table(["recipe", "parameters", "what it is"], rows))
+
+
+@app.command()
+def reproduce(
+    claim: Annotated[str | None, typer.Argument(help="Name of a claim [default: list them]")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Seconds: does it run? Without a name, every claim.")] = False,
+    output: Annotated[Path, typer.Option(help="Keeps models and results; a later call goes on.")] = Path("runs/claims"),
+    page: Annotated[Path | None, typer.Option(metavar="DIR", help="Write a page, a picture and the results.")] = None,
+) -> None:
+    """Look for a paper's claim, and say whether it is found."""
+    with _one_line_errors():
+        from hf_tfamily import reproduction
+
+        _quiet()
+        if claim is None and not quick:
+            claims = {name: reproduction.load_claim(name) for name in reproduction.list_claims()}
+            rows = [(name, found.system, found.statement) for name, found in claims.items()]
+            console.print(_table(["claim", "system", "what is claimed"], rows))
+            return
+        for name in reproduction.list_claims() if claim is None else [claim]:
+            reproduction.reproduce(name, output, quick, page)
 
 
 knn_app = typer.Typer(help="A memory outside the model: kNN-LM, for any causal language model.", no_args_is_help=True)

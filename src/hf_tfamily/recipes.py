@@ -48,7 +48,7 @@ class Recipe:
         reference: the paper, with its table or section.
         notes: where the recipe differs from the paper, and what the paper leaves open.
         parameters: exact number of the model's parameters; None where unknown or where an override touched the model.
-        model: `model_type` and fields of its config class.
+        model: `model_type` and fields of its config class; `attn_implementation` chooses a backend.
         data: `source` and its arguments (see hf_tfamily.data).
         training: fields of transformers.TrainingArguments, and `ddp_comm_hook: bf16`: under DDP, gradients cross from
             process to process in bfloat16, half the bytes; and `kept_activations`: "memory", "disk" or "bfloat16" (see
@@ -196,7 +196,8 @@ def _check_model(model: dict[str, Any], name: str) -> None:
             f"{name}: unknown model.model_type {model_type!r}{hint} Transformers' own are allowed as well."
         )
     config_class = CONFIG_MAPPING[model_type]
-    keys.pop("num_labels", None)  # every config takes it, and none has a field for it
+    for key in ("num_labels", "attn_implementation"):  # every config takes them, and none has a field for them
+        keys.pop(key, None)
     aliases = config_class.attribute_map
     _check_keys(keys, [*(f.name for f in fields(config_class)), *aliases], f"{name}: model")
     for key in keys:

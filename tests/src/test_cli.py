@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from hf_tfamily.recipes import list_recipes
 from hf_tfamily_cli import app
 
 
@@ -34,9 +35,10 @@ def test_installed_as_a_command():
     assert command.value == "hf_tfamily_cli:main"
 
 
-def test_help_imports_neither_torch_nor_transformers():
+@pytest.mark.parametrize("arguments", [["train", "--help"], ["recipes"], ["--version"]])
+def test_help_and_lists_import_neither_torch_nor_transformers(arguments):
     code = "import sys; from typer.testing import CliRunner; from hf_tfamily_cli import app; "
-    code += "result = CliRunner().invoke(app, ['train', '--help']); assert result.exit_code == 0, result.output; "
+    code += f"result = CliRunner().invoke(app, {arguments}); assert result.exit_code == 0, result.output; "
     code += "print([name for name in ('torch', 'transformers', 'hf_tfamily') if name in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
@@ -45,8 +47,26 @@ def test_help_imports_neither_torch_nor_transformers():
 def test_recipes_lists_names_and_sizes(run):
     code, output = run("recipes")
     assert code == 0
+    assert not [name for name in list_recipes() if f"{name} " not in output]
     assert "sparse_transformer/digits" in output
     assert "sparse_transformer/cifar10 59," in output
+
+
+def test_the_version(run):
+    assert run("--version") == (0, f"hf-tfamily {metadata.version('hf-tfamily')} ")
+
+
+def test_reproduce_lists_claims_and_names_the_nearest(run):
+    code, listed = run("reproduce")
+    assert code == 0
+    assert "transformer_xl_memory" in listed
+    assert "a memory of earlier segments lowers the loss" in listed
+    code, said = run("reproduce", "transformer_xl_memry")
+    assert code == 2
+    assert "transformer_xl_memory" in said
+    code, said = run("reproduce", "swin_cost", "--quick", "--page", "pages")
+    assert code == 2
+    assert "leave out --quick or --page" in said
 
 
 def test_info_tells_what_runs_where(run):

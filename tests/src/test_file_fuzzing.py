@@ -20,6 +20,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import (
+    BertConfig,
+    BertForMaskedLM,
     BigBirdConfig,
     BigBirdForMaskedLM,
     BloomConfig,
@@ -36,6 +38,8 @@ from transformers import (
     MptForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
+    RobertaConfig,
+    RobertaForMaskedLM,
     SwinConfig,
     SwinForImageClassification,
 )
@@ -103,6 +107,8 @@ STOCK: dict[str, Callable[[], Any]] = {
     "longformer": lambda: LongformerForMaskedLM(
         LongformerConfig(**SIZES, max_position_embeddings=18, attention_window=4)
     ),
+    "bert": lambda: BertForMaskedLM(BertConfig(**SIZES, max_position_embeddings=18)),
+    "roberta": lambda: RobertaForMaskedLM(RobertaConfig(**SIZES, max_position_embeddings=18)),
     "big_bird": lambda: BigBirdForMaskedLM(BigBirdConfig(**SIZES, max_position_embeddings=48, block_size=4)),
     "swin": lambda: SwinForImageClassification(SwinConfig(**{**SMALL_SWIN, "depths": [1, 1]})),
 }

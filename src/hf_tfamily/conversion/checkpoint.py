@@ -154,8 +154,15 @@ def check_destination(destination: Path) -> None:
         raise FileExistsError(f"{destination} exists; name a new folder.")
 
 
-def write_checkpoint(destination: Path, config: dict, weights: dict[str, torch.Tensor], companions_of: Path) -> None:
-    """Write the model into a folder beside `destination` that takes its name once it is whole."""
+def write_checkpoint(
+    destination: Path, config: dict, weights: dict[str, torch.Tensor], companions_of: Path, tokens: int | None = None
+) -> None:
+    """Write the model into a folder beside `destination` that takes its name once it is whole.
+
+    Args:
+        companions_of: where the tokenizer or image processor is copied from.
+        tokens: how many the copied tokenizer shall take, where that is not what it was.
+    """
     model = build_model(config, weights)
     destination.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=destination.parent, prefix=f".{destination.name}-") as temporary:
@@ -166,7 +173,15 @@ def write_checkpoint(destination: Path, config: dict, weights: dict[str, torch.T
         for path in companions_of.iterdir():
             if any(fnmatch.fnmatch(path.name, pattern) for pattern in COMPANIONS):
                 shutil.copyfile(path, whole / path.name)
+        if tokens is not None:
+            _set_longest(whole / "tokenizer_config.json", tokens)
         os.replace(whole, destination)
+
+
+def _set_longest(tokenizer_config: Path, tokens: int) -> None:
+    if tokenizer_config.is_file():
+        content = json.loads(tokenizer_config.read_text(encoding="utf-8"))
+        tokenizer_config.write_text(json.dumps({**content, "model_max_length": tokens}, indent=2), encoding="utf-8")
 
 
 def build_model(config: dict, weights: dict[str, torch.Tensor]) -> transformers.PreTrainedModel:

@@ -5,7 +5,7 @@ that they come back as zeros, as does the pooler of a bare model, which none of 
 """
 
 import torch
-from transformers import LongformerConfig
+from transformers import LongformerConfig, PreTrainedConfig
 
 from ..modeling.attention_patterns import pattern_from_dict, patterns_for_layers
 from ..modeling.configuration_long_encoder import LongEncoderConfig
@@ -39,12 +39,12 @@ TABLE = "positions.table.weight"
 def to_ours(config: dict, weights: dict[str, torch.Tensor]) -> tuple[dict, dict[str, torch.Tensor]]:
     stock = LongformerConfig.from_dict(config)
     architecture = renamed(stock.architectures, HEADS)
-    _check_activation(architecture, stock.hidden_act)
+    check_activation(architecture, stock.hidden_act)
     if "lm_head.bias" in weights:  # the decoder's own, which files hold under one name or both
         weights = {**weights, "lm_head.decoder.bias": weights["lm_head.bias"]}
         weights.pop("lm_head.bias")
     weights = to_encoder(weights, "longformer", architecture, MODULES, OF_HEADS)
-    unused = _unused_rows(stock)
+    unused = unused_rows(stock)
     weights = {name: x[unused:].contiguous() if name.endswith(TABLE) else x for name, x in weights.items()}
     windows = stock.attention_window
     windows = [windows] * stock.num_hidden_layers if isinstance(windows, int) else windows
@@ -72,7 +72,7 @@ def to_stock(config: dict, weights: dict[str, torch.Tensor]) -> tuple[dict, dict
     architecture, stock, weights = from_encoder(
         ours, weights, "Longformer", HEADS, MODULES, OF_HEADS, built_in, "longformer"
     )
-    _check_activation(architecture, ours.hidden_act)
+    check_activation(architecture, ours.hidden_act)
     patterns = patterns_for_layers(ours.attention_patterns, ours.num_hidden_layers)
     for pattern in map(pattern_from_dict, patterns):
         require(
@@ -85,10 +85,10 @@ def to_stock(config: dict, weights: dict[str, torch.Tensor]) -> tuple[dict, dict
         "architectures": [architecture],
         "sep_token_id": ours.sep_token_id,
         "attention_window": [2 * (pattern.window - 1) for pattern in patterns],
-        "max_position_embeddings": ours.max_position_embeddings + _unused_rows(ours),
+        "max_position_embeddings": ours.max_position_embeddings + unused_rows(ours),
     }
     table = next(name for name in weights if name.endswith("position_embeddings.weight"))
-    rows = weights[table].new_zeros(_unused_rows(ours), ours.hidden_size)
+    rows = weights[table].new_zeros(unused_rows(ours), ours.hidden_size)
     weights[table] = torch.cat([rows, weights[table]])
     if architecture == "LongformerModel":
         weights = add_pooler(weights, "pooler.dense", ours.hidden_size)
@@ -97,12 +97,14 @@ def to_stock(config: dict, weights: dict[str, torch.Tensor]) -> tuple[dict, dict
     return stock, weights
 
 
-def _unused_rows(config: LongformerConfig | LongEncoderConfig) -> int:
+def unused_rows(config: PreTrainedConfig) -> int:
+    """Rows of the table of positions that no token has."""
     require(config.pad_token_id is not None, "Longformer counts positions from pad_token_id on, which is None.")
     return config.pad_token_id + 1
 
 
-def _check_activation(architecture: str, activation: str) -> None:
+def check_activation(architecture: str, activation: str) -> None:
+    """Raise ValueError where a masked LM's head would have another activation than the model."""
     require(
         not architecture.endswith("ForMaskedLM") or activation == "gelu",
         f"Longformer's masked LM has a gelu in its head whatever hidden_act is, but the model has hidden_act="

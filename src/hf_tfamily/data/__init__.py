@@ -20,6 +20,7 @@ from .augmentation import Augmentation
 from .enlargement import EnlargementPairs, photo_enlargements
 from .images import digits, fashion_mnist, hub_images, photo_crops
 from .labelled_images import LabelledImages, digit_classes, emoji, fashion_mnist_classes, hub_labelled_images
+from .limits import LIMITS, limited
 from .masked import MaskedTexts, bible_masked
 from .pictures import open_picture
 from .sequences import LoadedData, MissingPackageError, NextTokenCollator, TokenSequences
@@ -43,15 +44,18 @@ SOURCES: dict[str, Callable[..., LoadedData]] = {
 def load_data(data: Mapping[str, Any]) -> LoadedData:
     """The data set that `{"source": name, **arguments}` describes; arguments are those of the function in SOURCES.
 
+    Every source takes `limit` and `eval_limit`, too: the most examples, or tokens of a stream, to train on and to hold
+    out.
+
     Raises ValueError on an unknown source or argument (with the nearest names) and on files that are not as they should
     be (by name), MissingPackageError where an optional package is not installed, FileNotFoundError where files are
     missing.
     """
     check_data(data)
     arguments = dict(data)
-    source = SOURCES[arguments.pop("source")]
+    source, limits = SOURCES[arguments.pop("source")], [arguments.pop(name, None) for name in LIMITS]
     try:
-        return source(**arguments)
+        return limited(source(**arguments), *limits)
     except ValueError as error:
         places = {name: value for name, value in arguments.items() if isinstance(value, str) and os.path.exists(value)}
         if not places or any(place in str(error) for place in places.values()):
@@ -68,9 +72,16 @@ def check_data(data: Mapping[str, Any]) -> None:
         raise ValueError(f"Unknown data source {source!r}{nearest(source, SOURCES)}")
     parameters = inspect.signature(SOURCES[source]).parameters
     hints = annotations_of(SOURCES[source])
+    for limit in LIMITS:
+        most = arguments.pop(limit, None)
+        check_value(most, int | None, f"Data source {source!r}: {limit}")
+        if most is not None and most < 1:
+            raise ValueError(f"Data source {source!r}: {limit} must be at least 1, got {most}.")
     for key in arguments:
         if key not in parameters:
-            raise ValueError(f"Data source {source!r} has no argument {key!r}{nearest(str(key), parameters)}")
+            raise ValueError(
+                f"Data source {source!r} has no argument {key!r}{nearest(str(key), [*parameters, *LIMITS])}"
+            )
         check_value(arguments[key], hints[key], f"Data source {source!r}: {key}")
     for key, parameter in parameters.items():
         if parameter.default is parameter.empty and key not in arguments:
