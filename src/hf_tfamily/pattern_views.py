@@ -103,7 +103,14 @@ def pattern_panels(pattern: Pattern, length: int | None = None) -> list[Panel]:
 
 
 def config_panels(config: Any, length: int | None = None) -> list[Panel]:
-    """Panels of every distinct pattern among a model's layers, on the grid of its positions where it has one."""
+    """Panels of every distinct pattern among a model's layers, on the grid of its positions where it has one.
+
+    Raises ValueError for models that have no patterns.
+    """
+    if not hasattr(config, "attention_patterns"):
+        raise ValueError(
+            f"A {config.model_type} has no attention_patterns to draw: a query sees its segment and what it remembers."
+        )
     patterns = patterns_for_layers(config.attention_patterns, config.num_hidden_layers)
     if all(isinstance(pattern, Window2D) for pattern in patterns):
         return _window_panels(patterns_for_layers(config.attention_patterns, max(config.depths)))

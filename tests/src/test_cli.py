@@ -85,6 +85,12 @@ def test_show_a_recipe_and_its_picture(run, tmp_path):
     assert is_picture(tmp_path / "cifar.png")
 
 
+def test_show_names_what_has_no_pattern(run):
+    code, said = run("show", "transformer_xl/bible")
+    assert code == 2
+    assert "A transformer_xl has no attention_patterns to draw" in said
+
+
 def test_show_a_pattern_in_either_spelling(run):
     short = run("show", "local:window=3", "--length", 8)
     assert short[0] == 0
