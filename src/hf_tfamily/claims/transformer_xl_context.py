@@ -5,8 +5,9 @@ from transformers import AutoModelForCausalLM
 from ..data import load_data
 from ..reproduction import Claim, Figures, Workspace, all_of, compare
 from ..stream_evaluation import relative_effective_context_length
-from .transformer_xl_memory import COMMON, MEMORY, NONE, RECIPE, VARIANTS
+from .transformer_xl_memory import COMMON, RECIPE, VARIANTS, name_of
 
+MEMORY, NONE = name_of(64, 128), name_of(64, 1)
 SHARES = {"tenth": 0.1, "half": 0.5}
 
 
@@ -14,6 +15,7 @@ def measure(variant: str, seed: int, workspace: Workspace) -> Figures:
     models = {
         name: AutoModelForCausalLM.from_pretrained(workspace.train(RECIPE, [*COMMON, *changes], seed))
         for name, changes in VARIANTS.items()
+        if name in (MEMORY, NONE)
     }
     text = load_data({"source": "bible_stream"}).eval
     size = {"longest": 64, "num_positions": 20} if workspace.quick else {"longest": 320, "num_positions": 1000}
