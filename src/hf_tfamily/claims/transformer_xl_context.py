@@ -31,7 +31,8 @@ def judge(results: Results) -> Finding:
         (result.figures[f"with_{share}"], result.figures[f"without_{share}"]) for result in results for share in SHARES
     ]
     words = "; ".join(
-        f"r = {r}: {results.shown(GROUP, f'with_{share}')} bytes with, {results.shown(GROUP, f'without_{share}')} without"
+        f"r = {r}: {results.shown(GROUP, f'with_{share}')} bytes with memory, "
+        f"{results.shown(GROUP, f'without_{share}')} without"
         for share, r in SHARES.items()
     )
     if all(longer > shorter for longer, shorter in pairs):
