@@ -15,7 +15,20 @@ from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
-from . import big_bird, bloom, llama, longformer, marian, mistral, mpt, qwen2, swin, transformer_xl
+from . import (
+    big_bird,
+    bloom,
+    distribution_augmentation,
+    imagegpt,
+    llama,
+    longformer,
+    marian,
+    mistral,
+    mpt,
+    qwen2,
+    swin,
+    transformer_xl,
+)
 from .checkpoint import (
     Fit,
     check_destination,
@@ -40,6 +53,8 @@ CONVERTERS: tuple[ModuleType, ...] = (
     swin,
     longformer,
     big_bird,
+    imagegpt,
+    distribution_augmentation,
 )
 
 
