@@ -1,6 +1,6 @@
 """SmolLM2-135M-Instruct, a Llama that somebody else trained: as a RoPE decoder, under patterns, saved, in 8 bits.
 
-One load for all: a GGUF file of 98 MB, whose model Transformers does not save, so that it is built anew from its weights.
+One load for all: a GGUF file of 98 MB, whose model Transformers does not save, so that it is built anew.
 """
 
 import pytest
@@ -20,10 +20,10 @@ PATTERNS = {
     "dilated": Local(WINDOW, dilation=2),
 }
 TEXT = (
-    "A language model reads a text from left to right and says at each place what it expects to come next. Its keys and "
+    "A language model reads a text from left to right and says at each place what it expects to come next. Keys and "
     "values of all earlier tokens are kept, so that nothing is computed twice. Under a window only the last ones are "
     "seen, and what lies before them is forgotten; but a model that was trained to see everything leans on the very "
-    "first tokens of a text, to which it turns whenever there is nothing else to look at. Keep these few, and it goes on."
+    "first tokens of a text, to which it turns whenever there is nothing else to look at. Keep these, and it goes on."
 )
 QUESTIONS = ("What is the capital of France?", "Which planet do we live on? Answer with one word.")
 
@@ -61,7 +61,7 @@ def folder(llama, tokenizer, tmp_path_factory):
     tokenizer.save_pretrained(home / "stock")
     result = convert(home / "stock", home / "ours")
     assert (result.model_type, result.architecture) == ("rope_decoder", "RoPEDecoderForCausalLM")
-    assert not (result.fit.missing or result.fit.left_over)
+    assert result.fit[1:] == ([], [], [])
     return home / "ours"
 
 
@@ -136,8 +136,6 @@ def test_under_a_pattern(name, llama, folder, tokenizer):
     finally:
         set_attention_patterns(llama, None)
         llama.set_attn_implementation("sdpa")
-    seen = min(WINDOW, ids.shape[1])
-    assert_equal(expected[:, : seen // 2], dense[:, : seen // 2] if name != "dilated" else expected[:, : seen // 2])
     assert (expected - dense).abs().max() > 1e-2 * dense.abs().max()
     for implementation in ("eager", "block_sparse"):
         sparse = load(folder, implementation, attention_patterns=pattern.to_dict())
@@ -145,7 +143,7 @@ def test_under_a_pattern(name, llama, folder, tokenizer):
 
 
 def test_sinks_keep_what_a_window_loses(llama, folder, tokenizer):
-    """Xiao et al. 2023: with the first tokens in sight the text is about as likely as before, without them it is not."""
+    """Xiao et al. 2023: with the first tokens in sight a text stays likely, without them it does not."""
     ids = ids_of(tokenizer)
     losses = {"dense": loss_of(llama, ids)}
     for name in ("window", "window and sinks"):
