@@ -263,8 +263,9 @@ def page_of_weights(rows: list[dict]) -> list[str]:
         "",
         "## Early exits of weights that others trained",
         "",
-        f"SmolLM2-135M-Instruct, a Llama of {rows[0]['depth']} layers with its loss at the last alone, on excerpts of the "
-        f"King James Bible: {PROMPT} tokens, and {WRITTEN} that it writes, greedy, one prompt at a time, each way once.",
+        f"SmolLM2-135M-Instruct, a Llama of {rows[0]['depth']} layers with its loss at the last alone, on excerpts of "
+        f"the King James Bible: {PROMPT} tokens, and {WRITTEN} that it writes, greedy, one prompt at a time, each way "
+        "once.",
         "",
         "| leaves at | layers | agreement | tokens a second |",
         "|---|---|--:|--:|",
