@@ -25,7 +25,7 @@ TEXT = (
     "seen, and what lies before them is forgotten; but a model that was trained to see everything leans on the very "
     "first tokens of a text, to which it turns whenever there is nothing else to look at. Keep these, and it goes on."
 )
-QUESTIONS = ("What is the capital of France?", "Which planet do we live on? Answer with one word.")
+QUESTIONS = ("What is the capital of France?", "What is the largest ocean on Earth?")
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +122,7 @@ def test_it_answers(llama, ours, folder, tokenizer):
     assert torch.equal(found, answers(llama, tokenizer))
     said = theirs.batch_decode(found, skip_special_tokens=True)
     assert "Paris" in said[0]
-    assert "Earth" in said[1]
+    assert "Pacific" in said[1]
 
 
 @pytest.mark.parametrize("name", PATTERNS)
