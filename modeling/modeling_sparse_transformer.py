@@ -202,7 +202,7 @@ class SparseTransformerModel(SparseTransformerPreTrainedModel):
         self.embed_positions = AxialPositionEmbedding(config.position_shape, config.hidden_size)
         for axis in self.embed_positions.axes:
             axis.init_divisor = len(config.position_shape)  # n_emb, section 6
-        self.dropout = nn.Dropout(config.embedding_dropout)
+        self.dropout = nn.Dropout(config.embedding_dropout) if config.embedding_dropout else nn.Identity()
         self.layers = nn.ModuleList(SparseTransformerBlock(config, i) for i in range(config.num_hidden_layers))
         eps = config.layer_norm_eps if config.final_norm_eps is None else config.final_norm_eps
         self.norm = NORMS[config.norm](config.hidden_size, eps=eps)
