@@ -40,6 +40,12 @@ FIGURES = ("symbols", "strings", "longer_symbols", "longer_strings")
 LAYERS, WIDTH, LENGTH, ROWS = 8, 128, 128, 16
 PROMPT, WRITTEN = 64, 64  # bytes, or tokens of SmolLM2
 CONFIDENCES = {"softmax": (0.3, 0.6, 0.8, 0.9, 0.95), "state": (0.9, 0.95, 0.98, 0.99)}
+WAYS = [(measure, confidence, 1) for measure in MEASURES for confidence in CONFIDENCES[measure]]
+# A model that was not trained to leave is confident too early: the third number is how many layers every token goes
+# through.
+WAYS_OF_WEIGHTS = [("softmax", 0.9, 1), ("state", 0.98, 1)]
+WAYS_OF_WEIGHTS += [("softmax", confidence, first) for first in (20, 25) for confidence in (0.5, 0.9)]
+WAYS_OF_WEIGHTS += [("state", confidence, first) for first in (20, 25) for confidence in (0.98, 0.99)]
 SECTIONS = ("algorithms", "exits", "weights")
 
 
@@ -161,20 +167,18 @@ def trained(setting: Setting, every_exit: bool, text) -> RoPEDecoderForCausalLM:
 
 
 @torch.inference_mode()
-def exits_of(model: PreTrainedModel, prompts: torch.Tensor, repeats: int = 3) -> list[dict]:
-    """A row for the whole model and for each measure and confidence."""
+def exits_of(model: PreTrainedModel, prompts: torch.Tensor, ways: list[tuple], repeats: int = 3) -> list[dict]:
+    """A row for the whole model and for each way: a measure, a confidence, and layers that every token goes through."""
     written, seconds = timed(model, prompts, repeats)
     rows = [{"measure": "none", "confidence": None, "layers": len(model.model.layers), "agreement": 1.0}]
     rows[0]["tokens a second"] = written.numel() / seconds
-    for measure in MEASURES:
-        for confidence in CONFIDENCES[measure]:
-            with early_exit(model, confidence, measure) as exits:
-                agreement = agreed(model, prompts, written)
-            layers = exits.mean_layers
-            with early_exit(model, confidence, measure):
-                _, seconds = timed(model, prompts, repeats)
-            row = {"measure": measure, "confidence": confidence, "layers": layers, "agreement": agreement}
-            rows.append(row | {"tokens a second": written.numel() / seconds})
+    for measure, confidence, first in ways:
+        with early_exit(model, confidence, measure, first) as exits:
+            agreement = agreed(model, prompts, written)
+        row = {"measure": measure, "confidence": confidence, "first": first, "layers": exits.mean_layers}
+        with early_exit(model, confidence, measure, first):
+            _, seconds = timed(model, prompts, repeats)
+        rows.append(row | {"agreement": agreement, "tokens a second": written.numel() / seconds})
     return rows
 
 
@@ -212,7 +216,7 @@ def early_exits(setting: Setting) -> list[dict]:
     for training, every_exit in (("the last layer", False), ("every layer", True)):
         model = trained(setting, every_exit, text)
         held_out = bits(model, text)
-        found = exits_of(model, prompts)
+        found = exits_of(model, prompts, WAYS)
         rows += [{"loss at": training, "bits": held_out, "depth": setting.layers, **row} for row in found]
         print("\n".join(map(exit_line, rows[-len(found) :])), flush=True)
     return rows
@@ -223,7 +227,7 @@ def exits_of_weights(prompts: int, model_folder: Path | None) -> list[dict]:
     model, tokenizer = load(model_folder or installed_weights())
     model.generation_config.eos_token_id = None  # as many tokens from each prompt
     texts = torch.cat(list(excerpts(tokenizer, prompts, PROMPT)))
-    found = exits_of(model, texts, repeats=1)
+    found = exits_of(model, texts, WAYS_OF_WEIGHTS, repeats=1)
     rows = [{"depth": model.config.num_hidden_layers, **row} for row in found]
     print("\n".join(map(weights_line, rows)), flush=True)
     return rows
@@ -235,6 +239,7 @@ def exit_line(row: dict) -> str:
 
 def weights_line(row: dict) -> str:
     how = "every layer" if row["confidence"] is None else f"{row['measure']}, {row['confidence']:g}"
+    how += f", from layer {row['first']}" if row.get("first", 1) > 1 else ""
     return (
         f"| {how} | {row['layers']:.2f} of {row['depth']} | {row['agreement']:.3f} | {shown(row['tokens a second'])} |"
     )
