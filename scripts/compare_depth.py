@@ -43,7 +43,7 @@ CONFIDENCES = {"softmax": (0.3, 0.6, 0.8, 0.9, 0.95), "state": (0.9, 0.95, 0.98,
 WAYS = [(measure, confidence, 1) for measure in MEASURES for confidence in CONFIDENCES[measure]]
 # A model that was not trained to leave is confident too early: the third number is how many layers every token goes
 # through.
-WAYS_OF_WEIGHTS = [("softmax", 0.9, 1), ("state", 0.98, 1)]
+WAYS_OF_WEIGHTS = [("softmax", 0.8, 1), ("state", 0.98, 1)]
 WAYS_OF_WEIGHTS += [("softmax", confidence, first) for first in (20, 25) for confidence in (0.5, 0.9)]
 WAYS_OF_WEIGHTS += [("state", confidence, first) for first in (20, 25) for confidence in (0.98, 0.99)]
 SECTIONS = ("algorithms", "exits", "weights")
