@@ -33,7 +33,12 @@ class SparseTransformerConfig(PreTrainedConfig):
             list for each residual block is the paper's first way of using factorised attention (equation 6), a "union"
             its second (merged heads, equation 7), a "per_head" its third (multi-head, equation 8).
         resid_dropout: dropout at the end of each residual branch; the paper has no other.
-        layer_norm_eps: epsilon of the layer norms.
+        embedding_dropout: dropout of the sum of embeddings (ImageGPT).
+        attention_dropout: dropout of the attention weights (ImageGPT), which block_sparse does not have.
+        norm: "layer", the paper's layer norm, or "rms", which neither centres nor has a bias (ImageGPT).
+        layer_norm_eps: epsilon of the norms.
+        final_norm_eps: epsilon of the last norm; layer_norm_eps if None.
+        output_vocab_size: how many of the first ids can come next, where those behind are start tokens; all if None.
         initializer_scale: variance of the initial weights, times the number of inputs (section 6: 0.125).
         chunk_size_feed_forward: positions that feed-forward layers and their norms take at a time, 0 for all; training
             then keeps only what they begin with.
@@ -65,7 +70,12 @@ class SparseTransformerConfig(PreTrainedConfig):
     max_position_embeddings: int | None = None
     attention_patterns: dict[str, Any] | list[dict[str, Any]] | None = None
     resid_dropout: float | int = 0.0
+    embedding_dropout: float | int = 0.0
+    attention_dropout: float | int = 0.0
+    norm: str = "layer"
     layer_norm_eps: float = 1e-5
+    final_norm_eps: float | None = None
+    output_vocab_size: int | None = None
     initializer_scale: float | int = 0.125
     upcast_sampling: bool = True
     chunk_size_feed_forward: int = 0
@@ -110,14 +120,27 @@ class SparseTransformerConfig(PreTrainedConfig):
             )
 
     def validate_numbers(self):
-        """Dropout is a probability below 1, and the rest of the numbers are not negative."""
-        check_probabilities(self, "resid_dropout")
+        """Dropouts are probabilities below 1, and the rest of the numbers are not negative."""
+        check_probabilities(self, "resid_dropout", "embedding_dropout", "attention_dropout")
         check_not_negative(self, "layer_norm_eps", "initializer_scale")
+        if self.final_norm_eps is not None:
+            check_not_negative(self, "final_norm_eps")
         check_not_negative(self, "chunk_size_feed_forward", "chunk_size_lm_head")
 
-    def validate_hidden_act(self):
-        """Transformers has an activation of that name."""
+    def validate_outputs(self):
+        """Ids that can come next are ids, and where some cannot, their embeddings are not the output's."""
+        size = self.output_vocab_size
+        if size is None:
+            return
+        if not 1 <= size <= self.vocab_size:
+            raise ValueError(f"output_vocab_size must be from 1 to vocab_size={self.vocab_size}, got {size}.")
+        if self.tie_word_embeddings:
+            raise ValueError(f"output_vocab_size={size} needs an output of its own; leave tie_word_embeddings=False.")
+
+    def validate_names(self):
+        """Transformers has an activation of that name, and there is such a norm."""
         check_known(self, "hidden_act", ACT2FN)
+        check_known(self, "norm", ("layer", "rms"))
 
     def validate_attention_patterns(self):
         """Every pattern is known, complete, and can be dealt out to the heads."""

@@ -60,6 +60,10 @@ class AxialPositionEmbedding(nn.Module):
         return embeddings
 
 
+# By the config's `norm`.
+NORMS = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
+
+
 class SparseTransformerAttention(nn.Module):
     """Factorised self-attention (equations 2 to 8): each head attends to the keys that the layer's pattern shows it."""
 
@@ -98,8 +102,9 @@ class SparseTransformerAttention(nn.Module):
         sampling = past_key_values is not None and not self.training
         if sampling and self.config.upcast_sampling and value.dtype in (torch.float16, torch.bfloat16):
             attention = in_float32(attention)
+        dropout = self.config.attention_dropout if self.training else 0.0
         output, weights = attention(
-            self, query, key, value, attention_mask, scaling=self.scaling, dropout=0.0, **kwargs
+            self, query, key, value, attention_mask, scaling=self.scaling, dropout=dropout, **kwargs
         )  # [B, T, H, Dv], equations 2 and 3
         return self.o_proj(output.flatten(2)), weights  # W_p, equation 5
 
@@ -127,9 +132,10 @@ class SparseTransformerBlock(GradientCheckpointingLayer):
 
     def __init__(self, config: SparseTransformerConfig, layer_idx: int):
         super().__init__()
-        self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        norm = NORMS[config.norm]
+        self.attention_norm = norm(config.hidden_size, eps=config.layer_norm_eps)
         self.self_attn = SparseTransformerAttention(config, layer_idx)
-        self.mlp_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp_norm = norm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = SparseTransformerMLP(config)
         self.dropout = nn.Dropout(config.resid_dropout)
         self.chunk_size = config.chunk_size_feed_forward
@@ -196,8 +202,10 @@ class SparseTransformerModel(SparseTransformerPreTrainedModel):
         self.embed_positions = AxialPositionEmbedding(config.position_shape, config.hidden_size)
         for axis in self.embed_positions.axes:
             axis.init_divisor = len(config.position_shape)  # n_emb, section 6
+        self.dropout = nn.Dropout(config.embedding_dropout) if config.embedding_dropout else nn.Identity()
         self.layers = nn.ModuleList(SparseTransformerBlock(config, i) for i in range(config.num_hidden_layers))
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        eps = config.layer_norm_eps if config.final_norm_eps is None else config.final_norm_eps
+        self.norm = NORMS[config.norm](config.hidden_size, eps=eps)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -234,7 +242,7 @@ class SparseTransformerModel(SparseTransformerPreTrainedModel):
         masks = layer_masks(patterns, self.config, inputs_embeds, *said, heads=self.local_heads)
         position_ids, counted_to = new_positions(inputs_embeds, attention_mask, position_ids, past_key_values)
         check_positions(position_ids, self.embed_positions.num_positions, counted_to)
-        hidden_states = inputs_embeds + self.embed_positions(position_ids)  # equation 15
+        hidden_states = self.dropout(inputs_embeds + self.embed_positions(position_ids))  # equation 15
         del inputs_embeds  # as large as the hidden states
         for layer, mask in zip(self.layers, masks):
             hidden_states = layer(hidden_states, mask, past_key_values=past_key_values, **kwargs)
@@ -250,7 +258,8 @@ class SparseTransformerForCausalLM(CausalLMHead, SparseTransformerPreTrainedMode
     def __init__(self, config: SparseTransformerConfig):
         super().__init__(config)
         self.model = SparseTransformerModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        outputs = config.vocab_size if config.output_vocab_size is None else config.output_vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, outputs, bias=False)
         if not config.tie_word_embeddings:
             self.lm_head.init_divisor = math.inf  # logits of 0, section 6
         self.post_init()

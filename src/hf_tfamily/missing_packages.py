@@ -7,6 +7,7 @@ EXTRAS = {
     **dict.fromkeys(TOOLS.split(), "tools"),
     "triton": "triton",
     "faiss": "knn",
+    "gguf": "weights",
 }
 # What hf-tfamily does not run without, and what installing it brings.
 NEEDED = ("accelerate", "safetensors", "huggingface_hub", "yaml", "typer", "rich", "transformers", "torch")

@@ -186,10 +186,12 @@ def test_build_evaluate_and_sample(run, folder):
     alone, with_them = (float(re.search(rf"{name} ([\d.]+)", said)[1]) for name in ("alone", "neighbours"))
     assert with_them < alone / 2
     assert "tuned on 99 tokens before" in said
-    options = ("--k", 8, "--lambda", 0.9, "--tokens", 5, "--prompt", "In the begin", "--prompt", "was")
-    code, said = run("knn", "sample", model, "--store", store, *options, "--greedy")
+    options = ("--k", 8, "--lambda", 0.9, "--tokens", 9, "--prompt", "In the begin", "--prompt", "was")
+    # States of an untrained model lie within 0.4 of each other: at a temperature of 1 all 8 count the same, and what
+    # follows the one that fits, at a distance of 0, is outvoted ("In the begining").
+    code, said = run("knn", "sample", model, "--store", store, *options, "--greedy", "--temperature", 0.01)
     assert code == 0, said
-    assert re.search("In the begin.{2,}", said)
+    assert "In the beginning was" in said
 
 
 def test_what_is_wrong_is_said_in_one_line(run, folder):

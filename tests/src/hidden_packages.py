@@ -1,6 +1,7 @@
 """`python -m tests.src.hidden_packages PACKAGE FOLDER`: every command as if PACKAGE were not installed, as JSON.
 
-FOLDER holds micro.yaml and a finished run of it. Printed is, for every command, its exit code and what it said.
+FOLDER holds micro.yaml, a finished run of it, and a decoder of bytes with a store of micro.yaml. Printed is, for every
+command, its exit code and what it said.
 """
 
 import importlib.abc
@@ -56,6 +57,8 @@ def main(package, folder):
         "evaluate": ["evaluate", finished],
         "sample": ["sample", finished, "--count", "1", "--output", folder / f"{package}-samples.png"],
         "convert": ["convert", folder / "decoder", folder / f"{package}-converted", "--to", "llama"],
+        "knn_build": ["knn", "build", folder / "decoder", "--text", recipe, "--output", folder / f"{package}-store"],
+        "knn_evaluate": ["knn", "evaluate", folder / "decoder", "--store", folder / "store", "--text", recipe],
         "consolidate": ["consolidate", finished, folder / f"{package}-whole"],
         "push": ["push", finished, "nobody/nothing"],
     }

@@ -26,6 +26,8 @@ from transformers import (
     BigBirdForMaskedLM,
     BloomConfig,
     BloomForCausalLM,
+    ImageGPTConfig,
+    ImageGPTForCausalImageModeling,
     LlamaConfig,
     LlamaForCausalLM,
     LongformerConfig,
@@ -47,6 +49,7 @@ from transformers import (
 from hf_tfamily.conversion import CONVERTERS, convert
 from hf_tfamily.data import SOURCES, load_data
 from tests.fuzzing import fuzz
+from tests.src import test_conversion_distribution_augmentation as arrays
 from tests.src.test_data_files import LEVELS, wav
 from tests.src.test_data_labelled_images import needs_emoji, write_idx
 from tests.tiny_models import SMALL_SWIN
@@ -110,6 +113,9 @@ STOCK: dict[str, Callable[[], Any]] = {
     "bert": lambda: BertForMaskedLM(BertConfig(**SIZES, max_position_embeddings=18)),
     "roberta": lambda: RobertaForMaskedLM(RobertaConfig(**SIZES, max_position_embeddings=18)),
     "big_bird": lambda: BigBirdForMaskedLM(BigBirdConfig(**SIZES, max_position_embeddings=48, block_size=4)),
+    "imagegpt": lambda: ImageGPTForCausalImageModeling(
+        ImageGPTConfig(vocab_size=17, n_positions=12, n_embd=8, n_layer=1, n_head=2)
+    ),
     "swin": lambda: SwinForImageClassification(SwinConfig(**{**SMALL_SWIN, "depths": [1, 1]})),
 }
 GOLDEN = Path(__file__).parents[1] / "goldens" / "transformer_xl" / "plain"
@@ -139,14 +145,16 @@ def checkpoints(tmp_path_factory) -> dict[str, Path]:
         {key.removeprefix("weights."): x for key, x in tensors.items() if key.startswith("weights.")},
         home / "transfo-xl" / "pytorch_model.bin",
     )
-    return found | {name: home / name for name in ("shards", "pickled", "transfo-xl")}
+    arrays.checkpoint(home / "distribution_augmentation", arrays.variables())
+    return found | {name: home / name for name in OTHERS}
 
 
-FORMS = [*STOCK, *(f"{name} back" for name in STOCK), "shards", "pickled", "transfo-xl"]
+OTHERS = ("shards", "pickled", "transfo-xl", "distribution_augmentation")
+FORMS = [*STOCK, *(f"{name} back" for name in STOCK), *OTHERS]
 
 
 def test_every_converter_is_here():
-    assert {converter.SOURCE_TYPE for converter in CONVERTERS} == {*STOCK, "transfo-xl"}
+    assert {converter.SOURCE_TYPE for converter in CONVERTERS} == {*STOCK, *OTHERS[2:]}
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -10,19 +10,34 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM
 
+from hf_tfamily import knn
+from hf_tfamily.data import byte_tokenizer
 from hf_tfamily.hub import export
 from hf_tfamily.missing_packages import EXTRAS, how_to_install
 from tests.src.conftest import MICRO
 from tests.tiny_models import tiny_model
 
 ROOT = Path(__file__).parents[2]
+KNN = {"knn_build", "knn_evaluate"}
 # Package: the commands that do without it. The rest names it.
 WORK_WITHOUT = {
-    "datasets": {"recipes", "show", "picture", "info", "sample", "convert", "peft_defaults"},
-    "PIL": {"recipes", "show", "info", "convert", "peft_defaults"},
-    "sklearn": {"recipes", "show", "picture", "info", "sample", "convert", "peft_defaults"},
-    "peft": {"recipes", "show", "picture", "info", "train", "evaluate", "sample", "convert"},
+    "datasets": {"recipes", "show", "picture", "info", "sample", "convert", "peft_defaults", *KNN},
+    "PIL": {"recipes", "show", "info", "convert", "peft_defaults", *KNN},
+    "sklearn": {"recipes", "show", "picture", "info", "sample", "convert", "peft_defaults", *KNN},
+    "peft": {"recipes", "show", "picture", "info", "train", "evaluate", "sample", "convert", *KNN},
     "pyarrow": {"recipes", "info", "peft_defaults"},
+    "faiss": {
+        "recipes",
+        "show",
+        "picture",
+        "info",
+        "train",
+        "evaluate",
+        "sample",
+        "convert",
+        "peft_defaults",
+        "knn_build",
+    },
     "accelerate": {"info", "peft_defaults"},  # which is no extra: nothing of ours is promised without it
 }
 NEVER_WORK_HERE = {"consolidate", "push"}  # the folder has no shards, and nobody is logged in
@@ -57,7 +72,11 @@ def folder(tmp_path_factory, finished_once):
     folder = tmp_path_factory.mktemp("hidden")
     (folder / "micro.yaml").write_text(MICRO)
     shutil.copytree(finished_once, folder / "finished")
-    export(tiny_model("rope_decoder", AutoModelForCausalLM), folder / "decoder")
+    decoder = tiny_model("rope_decoder", AutoModelForCausalLM, vocab_size=257)
+    export(decoder, folder / "decoder", byte_tokenizer())
+    model, tokenizer = knn.load_model(str(folder / "decoder"))
+    ids = knn.read_tokens(tokenizer, [folder / "micro.yaml"])
+    knn.build_datastore(model, ids, folder / "store", tokenizer)
     return folder
 
 

@@ -19,7 +19,22 @@ from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
-from . import bert, big_bird, bloom, llama, longformer, marian, mistral, mpt, qwen2, roberta, swin, transformer_xl
+from . import (
+    bert,
+    big_bird,
+    bloom,
+    distribution_augmentation,
+    imagegpt,
+    llama,
+    longformer,
+    marian,
+    mistral,
+    mpt,
+    qwen2,
+    roberta,
+    swin,
+    transformer_xl,
+)
 from .checkpoint import (
     Fit,
     check_destination,
@@ -47,6 +62,8 @@ CONVERTERS: tuple[ModuleType, ...] = (
     big_bird,
     bert,
     roberta,
+    imagegpt,
+    distribution_augmentation,
 )
 
 LENGTHENED = tuple(converter.SOURCE_TYPE for converter in (bert, roberta))

@@ -11,6 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import transformers
 from huggingface_hub import snapshot_download
@@ -22,7 +23,8 @@ from ..file_permissions import give_usual_permissions
 from ..hub import export
 
 PICKLED = "pytorch_model.bin"
-WEIGHT_FILES = ("model.safetensors", PICKLED)
+ARRAYS = "model.npz"  # of numpy, which is read without its pickles
+WEIGHT_FILES = ("model.safetensors", PICKLED, ARRAYS)
 # What a tokenizer, an image processor and `generate` read; pickled vocabularies are none of it.
 COMPANIONS = (
     "generation_config.json",
@@ -115,6 +117,9 @@ def _read_weight_file(path: Path) -> dict[str, torch.Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
+        if path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as arrays:
+                return {name: torch.from_numpy(np.asarray(arrays[name])) for name in arrays.files}
         weights = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of any kind, where somebody else's bytes are read
         raise ValueError(f"{path} does not hold weights: {error}") from error
