@@ -97,9 +97,8 @@ def assert_equal(found, expected, inputs):
     theirs_as_ours = renamed_as(found, expected, their_gradients)
     assert our_gradients.keys() == theirs_as_ours.keys()
     for name, gradient in theirs_as_ours.items():
-        torch.testing.assert_close(
-            our_gradients[name], gradient, atol=1e-5, rtol=1e-4, msg=lambda said: f"{name}: {said}"
-        )
+        error = (our_gradients[name] - gradient).abs().max()
+        assert error <= 1e-5 * gradient.abs().max().clamp(min=1.0), name  # of the largest; those of key biases are 0
 
 
 def renamed_as(found, expected, gradients):
