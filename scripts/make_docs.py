@@ -20,7 +20,7 @@ from matplotlib.colors import ListedColormap
 
 from hf_tfamily import plots
 from hf_tfamily.auto import SYSTEMS
-from hf_tfamily.modeling.attention_patterns import Window2D
+from hf_tfamily.modeling.attention_patterns import Window2D, pattern_from_dict
 from hf_tfamily.pattern_views import parse_pattern, pattern_panels
 from hf_tfamily.recipes import list_recipes, load_recipe
 from hf_tfamily.reproduction import list_claims, load_claim
@@ -264,6 +264,31 @@ def draw_spans(file: Path, spans: Sequence[int] = (0, 6, 16, 30), ramp: int = 8,
     plots.save(figure, file)
 
 
+@plots.styled
+def draw_globals(file: Path, length: int = 36, block: int = 3) -> None:
+    """What queries see (down) of keys (right): a window and a global token, and BigBird's blocks and edges."""
+    near = {"type": "block_1d", "block": block, "flange": block, "flange_after": block}
+    random = {"type": "big_bird_blocks", "block": block, "count": 1, "heads": 1, "longest": length}
+    panels = (
+        ("Longformer: a window, the first token", [{"type": "local", "window": 5}], [0]),
+        ("BigBird: near blocks, random ones, edges", [near, random], [*range(block), *range(length - block, length)]),
+    )
+    figure = plots.new_figure(6.4, 3.4)
+    for axes, (title, parts, marked) in zip(figure.subplots(1, 2), panels):
+        codes = np.zeros((length, length), dtype=int)
+        for code, part in reversed(list(enumerate(parts, 1))):  # what is near covers what is random
+            pattern = pattern_from_dict(part).bind((length,))
+            seen = [[bool(pattern.visible(0, query, key)) for key in range(length)] for query in range(length)]
+            codes[np.array(seen)] = code
+        codes[marked, :] = codes[:, marked] = 3
+        axes.imshow(codes, cmap=ListedColormap(["#e8ecf0", "#2f6fb7", "#9dc3ea", "#d9730d"]), vmin=0, vmax=3)
+        axes.set_title(title, **plots.PANEL_TITLE)
+        axes.set(xticks=np.arange(0.5, length - 1), yticks=np.arange(0.5, length - 1))
+        axes.grid(color="white", linewidth=0.4)
+        axes.tick_params(length=0, labelbottom=False, labelleft=False)
+    plots.save(figure, file)
+
+
 def main() -> None:
     make_claims()
     for system in SYSTEMS:
@@ -275,6 +300,7 @@ def main() -> None:
     draw_store(FOLDER / "memorizing_transformer.png")
     draw_spans(FOLDER / "adaptive_span.png")
     draw_steps(FOLDER / "universal_transformer.png")
+    draw_globals(FOLDER / "long_encoder.png")
     draw_stacks(FOLDER / "vanilla_encoder.png", ["encoder on itself"])
     draw_stacks(FOLDER / "vanilla_transformer.png", ["encoder on itself", "decoder on itself", "decoder on encoder"])
 
