@@ -19,7 +19,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 # glibc then maps what is larger than 128 KiB by itself and gives it back once it is freed (mallopt(3)); left alone, it
 # learns to keep up to 32 MiB in heaps, which the activations of many layers tear. It reads this as a process starts.
@@ -523,7 +523,7 @@ def knn_sample(
 
 
 def _table(columns: list[str], rows: list[tuple[str, ...]]) -> Table:
-    table = Table(*columns, box=None, pad_edge=False, header_style="bold")
+    table = Table(Column(columns[0], no_wrap=True), *columns[1:], box=None, pad_edge=False, header_style="bold")
     for row in rows:
         table.add_row(*map(escape, row))
     return table

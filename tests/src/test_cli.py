@@ -44,7 +44,10 @@ def test_help_and_lists_import_neither_torch_nor_transformers(arguments):
     assert result.stdout.strip() == "[]"
 
 
-def test_recipes_lists_names_and_sizes(run):
+@pytest.mark.parametrize("columns", [60, 200])
+def test_recipes_lists_names_and_sizes(run, columns, monkeypatch):
+    """Names are whole, however narrow the terminal is."""
+    monkeypatch.setenv("COLUMNS", str(columns))
     code, output = run("recipes")
     assert code == 0
     assert not [name for name in list_recipes() if f"{name} " not in output]

@@ -258,7 +258,7 @@ def test_code_in_a_pickle_is_not_run(llama, tmp_path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"model_type": "bert"}, "model_type='bert'; what can be converted is big_bird, bloom, llama, "),
+        ({"model_type": "t5"}, "model_type='t5'; what can be converted is bert, big_bird, bloom, "),
         ({"model_type": None}, "model_type=None"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantised"),
         ({"architectures": ["LlamaForBanana"]}, "no class RoPEDecoderForBanana"),
