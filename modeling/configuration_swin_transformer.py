@@ -144,7 +144,7 @@ class SwinTransformerConfig(BackboneConfigMixin, PreTrainedConfig):
     def validate_numbers(self):
         """Dropouts are probabilities below 1, and the rest of the numbers are not negative."""
         check_probabilities(self, "hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate")
-        check_not_negative(self, "layer_norm_eps", "initializer_range")
+        check_not_negative(self, "layer_norm_eps", "initializer_range", "mlp_ratio")
         if self.initializer_range == 0:
             raise ValueError("initializer_range must be above 0: weights are drawn from a normal cut off at 2, got 0.")
         if int(self.mlp_ratio * self.embed_dim) < 1:

@@ -38,7 +38,7 @@ WORK_WITHOUT = {
         "peft_defaults",
         "knn_build",
     },
-    "accelerate": {"info", "peft_defaults"},  # which is no extra: nothing of ours is promised without it
+    "accelerate": {"recipes", "info", "peft_defaults"},  # which is no extra: nothing of ours is promised without it
 }
 NEVER_WORK_HERE = {"consolidate", "push"}  # the folder has no shards, and nobody is logged in
 
