@@ -128,8 +128,8 @@ def verdict(rows: list[dict], algorithm: str) -> str:
 class Setting:
     """How a decoder of bytes is trained, and how much of it is asked."""
 
-    steps: int = 800
-    prompts: int = 32
+    steps: int = 400
+    prompts: int = 8
     layers: int = LAYERS
     width: int = WIDTH
 
