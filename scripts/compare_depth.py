@@ -303,17 +303,18 @@ def main() -> None:
     record = surroundings() | {"rows": before["rows"]}
     if len(args.only) < len(SECTIONS):
         record["commands"] = list(dict.fromkeys(before["commands"] + record["commands"]))
-    if "algorithms" in args.only:
-        record["rows"]["algorithms"] = algorithms(tuple(args.seeds), 3 if args.quick else None)
-    if "exits" in args.only:
-        setting = Setting(steps=3, prompts=2, layers=3, width=32) if args.quick else Setting()
-        record["rows"]["exits"] = early_exits(setting)
-    if "weights" in args.only:
-        record["rows"]["weights"] = exits_of_weights(2 if args.quick else 4, args.model)
-    if args.json:
-        write(args.json, json.dumps(record, indent=1) + "\n")
-    if args.page:
-        write(args.page, page(record))
+    setting = Setting(steps=3, prompts=2, layers=3, width=32) if args.quick else Setting()
+    runs = {
+        "algorithms": lambda: algorithms(tuple(args.seeds), 3 if args.quick else None),
+        "exits": lambda: early_exits(setting),
+        "weights": lambda: exits_of_weights(2 if args.quick else 4, args.model),
+    }
+    for section in args.only:
+        record["rows"][section] = runs[section]()
+        if args.json:
+            write(args.json, json.dumps(record, indent=1) + "\n")
+        if args.page:
+            write(args.page, page(record))
 
 
 if __name__ == "__main__":

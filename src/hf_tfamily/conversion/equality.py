@@ -48,6 +48,8 @@ def _inputs(model: PreTrainedModel) -> dict[str, torch.Tensor | bool]:
         size = [config.image_size] * 2 if isinstance(config.image_size, int) else config.image_size
         return {"pixel_values": torch.randn(2, config.num_channels, *size, dtype=torch.float64)}
     ids = torch.randint(1, config.vocab_size, (2, 12))
+    if config.pad_token_id is not None:  # which RoBERTa leaves out where it counts positions
+        ids = ids.masked_fill(ids == config.pad_token_id, (config.pad_token_id + 1) % config.vocab_size)
     decoder = {"decoder_input_ids": ids.flip(1)} if config.is_encoder_decoder else {}
     return {"input_ids": ids, "use_cache": False, **decoder}  # stock MarianForCausalLM has caches of a wrong length
 
