@@ -4,9 +4,9 @@ import torch
 from transformers import BertConfig
 
 from . import longformer
-from .bert_encoder import OUR_TYPE, renamed, to_encoder
+from .bert_encoder import OUR_TYPE, to_encoder
 from .lengthening import USUAL, Length, lengthened
-from .mapping import require
+from .mapping import renamed
 
 SOURCE_TYPE = "bert"
 ALSO_TO = {longformer.SOURCE_TYPE: longformer.to_stock}
@@ -33,8 +33,6 @@ def to_ours(
 ) -> tuple[dict, dict[str, torch.Tensor]]:
     stock = BertConfig.from_dict(config)
     architecture = renamed(stock.architectures, HEADS)
-    relative = getattr(stock, "position_embedding_type", None) not in (None, "absolute")
-    require(not relative, "The positions are relative ones, which cannot be copied.")
     weights = {name: x for name, x in weights.items() if not name.startswith("cls.seq_relationship.")}
     if BIAS in weights:  # the decoder's own, which files hold under one name or both
         weights[DECODER_BIAS] = weights.pop(BIAS)

@@ -3,7 +3,7 @@
 from transformers import PreTrainedConfig
 
 from ..modeling.configuration_long_encoder import LongEncoderConfig
-from .mapping import rename_in_blocks, require
+from .mapping import rename_in_blocks, renamed, require
 
 OUR_TYPE = "long_encoder"
 SHARED_FIELDS = (
@@ -49,13 +49,6 @@ BUILT_IN = {
     "embedding_norm": True,
     "activation_dropout": 0.0,
 }
-
-
-def renamed(architectures: list[str] | None, heads: dict[str, str]) -> str:
-    """The class of the same head."""
-    found = (architectures or [next(iter(heads))])[0]
-    require(found in heads, f"There is no counterpart of {found}; there is one of {', '.join(heads)}.")
-    return heads[found]
 
 
 def shared_fields(stock: PreTrainedConfig) -> dict:

@@ -10,8 +10,8 @@ from transformers import BigBirdConfig
 
 from ..modeling.attention_patterns import patterns_for_layers
 from ..modeling.configuration_long_encoder import LongEncoderConfig
-from .bert_encoder import OUR_TYPE, add_pooler, from_encoder, renamed, shared_fields, to_encoder
-from .mapping import require
+from .bert_encoder import OUR_TYPE, add_pooler, from_encoder, shared_fields, to_encoder
+from .mapping import renamed, require
 
 SOURCE_TYPE = "big_bird"
 HEADS = {

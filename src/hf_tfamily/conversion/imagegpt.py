@@ -6,7 +6,7 @@ import torch
 from transformers import ImageGPTConfig
 
 from ..modeling.configuration_sparse_transformer import SparseTransformerConfig
-from .mapping import rename_in_blocks, require
+from .mapping import rename_in_blocks, renamed, require
 
 SOURCE_TYPE = "imagegpt"
 OUR_TYPE = "sparse_transformer"
@@ -56,7 +56,7 @@ def to_ours(config: dict, weights: dict[str, torch.Tensor]) -> tuple[dict, dict[
     for field, needed in THEIR_BUILT_IN.items():
         found = getattr(gpt, field)
         require(found == needed, f"This family needs {field}={needed!r}, but the model has {field}={found!r}.")
-    architecture = _renamed(gpt.architectures, ARCHITECTURES)
+    architecture = renamed(gpt.architectures, ARCHITECTURES)
     ours = {
         **{name: getattr(gpt, theirs) for theirs, name in FIELDS.items()},
         **OUR_BUILT_IN,
@@ -74,7 +74,7 @@ def to_ours(config: dict, weights: dict[str, torch.Tensor]) -> tuple[dict, dict[
 
 def to_stock(config: dict, weights: dict[str, torch.Tensor]) -> tuple[dict, dict[str, torch.Tensor]]:
     ours = SparseTransformerConfig.from_dict(config)
-    architecture = _renamed(ours.architectures, {name: theirs for theirs, name in ARCHITECTURES.items()})
+    architecture = renamed(ours.architectures, {name: theirs for theirs, name in ARCHITECTURES.items()})
     head_dim = ours.hidden_size / ours.num_attention_heads
     built_in = {**OUR_BUILT_IN, "qk_head_dim": head_dim, "v_head_dim": head_dim}
     built_in |= {"position_shape": [ours.max_position_embeddings]}
@@ -103,13 +103,6 @@ def to_stock(config: dict, weights: dict[str, torch.Tensor]) -> tuple[dict, dict
     body = {name: _turned(name, tensor) for name, tensor in body.items()}
     inner = "" if architecture == "ImageGPTModel" else "transformer."
     return stock, {name if name.startswith("lm_head.") else inner + name: tensor for name, tensor in body.items()}
-
-
-def _renamed(architectures: list[str] | None, heads: dict[str, str]) -> str:
-    """The class of the same head."""
-    found = (architectures or [next(iter(heads))])[0]
-    require(found in heads, f"There is no counterpart of {found}; there is one of {', '.join(heads)}.")
-    return heads[found]
 
 
 def _outside(name: str, modules: dict[str, str]) -> str:

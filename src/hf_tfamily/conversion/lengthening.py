@@ -51,6 +51,8 @@ def lengthened(
     for field, needed in (("is_decoder", False), ("add_cross_attention", False)):
         value = getattr(stock, field)
         require(value == needed, f"This family needs {field}={needed}, but the model has {field}={value}.")
+    relative = getattr(stock, "position_embedding_type", None) not in (None, "absolute")
+    require(not relative, "The positions are relative ones, which cannot be copied.")
     positions = stock.max_position_embeddings - unused
     require(
         length.max_positions >= positions,

@@ -9,8 +9,8 @@ from transformers import LongformerConfig, PreTrainedConfig
 
 from ..modeling.attention_patterns import pattern_from_dict, patterns_for_layers
 from ..modeling.configuration_long_encoder import LongEncoderConfig
-from .bert_encoder import OUR_TYPE, add_pooler, from_encoder, renamed, shared_fields, to_encoder
-from .mapping import require
+from .bert_encoder import OUR_TYPE, add_pooler, from_encoder, shared_fields, to_encoder
+from .mapping import renamed, require
 
 SOURCE_TYPE = "longformer"
 HEADS = {

@@ -4,9 +4,9 @@ import torch
 from transformers import RobertaConfig
 
 from . import longformer
-from .bert_encoder import OUR_TYPE, renamed, to_encoder
+from .bert_encoder import OUR_TYPE, to_encoder
 from .lengthening import USUAL, Length, lengthened
-from .mapping import require
+from .mapping import renamed
 
 SOURCE_TYPE = "roberta"
 ALSO_TO = {longformer.SOURCE_TYPE: longformer.to_stock}
@@ -19,8 +19,6 @@ def to_ours(
     stock = RobertaConfig.from_dict(config)
     architecture = renamed(stock.architectures, HEADS)
     longformer.check_activation(architecture, stock.hidden_act)
-    relative = getattr(stock, "position_embedding_type", None) not in (None, "absolute")
-    require(not relative, "The positions are relative ones, which cannot be copied.")
     if "lm_head.bias" in weights:  # the decoder's own, which files hold under one name or both
         weights = {**weights, "lm_head.decoder.bias": weights["lm_head.bias"]}
         weights.pop("lm_head.bias")

@@ -13,7 +13,7 @@ import torch
 import transformers
 
 from .. import plots
-from .claim import Claim, Finding, Result, Results, Verdict
+from .claim import Claim, Result, Results, Verdict
 from .workspace import write
 
 
@@ -25,7 +25,7 @@ def table(claim: Claim, results: Results) -> str:
     return "\n".join(lines)
 
 
-def write_page(name: str, claim: Claim, results: Results, finding: Finding, folder: Path) -> None:
+def write_page(name: str, claim: Claim, results: Results, folder: Path) -> None:
     """NAME.md, NAME.png and NAME.json in `folder`."""
     record = {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),

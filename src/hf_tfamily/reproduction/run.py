@@ -60,12 +60,12 @@ def reproduce(
     print(f"\n{claim.system}: {claim.statement} ({claim.paper})\n\n{table(claim, results)}\n")
     print(f"Found if: {claim.criterion}\n{finding}" if not quick else "A quick run: the figures above mean nothing.")
     if page is not None:
-        write_page(name, claim, results, finding, Path(page))
+        write_page(name, claim, results, Path(page))
     return finding
 
 
 def _measured(name: str, claim: Claim, folder: Path, quick: bool) -> Results:
-    kept, version = folder / f"{name}.json", _version(name)
+    kept, version = folder / f"{name}.json", _version()
     results = _read(kept, version)
     known = {(result.variant, result.seed) for result in results}
     seeds = claim.seeds[:1] if quick else claim.seeds
@@ -77,17 +77,16 @@ def _measured(name: str, claim: Claim, folder: Path, quick: bool) -> Results:
         start = time.monotonic()
         figures = claim.measure(variant, seed, Workspace(folder, quick))
         results.append(Result(variant, seed, figures, round(time.monotonic() - start, 1)))
-        write(
-            kept, json.dumps({"version": version, "results": [asdict(result) for result in results]}, indent=1) + "\n"
-        )
+        record = {"version": version, "results": [asdict(result) for result in results]}
+        write(kept, json.dumps(record, indent=1) + "\n")
         tqdm.write("    " + ", ".join(f"{claim.figures[key]} {number(value)}" for key, value in figures.items()))
     return results
 
 
-def _version(name: str) -> str:
-    """Of the experiment: results of another text of it are measured anew."""
-    source = Path(claims.__path__[0]) / f"{name}.py"
-    return hashlib.sha256(source.read_bytes()).hexdigest()[:16]
+def _version() -> str:
+    """Of all claims, which share settings: after a change of any, results are measured anew; models are kept."""
+    sources = sorted(Path(claims.__path__[0]).glob("*.py"))
+    return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:16]
 
 
 def _read(kept: Path, version: str) -> Results:

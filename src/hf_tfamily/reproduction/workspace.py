@@ -23,25 +23,22 @@ class Workspace:
     folder: Path
     quick: bool = False
 
-    def train(self, recipe: str | Recipe, changes: Iterable[str] = (), seed: int = 0) -> Path:
+    def train(self, recipe: str, changes: Iterable[str] = (), seed: int = 0) -> Path:
         """The finished folder of a recipe, changed and with a seed; trained unless it is there.
 
         Args:
-            recipe: a recipe's name, or one of an experiment's own, which takes no changes.
+            recipe: its name, or a YAML file.
             changes: as `hf-tfamily train --set`.
         """
         changed = self._loaded(recipe, [*changes, f"training.seed={seed}"])
         told = json.dumps(asdict(changed), sort_keys=True)
-        folder = (
-            self.folder
-            / "models"
-            / f"{changed.name.replace('/', '-')}-{hashlib.sha256(told.encode()).hexdigest()[:12]}"
-        )
+        digest = hashlib.sha256(told.encode()).hexdigest()[:12]
+        folder = self.folder / "models" / f"{changed.name.replace('/', '-')}-{digest}"
         if not (folder / "config.json").exists():
             training.train(changed, folder, resume=True)
         return folder
 
-    def metrics(self, recipe: str | Recipe, changes: Iterable[str] = (), seed: int = 0) -> dict[str, float]:
+    def metrics(self, recipe: str, changes: Iterable[str] = (), seed: int = 0) -> dict[str, float]:
         """The figures of `train`'s model on held-out data, as metrics.json has them."""
         return json.loads((self.train(recipe, changes, seed) / "metrics.json").read_text(encoding="utf-8"))
 
