@@ -51,6 +51,9 @@ def draw(results: Results, axes: Any) -> None:
     for variant, colour in ((WINDOWS, plots.BLUE), (WHOLE, plots.ORANGE)):
         counts = [results.mean(variant, f"side_{side}") / 1e6 for side in SIDES]
         axes.loglog([side**2 for side in SIDES], counts, "o-", color=colour, label=variant)
+    axes.set_xticks([side**2 for side in SIDES], [f"{side}x{side}" for side in SIDES])  # powers need math text
+    axes.set_yticks([10, 100, 1000], ["10", "100", "1,000"])
+    axes.minorticks_off()
     axes.set(xlabel="pixels", ylabel="million operations, forward")
     axes.legend()
 
