@@ -296,9 +296,10 @@ def run(args: argparse.Namespace, measured: Callable[[dict, float], dict] = in_o
     if args.quick:
         tokens, layers, row, width = (64, 256), (1, 2), 64, 32
     tokens = tuple(length for length in tokens if length <= args.longest)
-    before = json.loads(args.json.read_text())["rows"] if args.json and args.json.exists() else {}
+    before = json.loads(args.json.read_text()) if args.json and args.json.exists() else {"rows": {}, "commands": []}
     record = surroundings() | {"most": args.most, "row": row, "width": width, "differences": differences()}
-    record["rows"] = {section: before[section] for section in ("tokens", "layers") if section in before}
+    record["commands"] = list(dict.fromkeys(before["commands"] + record["commands"]))
+    record["rows"] = {section: before["rows"][section] for section in ("tokens", "layers") if section in before["rows"]}
     for section in args.only:
         record["rows"][section] = []
         for case in cases(section, tokens, layers, row, width):
