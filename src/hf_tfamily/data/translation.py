@@ -69,7 +69,7 @@ def libreoffice_help(
     train = _distinct(pair for page in pages[held_out:] for pair in page)
     known = {source for source, _ in train}
     evaluation = _distinct(pair for page in pages[:held_out] for pair in page if pair[0] not in known)
-    return _pairs_data(
+    return pairs_data(
         train,
         evaluation,
         vocab_size,
@@ -95,7 +95,7 @@ def translation_files(
         eval_source_file, eval_target_file: the same, held out.
         vocab_size, max_length: as for `libreoffice_help`.
     """
-    return _pairs_data(
+    return pairs_data(
         _line_pairs(source_file, target_file),
         _line_pairs(eval_source_file, eval_target_file),
         vocab_size,
@@ -171,9 +171,10 @@ def _distinct(pairs: Iterable[Pair]) -> list[Pair]:
     return list(dict.fromkeys(pairs))
 
 
-def _pairs_data(
-    train, evaluation, vocab_size: int, max_length: int, description: str, licence: str
+def pairs_data(
+    train: list[Pair], evaluation: list[Pair], vocab_size: int, max_length: int, description: str, licence: str
 ) -> TranslationPairs:
+    """Both parts as ids of a tokenizer that learned from the first; pairs longer than `max_length` are left out."""
     if not train or not evaluation:
         raise ValueError(f"Both parts must hold pairs, got {len(train)} and {len(evaluation)}.")
     tokenizer = pair_tokenizer((text for pair in train for text in pair), vocab_size)
