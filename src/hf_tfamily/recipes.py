@@ -84,7 +84,7 @@ def load_recipe(name_or_path: str | Path, overrides: Iterable[str] = ()) -> Reci
     refuse_secrets([override.partition("=")[2] for override in overrides], "--set", RecipeError)
     refuse_secrets(content, name, RecipeError)
     content = _check_layout(name, content)
-    own_data = deepcopy(content["data"])
+    own = deepcopy(content)
     for override in overrides:
         _apply(override, content)
     refuse_secrets(content, name, RecipeError)
@@ -93,8 +93,9 @@ def load_recipe(name_or_path: str | Path, overrides: Iterable[str] = ()) -> Reci
     _check_training(content["training"], name)
     if any(override.startswith("model.") for override in overrides):
         content["parameters"] = None
-    if content["data"] != own_data:
-        _say_that_data_changed(content, name, [override for override in overrides if override.startswith("data.")])
+    changed = [section for section in ("data", "model") if content[section] != own[section]]
+    if changed:
+        _say_what_changed(content, name, changed, overrides)
     return Recipe(name=name, **{**content, "notes": tuple(content.get("notes", ()))})
 
 
@@ -142,12 +143,12 @@ def _check_layout(name: str, content: Any) -> dict[str, Any]:
     return content
 
 
-def _say_that_data_changed(content: dict[str, Any], name: str, changes: list[str]) -> None:
-    """Title and notes, which a model's card shows, were written about the recipe's own data."""
-    said = ", ".join(changes)
+def _say_what_changed(content: dict[str, Any], name: str, changed: list[str], overrides: list[str]) -> None:
+    """Title and notes, which a model's card shows, were written about the recipe's own data and model."""
+    said = ", ".join(override for override in overrides if override.partition(".")[0] in changed)
     content["title"] = f"The model of {name} with {said}"
     content["reference"] = f"changed from: {content['reference']}" if content.get("reference") else ""
-    first = f"Data are not those of {name}, which was changed by {said}."
+    first = f"Changed from {name}: {said}."
     if content.get("notes"):
         first += " The notes that follow were written for the recipe's own."
     content["notes"] = [first, *content.get("notes", ())]

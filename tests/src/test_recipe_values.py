@@ -284,6 +284,15 @@ def test_the_card_is_about_the_data_that_were_used(micro_file, tmp_path):
     assert task_of(recipe).metric == "bits_per_dim"
 
 
-def test_without_a_change_of_data_the_card_is_the_recipes():
-    recipe = load_recipe(DIGITS, ["training.max_steps=1", "data.source=digits"])
+@pytest.mark.parametrize("overrides", [["data.limit=9"], ["model.num_hidden_layers=1", "data.limit=9"]])
+def test_what_was_changed_is_said_first(overrides):
+    recipe = load_recipe(DIGITS, [*overrides, "training.max_steps=1"])
+    assert recipe.title == f"The model of {DIGITS} with {', '.join(overrides)}"
+    assert recipe.notes[0].startswith(f"Changed from {DIGITS}: {', '.join(overrides)}.")
+
+
+def test_without_a_change_of_data_or_model_the_card_is_the_recipes():
+    model = load_recipe(DIGITS).model
+    overrides = ["training.max_steps=1", "data.source=digits", f"model.hidden_size={model['hidden_size']}"]
+    recipe = load_recipe(DIGITS, overrides)
     assert (recipe.title, recipe.notes) == (load_recipe(DIGITS).title, load_recipe(DIGITS).notes)

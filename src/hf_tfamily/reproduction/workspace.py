@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from .. import training
@@ -31,7 +31,7 @@ class Workspace:
             changes: as `hf-tfamily train --set`.
         """
         changed = self._loaded(recipe, [*changes, f"training.seed={seed}"])
-        told = json.dumps(asdict(changed), sort_keys=True)
+        told = json.dumps([changed.model, changed.data, changed.training], sort_keys=True)
         digest = hashlib.sha256(told.encode()).hexdigest()[:12]
         folder = self.folder / "models" / f"{changed.name.replace('/', '-')}-{digest}"
         if not (folder / "config.json").exists():
