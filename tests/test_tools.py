@@ -10,11 +10,14 @@ import pytest
 import torch
 from PIL import Image
 from transformers import (
+    AttentionInterface,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
     BitsAndBytesConfig,
+    GenerationConfig,
     Trainer,
     TrainingArguments,
     ViTImageProcessorPil,
@@ -25,6 +28,7 @@ import hf_tfamily  # noqa: F401
 from hf_tfamily.auto import SYSTEMS
 from hf_tfamily.data import byte_tokenizer
 from hf_tfamily.hub import export
+from hf_tfamily.modeling.image_processing_tokens import ImageTokenProcessor
 from tests.hub.examples import NAMES, example, main_head
 from tests.tiny_models import TINY, batch_for, tiny_model
 
@@ -110,23 +114,147 @@ def test_trainer_logs(logger, tmp_path, monkeypatch):
     assert any((tmp_path / logger).rglob("*")) or any((tmp_path / "out" / "runs").rglob("events*"))
 
 
-@pytest.mark.slow
-def test_trl_fine_tunes_every_causal_model_from_its_folder(tmp_path):
-    needs("trl")
+# ---------------------------------------------------------------------------------------------------------------------
+# TRL and Lightning
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Name -> folder with a tiny model of bytes, its code, and a tokenizer."""
+    home = tmp_path_factory.mktemp("models")
+    for name in TEXT:
+        export(tiny_model(name, AutoModelForCausalLM, vocab_size=257, pad_token_id=256), home / name, byte_tokenizer())
+    return {name: str(home / name) for name in TEXT}
+
+
+def fine_tuned(model, folder, **settings):
+    """An SFTTrainer after two steps."""
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
     rows = Dataset.from_dict({"text": ["Blessed are the peacemakers."] * 4})
-    for name in TEXT:
-        folder = str(tmp_path / name)
-        export(tiny_model(name, AutoModelForCausalLM, vocab_size=257, pad_token_id=256), folder, byte_tokenizer())
-        arguments = SFTConfig(
-            f"{folder}/out", max_steps=2, logging_steps=1, report_to="none", use_cpu=True, bf16=False, max_length=32
-        )
-        trainer = SFTTrainer(folder, arguments, train_dataset=rows)
+    common = {"max_steps": 2, "logging_steps": 1, "report_to": "none", "use_cpu": True, "bf16": False}
+    arguments = SFTConfig(f"{folder}/sft", max_length=32, **common, **settings)
+    trainer = SFTTrainer(model, arguments, train_dataset=rows, processing_class=byte_tokenizer())
+    trainer.train()
+    assert all(0 < entry["loss"] < 8 for entry in trainer.state.log_history if "loss" in entry)
+    return trainer
+
+
+@pytest.mark.slow
+def test_trl_fine_tunes_every_causal_model_from_its_folder(folders):
+    needs("trl")
+    for folder in folders.values():
+        trainer = fine_tuned(folder, folder)
         assert trainer.train_dataset[0]["input_ids"][-1] == 256, "a text ends with the token that ends one"
+
+
+@pytest.mark.slow
+def test_trl_packs_texts_where_a_model_keeps_them_apart(folders):
+    """Models that remember segments say that they do not."""
+    needs("trl")
+    for name, folder in folders.items():
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        if TINY[name].recurrent:
+            with pytest.raises(ValueError, match="Packed documents are not supported"):
+                fine_tuned(model, folder, packing=True)
+        else:
+            fine_tuned(model, folder, packing=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loaded", [False, True], ids=["folder", "object"])
+def test_trl_prefers_one_answer_to_another(loaded, folders):
+    """DPO, whose reference model is loaded from where the model came from."""
+    needs("trl")
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
+
+    answers = {"chosen": ["the peacemakers."] * 4, "rejected": ["the war."] * 4}
+    rows = Dataset.from_dict({"prompt": ["Blessed are "] * 4, **answers})
+    common = {"max_steps": 2, "logging_steps": 1, "report_to": "none", "use_cpu": True, "bf16": False}
+    for folder in folders.values():
+        model = AutoModelForCausalLM.from_pretrained(folder) if loaded else folder
+        arguments = DPOConfig(f"{folder}/dpo", per_device_train_batch_size=4, learning_rate=1e-3, **common)
+        trainer = DPOTrainer(model, args=arguments, train_dataset=rows, processing_class=byte_tokenizer())
         trainer.train()
-        assert all(0 < entry["loss"] < 8 for entry in trainer.state.log_history if "loss" in entry)
+        first, second = (entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
+        assert second < first == pytest.approx(0.693, abs=2e-2)
+
+
+@pytest.mark.slow
+def test_lightning_trains_every_system():
+    needs("lightning")
+    import lightning
+
+    class Module(lightning.LightningModule):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def training_step(self, rows, number):
+            loss = self.model(**rows).loss
+            self.log("loss", loss)
+            return loss
+
+        def configure_optimizers(self):
+            return torch.optim.AdamW(self.parameters(), lr=1e-3)
+
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    for name in NAMES:
+        inputs = batch(name)
+        rows = [{key: value[row] for key, value in inputs.items()} for row in range(2)]
+        trainer = lightning.Trainer(
+            max_steps=2, max_epochs=2, accelerator="cpu", enable_model_summary=False, log_every_n_steps=1, **quiet
+        )
+        trainer.fit(Module(example(name)[0].train()), torch.utils.data.DataLoader(rows, batch_size=2))
+        assert trainer.global_step == 2
+        assert 0 < float(trainer.callback_metrics["loss"]) < 8
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Servers
+
+
+def test_the_rope_decoder_meets_what_vllm_asks_for():
+    """Its backend for Transformers models gives embeddings, no cache, and its own attention layers to hand down."""
+    asked = []
+
+    def attention(module, query, key, value, attention_mask, scaling=None, attention_instances=None, **kwargs):
+        asked.append((attention_instances[module.layer_idx], attention_mask))
+        key, value = (heads.repeat_interleave(query.shape[1] // key.shape[1], 1) for heads in (key, value))
+        seen = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
+        return seen.transpose(1, 2), None
+
+    model = tiny_model("rope_decoder", AutoModel).eval()
+    ids = torch.randint(1, model.config.vocab_size, (1, 9))
+    expected = model(ids, use_cache=False).last_hidden_state
+    AttentionInterface.register("like_vllm", attention)
+    model.config._attn_implementation = "like_vllm"
+    layers = {layer: f"layer {layer}" for layer in range(model.config.num_hidden_layers)}
+    inputs = {"inputs_embeds": model.get_input_embeddings()(ids), "position_ids": torch.arange(9)[None]}
+    found = model(input_ids=None, **inputs, use_cache=False, attention_instances=layers, return_dict=False)[0]
+    torch.testing.assert_close(found, expected)
+    assert asked == [(layer, None) for layer in layers.values()]
+    assert model.config.base_model_tp_plan
+    assert model.config.base_model_pp_plan
+
+
+@pytest.mark.slow
+def test_the_demo_draws_digits():
+    needs("gradio")
+    import digits_demo
+
+    processor = ImageTokenProcessor(height=4, width=4, channels=1, levels=5, num_classes=3)
+    model = tiny_model("sparse_transformer", AutoModelForCausalLM)
+    no_levels = list(range(processor.levels, model.config.vocab_size))
+    model.generation_config = GenerationConfig(do_sample=True, top_k=0, max_length=17, suppress_tokens=no_levels)
+    page = digits_demo.app(model, processor)
+    pictures = digits_demo.draw(model, processor, label=1, count=2, temperature=0.5, seed=0)
+    assert [picture.size for picture in pictures] == [(digits_demo.SHOWN,) * 2] * 2
+    assert "Gallery" in str(page.config)
+    with pytest.raises(ValueError, match="draws no pictures of classes"):
+        digits_demo.app(model, byte_tokenizer())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
