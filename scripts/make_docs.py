@@ -36,7 +36,6 @@ ALSO_READ = {"image_transformer": ("image_processing_tokens",)}
 # Patterns that a system is about, in the short form of `hf-tfamily show`.
 PICTURES = {
     "sparse_transformer": ("local:window=8", "strided:stride=8", "fixed:block=8,summary=2"),
-    "transformer_xl": ("local:window=8",),
     "xl_sparse": ("local:window=6+strided:stride=6",),
     "rope_decoder": ("full", "local:window=8"),
     "image_transformer": ("block_1d:block=6,flange=6", "block_2d:height=3,width=3,flange_height=1,flange_width=2"),
@@ -170,22 +169,24 @@ def draw_windows(file: Path) -> None:
 
 
 @plots.styled
-def draw_compression(file: Path, segment: int = 4, memory: int = 4, places: int = 3, rate: int = 2) -> None:
+def draw_memory(file: Path, segment: int = 4, memory: int = 4, places: int = 0, rate: int = 2) -> None:
     """Which tokens a segment sees, a row for each: itself, the memory, and compressed places."""
     figure = plots.new_figure(6.0, 2.6)
     axes = figure.subplots()
+    kinds = {"segment": plots.BLUE, "memory": "#9dc3ea"}
+    if places:
+        kinds[f"{rate} tokens in 1 place"] = plots.ORANGE
     for row in range(6):
         start = row * segment
         reach = max(0, start - memory)
-        compressed = range(max(0, reach - places * rate), reach, rate)
-        spans = [(first, rate, plots.ORANGE) for first in compressed]
-        spans += [(first, 1, "#9dc3ea") for first in range(reach, start)]
-        spans += [(first, 1, plots.BLUE) for first in range(start, start + segment)]
+        spans = [(first, rate, plots.ORANGE) for first in range(max(0, reach - places * rate), reach, rate)]
+        spans += [(first, 1, kinds["memory"]) for first in range(reach, start)]
+        spans += [(first, 1, kinds["segment"]) for first in range(start, start + segment)]
         for first, width, colour in spans:
             axes.barh(row, width - 0.12, left=first + 0.06, height=0.7, color=colour)
     axes.set(xlabel="token", ylabel="segment", yticks=range(6), xlim=(0, 6 * segment))
     axes.invert_yaxis()
-    for label, colour in (("segment", plots.BLUE), ("memory", "#9dc3ea"), (f"{rate} tokens in 1 place", plots.ORANGE)):
+    for label, colour in kinds.items():
         axes.barh(0, 0, color=colour, label=label)
     axes.legend(loc="upper right", fontsize=8)
     plots.save(figure, file)
@@ -217,21 +218,28 @@ def draw_store(file: Path, segment: int = 4, memory: int = 4, stored: int = 12) 
 
 
 @plots.styled
-def draw_stacks(file: Path, titles: Sequence[str], source: int = 8, target: int = 8) -> None:
-    """What queries see (down) of keys (right) in an encoder, a decoder, and between them."""
-    masks = {
-        "encoder on itself": np.ones((source, source)),
-        "decoder on itself": np.tri(target),
-        "decoder on encoder": np.ones((target, source)),
-    }
-    figure = plots.new_figure(2.4 * len(titles), 2.6)
-    for axes, title in zip(figure.subplots(1, len(titles), squeeze=False)[0], titles):
-        axes.imshow(masks[title], cmap=ListedColormap(["#e8ecf0", "#2f6fb7"]), vmin=0, vmax=1)
+def draw_masks(file: Path, masks: dict[str, np.ndarray]) -> None:
+    """What queries see (down) of keys (right), by title."""
+    figure = plots.new_figure(2.4 * len(masks), 2.7)
+    for axes, (title, mask) in zip(figure.subplots(1, len(masks), squeeze=False)[0], masks.items()):
+        axes.imshow(mask, cmap=ListedColormap(["#e8ecf0", "#2f6fb7"]), vmin=0, vmax=1)
         axes.set_title(title, **plots.PANEL_TITLE)
-        axes.set(xticks=np.arange(0.5, source - 1), yticks=np.arange(0.5, target - 1))
+        axes.set(xticks=np.arange(0.5, mask.shape[1] - 1), yticks=np.arange(0.5, len(mask) - 1))
+        axes.set(xlabel="key", ylabel="query")
         axes.grid(color="white", linewidth=1)
         axes.tick_params(length=0, labelbottom=False, labelleft=False)
     plots.save(figure, file)
+
+
+def masks_of_encoder(length: int = 8, window: int = 2, padding: int = 2) -> dict[str, np.ndarray]:
+    """All tokens, a window, and what is left where the row is padded."""
+    places = np.arange(length)
+    near = abs(places[:, None] - places) <= window
+    return {
+        "every token": np.ones((length, length)),
+        f"local, window={2 * window + 1}": near,
+        f"padded by {padding}": np.tile(places < length - padding, (length, 1)),
+    }
 
 
 @plots.styled
@@ -296,13 +304,16 @@ def main() -> None:
         if system.name in PICTURES:
             draw(system.name)
     draw_windows(FOLDER / "swin_transformer.png")
-    draw_compression(FOLDER / "compressive_transformer.png")
+    draw_memory(FOLDER / "transformer_xl.png", memory=8)
+    draw_memory(FOLDER / "compressive_transformer.png", places=3)
     draw_store(FOLDER / "memorizing_transformer.png")
     draw_spans(FOLDER / "adaptive_span.png")
     draw_steps(FOLDER / "universal_transformer.png")
     draw_globals(FOLDER / "long_encoder.png")
-    draw_stacks(FOLDER / "vanilla_encoder.png", ["encoder on itself"])
-    draw_stacks(FOLDER / "vanilla_transformer.png", ["encoder on itself", "decoder on itself", "decoder on encoder"])
+    draw_masks(FOLDER / "vanilla_encoder.png", masks_of_encoder())
+    square = np.ones((8, 8))
+    stacks = {"encoder on itself": square, "decoder on itself": np.tri(8), "decoder on encoder": square}
+    draw_masks(FOLDER / "vanilla_transformer.png", stacks)
 
 
 if __name__ == "__main__":

@@ -102,8 +102,18 @@ def pattern_panels(pattern: Pattern, length: int | None = None) -> list[Panel]:
     return _head_panels(pattern, length, (max(1, length // width), width))
 
 
+def model_length(config: Any) -> int | None:
+    """All positions of a model, if they are counted, or as many as a picture takes."""
+    shape = getattr(config, "position_shape", None) or getattr(config, "grid", None)
+    positions = math.prod(shape) if shape else getattr(config, "max_position_embeddings", None)
+    return min(positions, MAX_LENGTH) if positions else None
+
+
 def config_panels(config: Any, length: int | None = None) -> list[Panel]:
     """Panels of every distinct pattern among a model's layers, on the grid of its positions where it has one.
+
+    Args:
+        length: tokens to draw; four periods of a pattern if None.
 
     Raises ValueError for models that have no patterns.
     """

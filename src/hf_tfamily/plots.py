@@ -10,16 +10,18 @@ from typing import Any
 import numpy as np
 
 from .data.sequences import require
-from .pattern_views import LATER, Panel, keys_per_query
+from .pattern_views import LATER, QUERY, Panel, keys_per_query
 
 INK, GREY, BLUE, ORANGE = "#1f2328", "#8c959f", "#1f5fa8", "#d9730d"
 TRAINING_LINE = {"color": BLUE, "alpha": 0.6}
 HELD_OUT_LINE = {"color": ORANGE, "marker": "o", "markersize": 3}
 VIEW_COLOURS = ("#0b2f57", "#e8ecf0", "#2f6fb7", "#9dc3ea", "#d9730d", "#f3bf8f")  # query, unseen, parts 1, 2, ...
+VIEW_NAMES = ("a query", "not seen", "seen", "seen by the second part", "by the third", "by the fourth")
 PANEL_TITLE = {"fontsize": 9, "loc": "center", "fontweight": "normal"}
 WRITTEN_CLASSES = 40  # beyond, a confusion matrix has no room for names and numbers
 CAPTION_LETTERS = 18
 CORNER = {"ha": "right", "va": "top", "fontsize": 8, "color": GREY}
+WORDS = {"fontsize": 8, "color": GREY}
 STYLE = {
     "font.size": 10,
     "text.color": INK,
@@ -154,8 +156,9 @@ def loss_curve(
             axes.plot(steps, losses, label=f"{name}: {losses[-1]:.3f} at the end", **line)
     if uniform is not None:
         axes.axhline(uniform, color=GREY, linestyle="--", linewidth=1, label=f"uniform guess: {uniform:.3f}")
-    axes.set_ylim(min(shown) * 0.95, (uniform or max(shown)) * 1.05)
+    axes.set_ylim(min(shown) * 0.95, max(shown) * 1.05)
     axes.set_xlabel("step")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_ylabel(unit)
     axes.grid(axis="y", color=GREY, alpha=0.2)
     axes.legend()
@@ -189,17 +192,35 @@ def pattern_pictures(panels: Sequence[Panel], path: str | Path, title: str = "",
     cells = figure.subplots(2 * rows, columns, squeeze=False, height_ratios=[1, 2] * rows)
     for axes in cells.flat:
         axes.set_axis_off()
+    used = set()
     for place, panel in enumerate(panels):
         row, column = 2 * (place // columns), place % columns
         above, below = cells[row : row + 2, column]
         above.set_title("\n".join([*textwrap.wrap(panel.title, 34), panel.note]), **PANEL_TITLE)
         if panel.shape is not None:
-            _draw_codes(above, panel.grid(), later="#f8f9fa")
+            grid = panel.grid()
+            used.update(np.unique(grid))
+            _draw_codes(above, grid, later="#f8f9fa")
         view = panel.matrix()
+        used.update(np.unique(view))
         _draw_codes(below, view, later="white")
+        below.text(0.5, -0.01, "keys", transform=below.transAxes, ha="center", va="top", **WORDS)
+        below.text(-0.01, 0.5, "queries", transform=below.transAxes, ha="right", va="center", rotation=90, **WORDS)
         corner = f"{panel.length} tokens,\n{keys_per_query(view):.1f} keys per query"
         below.text(1, 0.98, corner, transform=below.transAxes, **CORNER)
+    _legend_of_codes(figure, used)
     save(figure, path)
+
+
+def _legend_of_codes(figure, used: set[int]) -> None:
+    """What the colours mean that occur."""
+    patch = require("matplotlib.patches").Patch
+    handles = [
+        patch(color=colour, label=name)
+        for code, (colour, name) in enumerate(zip(VIEW_COLOURS, VIEW_NAMES), QUERY)
+        if code in used
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=9)
 
 
 def _draw_codes(axes, view: np.ndarray, later: str) -> None:

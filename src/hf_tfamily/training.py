@@ -32,7 +32,7 @@ from .kept_activations import KEPT_ACTIVATIONS
 from .label_smoothing import smooth_inside
 from .manifest import ManifestWriter
 from .model_size import check_memory
-from .pattern_views import config_panels
+from .pattern_views import config_panels, model_length
 from .processes import is_sharded, prepare_for_processes, whole_model
 from .recipe_yaml import write_yaml
 from .recipes import OWN_TRAINING, Recipe, RecipeError, load_recipe
@@ -338,7 +338,7 @@ def _finish(
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     plots.loss_curve(history, task.loss_unit, task.nats, task.uniform_loss(data), folder / "loss.png", recipe.name)
     if getattr(model.config, "attention_patterns", None) is not None:
-        plots.pattern_pictures(config_panels(model.config), folder / "patterns.png")
+        plots.pattern_pictures(config_panels(model.config, model_length(model.config)), folder / "patterns.png")
     task.write_samples(model, data, folder)
     model_card(recipe, task, data, metrics, folder).save(folder / "README.md")
 
