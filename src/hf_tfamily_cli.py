@@ -1,4 +1,4 @@
-"""The command `hf-tfamily`: train, evaluate, sample, push, convert, consolidate, show, info, recipes, reproduce, knn.
+"""The command `hf-tfamily`: train, evaluate, sample, push, convert, show, recipes, sources, new-recipe and others.
 
 What is wrong with a request is said in one line, with exit code 2. A module of its own, outside the package: that
 imports torch, which the commands need and `--help` does not.
@@ -331,6 +331,49 @@ def _show_recipe(name: str, length: int | None) -> list:
         )
     console.print(f"{parameters:,} parameters, {shape}")
     return config_panels(config, length)
+
+
+@app.command()
+def sources(
+    name: Annotated[str | None, typer.Argument(metavar="SOURCE", help="One of them [default: a list]")] = None,
+) -> None:
+    """Where data can come from, and what each source takes."""
+    with _one_line_errors():
+        from hf_tfamily.data.descriptions import arguments, list_sources, recipes_of, sentence
+
+        if name is None:
+            rows = [(source, kind, sentence(source)) for source, kind in list_sources()]
+            console.print(_table(["source", "what for", "what it is"], rows))
+            return
+        rows = [(argument.name, argument.kind, argument.default, argument.meaning) for argument in arguments(name)]
+        console.print(sentence(name), markup=False)
+        console.print(_table(["argument", "type", "default", "meaning"], rows))
+        for line in recipes_of(name):
+            console.print(line, markup=False, soft_wrap=True)
+
+
+@app.command()
+def new_recipe(
+    source: Annotated[str, typer.Argument(help="What kind of data, such as text_file_stream; see `sources`")],
+    paths: Annotated[list[Path], typer.Argument(help="Your file or folder; two files for a translation")],
+    system: Annotated[str | None, typer.Option(help="Model to train [default: the first that fits]")] = None,
+    data: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="An argument of the source, such as column=price")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="The recipe [default: PATH's name with .yaml, here]")] = None,
+) -> None:
+    """Write a recipe for your own data, with sizes that suit them; `hf-tfamily train FILE.yaml` trains it."""
+    with _one_line_errors():
+        from hf_tfamily import new_recipes
+
+        _quiet()
+        output = output or Path(f"{paths[0].stem}.yaml")
+        if output.exists():
+            raise FileExistsError(f"{output} is there already; choose another --output.")
+        recipe = new_recipes.new_recipe(source, paths, system, data or [])
+        new_recipes.write_recipe(recipe, output)
+        console.print(f"Recipe:    {escape(str(output))}  ({recipe.parameters:,} parameters)", soft_wrap=True)
+        console.print(f"Train it:  hf-tfamily train {escape(shlex.quote(str(output)))}", soft_wrap=True)
 
 
 @app.command()

@@ -91,7 +91,11 @@ RUN_TEMPLATE = (
 ![{{ name.split(".")[0] }}]({{ name }})
 {% endfor %}{% if texts %}
 Samples are in [samples.txt](samples.txt).
-{% endif %}
+{% endif %}{% if sounds %}
+## Samples
+{% for name in sounds %}
+[{{ name }}]({{ name }})
+{% endfor %}{% endif %}
 """
     + LOADING
     + """
@@ -147,6 +151,7 @@ def model_card(recipe: Recipe, task: Task, data: LoadedData, metrics: dict[str, 
         papers=_links(arxiv),
         pictures={name: heading for name, heading in PICTURES.items() if (folder / name).exists()},
         texts=(folder / "samples.txt").exists(),
+        sounds=sorted(path.name for path in folder.glob("samples-*.wav")),
         auto_class=task.auto_class.__name__,
         place=THIS_FOLDER,
         with_code=True,
@@ -179,9 +184,10 @@ def folder_card(folder: str | Path, with_code: bool) -> ModelCard:
 def _without_html(card: ModelCard) -> ModelCard:
     """Titles, notes and names are anybody's text: what begins a tag in them is shown and does nothing.
 
-    Our templates hold no tags themselves.
+    Our templates hold no tags themselves; sounds, which Markdown cannot play, get theirs afterwards.
     """
     card.text = re.sub(r"<(?=[a-zA-Z/!?])", "&lt;", card.text)
+    card.text = re.sub(r"^\[(samples-\d+\.wav)\]\(\1\)$", r'<audio controls src="\1"></audio>', card.text, flags=re.M)
     return card
 
 

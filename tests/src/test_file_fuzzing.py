@@ -199,6 +199,18 @@ def write_sounds(folder: Path) -> dict:
     return {"path": str(folder), "length": 4}
 
 
+def write_table(folder: Path) -> dict:
+    (folder / "table.csv").write_text("id,text\n" + "".join(f"{number},größer {number}\n" for number in range(40)))
+    return {"path": str(folder / "table.csv"), "column": "text", "length": 4}
+
+
+def write_compressed_sounds(folder: Path) -> dict:
+    soundfile = pytest.importorskip("soundfile")
+    for name in ("a.flac", "b.ogg", "c.flac"):
+        soundfile.write(folder / name, np.sin(np.arange(400) / 5), 8000)
+    return {"path": str(folder), "length": 4}
+
+
 def write_clothes(folder: Path) -> dict:
     for part in ("train", "t10k"):
         write_idx(folder / f"{part}-images-idx3-ubyte.gz", np.arange(10 * 28 * 28).reshape(10, 28, 28) % 256)
@@ -277,6 +289,8 @@ CASES = {
     "text_file": Source("text_file", write_text, is_text=True),
     "text_file_stream": Source("text_file_stream", write_text, is_text=True),
     "audio_files": Source("audio_files", write_sounds),
+    "audio_files compressed": Source("audio_files", write_compressed_sounds, is_text=True),
+    "csv_column": Source("csv_column", write_table, is_text=True),
     "fashion_mnist": Source("fashion_mnist", write_clothes),
     "fashion_mnist_classes": Source("fashion_mnist_classes", write_clothes),
     "translation_files": Source("translation_files", write_pairs, is_text=True),
@@ -301,6 +315,7 @@ INSIDE_PACKAGES = {
     "bible",
     "bible_stream",
     "bible_masked",
+    "bible_versions",
 }
 EXPENSIVE = ("hub_", "emoji")
 

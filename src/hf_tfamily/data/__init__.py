@@ -18,6 +18,7 @@ from .algorithms import AlgorithmPairs, algorithms
 from .audio import audio_files, mu_law_decode, mu_law_encode, write_wav
 from .augmentation import Augmentation
 from .bible_versions import bible_versions
+from .csv_columns import csv_column
 from .enlargement import EnlargementPairs, photo_enlargements
 from .images import digits, fashion_mnist, hub_images, photo_crops
 from .labelled_images import LabelledImages, digit_classes, emoji, fashion_mnist_classes, hub_labelled_images
@@ -34,7 +35,7 @@ SOURCES: dict[str, Callable[..., LoadedData]] = {
     for source in (
         *(digits, photo_crops, fashion_mnist, hub_images, photo_enlargements),
         *(digit_classes, emoji, fashion_mnist_classes, hub_labelled_images),
-        *(bible, text_file, hub_text, audio_files),
+        *(bible, text_file, hub_text, audio_files, csv_column),
         *(bible_stream, text_file_stream, hub_word_stream),
         *(libreoffice_help, translation_files, bible_versions),
         *(bible_masked, algorithms),

@@ -1,4 +1,4 @@
-"""Sound as mu-law bytes: wav files in, windows of a fixed length out, each behind the start token 256.
+"""Sound as mu-law bytes: sound files in, windows of a fixed length out, each behind the start token 256.
 
 Mu-law (ITU-T G.711's curve, here its continuous form with mu = 255) spends the 256 values on soft sounds first, so that
 8 bits do for music.
@@ -11,11 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
-from .sequences import TokenSequences, token_dataset, with_start
+from .sequences import TokenSequences, require, token_dataset, with_start
 
 MU = 255
 SOUND_START = 256
 PCM, EXTENSIBLE = 0x0001, 0xFFFE  # kinds of wav file
+ENDINGS = (".wav", ".flac", ".ogg", ".mp3")  # wav is read here, which says what is cut off; soundfile reads the others
 KINDS = {0x0002: "ADPCM", 0x0003: "floating-point numbers", 0x0006: "A-law", 0x0007: "mu-law", 0x0055: "MP3"}
 UNKNOWN_SIZES = (0xFFFFFFFF, 0x7FFFFFFF)  # of programs that write to a pipe: the samples go on to the end of the file
 
@@ -39,9 +40,9 @@ def mu_law_decode(levels: np.ndarray) -> np.ndarray:
 
 
 def audio_files(
-    path: str, length: int = 65536, sample_rate: int | None = None, eval_files: int = 1, pattern: str = "**/*.wav"
+    path: str, length: int = 65536, sample_rate: int | None = None, eval_files: int = 1, pattern: str | None = None
 ) -> TokenSequences:
-    """The wav files of a folder as mu-law bytes, split by file; several channels are averaged to one.
+    """The sound files of a folder (wav, flac, ogg, mp3) as mu-law bytes, split by file; channels are averaged to one.
 
     Everything is held in memory, two bytes a sample.
 
@@ -50,15 +51,16 @@ def audio_files(
         length: samples in an example; what does not fill a window at the end of a file is left out.
         sample_rate: samples a second that every file must have; that of the first file if None.
         eval_files: number of files to hold out, the last by name.
-        pattern: which files of the folder to take; capital and small letters are the same, so that a.WAV is one.
+        pattern: which files of the folder to take, such as "**/*.wav"; all sound files if None. Capital and small
+            letters are the same, so that a.WAV is one.
     """
     files = _files(path, pattern)
     if not 1 <= eval_files < len(files):
         raise ValueError(
-            f"Found {len(files)} files {pattern!r} in {path!r}, of which eval_files={eval_files} are to be held out; "
-            "there must be at least one on each side."
+            f"Found {len(files)} files {pattern or 'of ' + ', '.join(ENDINGS)!r} in {path!r}, of which "
+            f"eval_files={eval_files} are to be held out; there must be at least one on each side."
         )
-    sounds = [read_wav(file) for file in files]
+    sounds = [read_sound(file) for file in files]
     rate = sample_rate or sounds[0][1]
     for file, (_, own_rate) in zip(files, sounds):
         if own_rate != rate:
@@ -69,16 +71,34 @@ def audio_files(
         eval=_sound_dataset(windows[-eval_files:], length, "held-out"),
         num_values=256,
         dims=length,
-        description=f"{len(files)} wav files of {path} at {rate} Hz in windows of {length} mu-law bytes; "
+        sample_rate=rate,
+        description=f"{len(files)} sound files of {path} at {rate} Hz in windows of {length} mu-law bytes; "
         f"held out: {', '.join(file.name for file in files[-eval_files:])}",
         licence="unknown",
     )
 
 
-def _files(path: str, pattern: str) -> list[Path]:
+def _files(path: str, pattern: str | None) -> list[Path]:
     """The files that fit, in capital or small letters, sorted by name."""
+    if pattern is None:
+        return sorted(file for file in Path(path).rglob("*") if file.suffix.lower() in ENDINGS)
     either_case = re.sub("[a-zA-Z]", lambda letter: f"[{letter[0].lower()}{letter[0].upper()}]", pattern)
     return sorted(Path(path).glob(pattern if "[" in pattern else either_case))
+
+
+def read_sound(file: str | Path) -> tuple[np.ndarray, int]:
+    """Samples [n] in [-1, 1], the mean of the channels, and the number of them in a second.
+
+    Raises ValueError, naming the file, where it cannot be read, and MissingPackageError where soundfile is missing.
+    """
+    if Path(file).suffix.lower() == ".wav":
+        return read_wav(file)
+    soundfile = require("soundfile")
+    try:
+        samples, rate = soundfile.read(str(file), always_2d=True)
+    except soundfile.SoundFileError as error:
+        raise ValueError(f"{file} is no sound file that can be read: {error}") from error
+    return samples.mean(axis=1).clip(-1, 1), rate
 
 
 def read_wav(file: str | Path) -> tuple[np.ndarray, int]:

@@ -50,11 +50,13 @@ class TokenSequences(LoadedData):
         dims: number N of values in an example, the start token not counted.
         class_names: names of the classes, whose start ids are num_values + class; None if there is one start id.
         processor: turns ids into data and back: an ImageTokenProcessor, a tokenizer, or None.
+        sample_rate: samples a second where values are mu-law levels of sound; else None.
     """
 
     num_values: int
     dims: int
     class_names: tuple[str, ...] | None = None
+    sample_rate: int | None = None
 
     @property
     def start_ids(self) -> range:

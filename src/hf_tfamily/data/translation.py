@@ -83,10 +83,12 @@ def libreoffice_help(
 def translation_files(
     source_file: str,
     target_file: str,
-    eval_source_file: str,
-    eval_target_file: str,
+    eval_source_file: str | None = None,
+    eval_target_file: str | None = None,
     vocab_size: int = 37000,
     max_length: int = 256,
+    eval_share: float | None = None,
+    seed: int = 0,
 ) -> TranslationPairs:
     """Pairs of lines of two files, and of two others that are held out. LF, CRLF and CR end lines, and nothing else.
 
@@ -94,15 +96,37 @@ def translation_files(
         source_file, target_file: files whose line n says the same in two languages.
         eval_source_file, eval_target_file: the same, held out.
         vocab_size, max_length: as for `libreoffice_help`.
+        eval_share: instead of these files, the share of the distinct pairs to hold out.
+        seed: draws them.
     """
+    pairs, files = _line_pairs(source_file, target_file), (eval_source_file, eval_target_file)
+    if eval_share is None:
+        if None in files:
+            raise ValueError("Give eval_source_file and eval_target_file, or eval_share, such as 0.05.")
+        held_out, how = _line_pairs(*files), f"those of {eval_source_file}"
+    else:
+        if files != (None, None):
+            raise ValueError(f"Give files to hold out or eval_share, not both; got {files} and {eval_share}.")
+        pairs, held_out = _divided(pairs, eval_share, seed)
+        how = f"{eval_share:.3g} of the pairs, drawn with seed {seed}"
     return pairs_data(
-        _line_pairs(source_file, target_file),
-        _line_pairs(eval_source_file, eval_target_file),
+        pairs,
+        held_out,
         vocab_size,
         max_length,
-        description=f"the lines of {source_file} and {target_file}; held out: those of {eval_source_file}",
+        description=f"the lines of {source_file} and {target_file}; held out: {how}",
         licence="unknown",
     )
+
+
+def _divided(pairs: list[Pair], eval_share: float, seed: int) -> tuple[list[Pair], list[Pair]]:
+    """Pairs to train on, and a share whose sources are in none of them."""
+    sources = list(dict.fromkeys(source for source, _ in pairs))
+    if not 0 < eval_share < 1 or len(sources) < 2:
+        raise ValueError(f"eval_share must leave lines on both sides of {len(sources)}, got {eval_share}.")
+    random.Random(seed).shuffle(sources)
+    chosen = set(sources[: max(1, min(len(sources) - 1, round(eval_share * len(sources))))])
+    return [pair for pair in pairs if pair[0] not in chosen], [pair for pair in pairs if pair[0] in chosen]
 
 
 def pair_tokenizer(texts: Iterable[str], vocab_size: int):

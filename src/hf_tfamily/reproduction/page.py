@@ -13,8 +13,8 @@ import torch
 import transformers
 
 from .. import plots
+from ..whole_files import write_text
 from .claim import Claim, Result, Results, Verdict
-from .workspace import write
 
 
 def table(claim: Claim, results: Results) -> str:
@@ -35,8 +35,8 @@ def write_page(name: str, claim: Claim, results: Results, folder: Path) -> None:
         "results": [asdict(result) for result in results],
     }
     draw(claim, results, folder / f"{name}.png")
-    write(folder / f"{name}.json", json.dumps(record, indent=1) + "\n")
-    write(folder / f"{name}.md", page(name, claim, record))
+    write_text(folder / f"{name}.json", json.dumps(record, indent=1) + "\n")
+    write_text(folder / f"{name}.md", page(name, claim, record))
 
 
 def page(name: str, claim: Claim, record: dict[str, Any]) -> str:

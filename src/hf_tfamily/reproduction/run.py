@@ -13,9 +13,10 @@ from tqdm.auto import tqdm
 from .. import claims
 from ..data.sequences import require
 from ..modeling.attention_patterns import nearest
+from ..whole_files import write_text
 from .claim import Claim, Finding, Result, Results, number
 from .page import table, write_page
-from .workspace import Workspace, write
+from .workspace import Workspace
 
 
 class ClaimError(ValueError):
@@ -73,13 +74,13 @@ def _measured(name: str, claim: Claim, folder: Path, quick: bool) -> Results:
     for place, (variant, seed) in enumerate(tasks, 1):
         if (variant, seed) in known:
             continue
-        tqdm.write(f"[{place}/{len(tasks)}] {name}: {variant}, seed {seed}")
+        tqdm.write_text(f"[{place}/{len(tasks)}] {name}: {variant}, seed {seed}")
         start = time.monotonic()
         figures = claim.measure(variant, seed, Workspace(folder, quick))
         results.append(Result(variant, seed, figures, round(time.monotonic() - start, 1)))
         record = {"version": version, "results": [asdict(result) for result in results]}
-        write(kept, json.dumps(record, indent=1) + "\n")
-        tqdm.write("    " + ", ".join(f"{claim.figures[key]} {number(value)}" for key, value in figures.items()))
+        write_text(kept, json.dumps(record, indent=1) + "\n")
+        tqdm.write_text("    " + ", ".join(f"{claim.figures[key]} {number(value)}" for key, value in figures.items()))
     return results
 
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,11 +47,3 @@ class Workspace:
             return loaded
         short = SHORT_STREAM if loaded.data["source"].endswith("_stream") else SHORT_EXAMPLES
         return load_recipe(recipe, [*changes, *SHORT_STEPS, *short])
-
-
-def write(path: Path, text: str) -> None:
-    """To a temporary name first, so that no half a file is ever there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)

@@ -6,6 +6,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import torch
 from transformers import (
     AutoModelForCausalLM,
     GenerationConfig,
@@ -16,7 +17,7 @@ from transformers import (
 )
 
 from .. import plots
-from ..data import NextTokenCollator, TokenSequences
+from ..data import NextTokenCollator, TokenSequences, write_wav
 from ..evaluation import bits_per_dim
 from ..sampling import makes_pictures, sample, start_ids, texts
 from ..trivial_predictors import left_bits_per_dim
@@ -24,6 +25,7 @@ from .base import Task, check_sizes
 
 SAMPLES_PER_CLASS = 8
 SAMPLES_WITHOUT_CLASSES = 16
+SOUNDS = 2
 
 
 class TokenSequenceTask(Task):
@@ -70,6 +72,8 @@ class TokenSequenceTask(Task):
         return self.summary_with_uniform(metrics)
 
     def write_samples(self, model: PreTrainedModel, data: TokenSequences, folder: Path) -> None:
+        if data.sample_rate is not None:
+            write_sounds(model, data, folder)
         if data.processor is None:
             return
         count = SAMPLES_PER_CLASS if data.class_names else SAMPLES_WITHOUT_CLASSES
@@ -102,6 +106,13 @@ class TokenSequenceTask(Task):
             f"Inputs are `[start, x0 ... x(N-2)]`, N = {data.dims:,} values behind a start token ({start}); "
             "outputs are the logits of `[x0 ... x(N-1)]`. `model.generate(start_ids)` samples."
         )
+
+
+def write_sounds(model: PreTrainedModel, data: TokenSequences, folder: Path) -> None:
+    """samples-1.wav and so on: sounds as long as an example."""
+    ids = sample(model, torch.full((SOUNDS, 1), data.start_ids[0]), progress=True)
+    for number, levels in enumerate(ids[:, 1:].numpy(), 1):
+        write_wav(folder / f"samples-{number}.wav", levels, data.sample_rate)
 
 
 def check_order(config: PreTrainedConfig, processor: Any) -> None:
