@@ -62,12 +62,20 @@ class TokenSequenceTask(Task):
             "bits_per_dim": bits_per_dim(model, data.eval, batch_size, progress),
             "uniform_bits_per_dim": self.uniform_loss(data),
         }
+        if data.eval_bytes is not None:
+            figures |= figures_of_text(figures["bits_per_dim"], data)
         if makes_pictures(data.processor):
             figures["left_bits_per_dim"] = left_bits_per_dim((data.train, data.eval), data.processor)
         return figures
 
     def summary(self, metrics: dict[str, Any]) -> str:
-        return self.summary_with_uniform(metrics)
+        line = self.summary_with_uniform(metrics)
+        if "bits_per_byte" not in metrics:
+            return line
+        return (
+            f"{line}, a dimension being a token; {metrics['bits_per_byte']:.4f} bits per byte,"
+            f" perplexity {metrics['perplexity']:.2f} per token"
+        )
 
     def write_samples(self, model: PreTrainedModel, data: TokenSequences, folder: Path) -> None:
         if data.processor is None:
@@ -104,6 +112,16 @@ class TokenSequenceTask(Task):
         )
 
 
+def figures_of_text(bits_per_token: float, data: TokenSequences) -> dict[str, float]:
+    """What the bits of a token come to where a token is several bytes of text."""
+    tokens = len(data.eval) * data.dims
+    return {
+        "bits_per_byte": bits_per_token * tokens / data.eval_bytes,
+        "uniform_bits_per_byte": math.log2(data.num_values) * tokens / data.eval_bytes,
+        "perplexity": 2.0 ** min(bits_per_token, 1000.0),
+    }
+
+
 def check_order(config: PreTrainedConfig, processor: Any) -> None:
     """Raise ValueError where a model takes an image's values in one order of generation and the data have another."""
     ours, theirs = getattr(config, "block_shape", None), getattr(processor, "block", None)
@@ -121,6 +139,6 @@ def generation_config(config: PreTrainedConfig, data: TokenSequences) -> Generat
         temperature=1.0,
         top_k=0,
         max_length=1 + data.dims,
-        suppress_tokens=list(range(data.num_values, config.vocab_size)),
-        bos_token_id=None if data.class_names else data.num_values,
+        suppress_tokens=sorted({*range(data.num_values, config.vocab_size), *data.start_ids}),
+        bos_token_id=None if data.class_names else data.start_ids[0],
     )
