@@ -18,9 +18,10 @@ from transformers import (
 from .. import plots
 from ..data import NextTokenCollator, TokenSequences
 from ..evaluation import bits_per_dim
+from ..prompts import GENERATION_OPTIONS, go_on
 from ..sampling import makes_pictures, sample, start_ids, texts
 from ..trivial_predictors import left_bits_per_dim
-from .base import Task, check_sizes
+from .base import Task, check_sizes, ids_in_words
 
 SAMPLES_PER_CLASS = 8
 SAMPLES_WITHOUT_CLASSES = 16
@@ -36,11 +37,13 @@ class TokenSequenceTask(Task):
     label_names = ("shift_labels",)
     loss_unit = "bits per dimension"
     trivial_predictors = MappingProxyType({"the pixel to the left and how values differ from it": "left_bits_per_dim"})
-    sampling_options = ("classes", "count", "temperature")
+    sampling_options = ("classes", "count", "prompt", *GENERATION_OPTIONS)
+
+    def check_fit(self, config: PreTrainedConfig, data: TokenSequences) -> None:
+        check_sizes(config, data.vocab_size, data.dims, ids_in_words(data), "an example has {} values")
+        check_order(config, data.processor)
 
     def build_model(self, config: PreTrainedConfig, data: TokenSequences) -> PreTrainedModel:
-        check_sizes(config, data.vocab_size, data.dims, "the data has {} ids", "an example has {} values")
-        check_order(config, data.processor)
         model = super().build_model(config, data)
         model.generation_config = generation_config(config, data)
         return model
@@ -94,10 +97,21 @@ class TokenSequenceTask(Task):
         processor: Any,
         output: Path,
         classes: Sequence[int] | None = None,
-        count: int = SAMPLES_PER_CLASS,
+        count: int | None = None,
         temperature: float = 1.0,
+        prompt: str | None = None,
+        **options: Any,
     ) -> list[str]:
-        ids = sample(model, start_ids(processor, count, classes), temperature, progress=True)
+        """Pictures, or texts; or, printed as they are made, continuations of a prompt."""
+        pictures = makes_pictures(processor)
+        for name in ("prompt", "max_new_tokens", "repetition_penalty"):
+            if pictures and (prompt if name == "prompt" else options.get(name)) is not None:
+                raise ValueError(f"This model makes whole pictures; it takes no --{name.replace('_', '-')}.")
+        if processor is not None and not pictures and classes is None and (prompt is not None or options):
+            go_on(model, processor, prompt or "", count or 1, temperature=temperature, **options)
+            return []
+        count = SAMPLES_PER_CLASS if count is None else count
+        ids = sample(model, start_ids(processor, count, classes), temperature, progress=True, **options)
         if not makes_pictures(processor):
             return texts(processor, ids)
         plots.sample_grid(processor.decode(ids), output, columns=min(count, 16))
