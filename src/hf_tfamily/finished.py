@@ -212,7 +212,7 @@ def _check_same_ids(folder: Path, data: LoadedData) -> None:
         return
     if _ids_without_mask(beside) != _ids_without_mask(theirs):
         raise RecipeError(
-            f"The data's tokenizer ({len(theirs)} ids) is not the one beside the model ({len(beside)} ids), and ids mean "
+            f"The data's tokenizer ({len(theirs)} ids) is not the one beside the model ({len(beside)} ids): ids mean "
             f"other tokens; leave data.tokenizer out, or give --tokenizer {folder}."
         )
 
