@@ -138,6 +138,9 @@ def measure(
 
 def _data_of(folder: Path, overrides: list[str], data: list[str], own: bool) -> dict[str, Any]:
     """A recipe's data section: what `data` says, or that of the folder's recipe with changes."""
+    for setting in data:
+        if "=" not in setting:
+            raise RecipeError(f"--data is written key=value, such as length=128; got {setting!r}.")
     if (folder / RECIPE_FILE).is_file():
         changes = [] if own else [f"data.{setting}" for setting in data]
         recipe = load_recipe(folder / RECIPE_FILE, [*overrides, *changes])
