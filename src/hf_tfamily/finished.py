@@ -128,8 +128,11 @@ def measure(
     if own or not has_recipe:
         _check_kind(folder, task, settings["source"])
     loaded = load_data(settings)
-    if tokenizer is None:
-        _check_same_ids(folder, loaded)
+    if tokenizer is None and not has_same_ids(folder, loaded):
+        raise RecipeError(
+            f"The data's tokenizer ({len(loaded.processor)} ids) is not the one beside the model: ids mean other "
+            f"tokens; leave data.tokenizer out, or give --tokenizer {folder}."
+        )
     if own or not has_recipe:
         task.check_fit(AutoConfig.from_pretrained(folder), loaded)
     model = task.auto_class.from_pretrained(folder).to(best_device())
@@ -182,7 +185,8 @@ def _with_tokenizer(data: dict[str, Any], folder: Path, asked: str | None, train
         if trained_on and not isinstance(chosen, Mapping):
             return data
         raise RecipeError(f"{folder} holds no tokenizer; give one: --tokenizer bytes, a folder, or a name on the Hub.")
-    return {**data, "tokenizer": _choice_in(folder)}
+    others = {key: value for key, value in data.items() if key != "vocab_size"}  # of one that would be trained
+    return {**others, "tokenizer": _choice_in(folder)}
 
 
 def _choice_in(folder: Path) -> str:
@@ -208,16 +212,12 @@ def _check_kind(folder: Path, task: Task, source: str) -> None:
         )
 
 
-def _check_same_ids(folder: Path, data: LoadedData) -> None:
-    """Raise ValueError where the data's ids mean other tokens than those that the model knows."""
-    beside, theirs = load_processor(folder), data.processor
-    if not hasattr(beside, "get_vocab") or not hasattr(theirs, "get_vocab"):
-        return
-    if _ids_without_mask(beside) != _ids_without_mask(theirs):
-        raise RecipeError(
-            f"The data's tokenizer ({len(theirs)} ids) is not the one beside the model ({len(beside)} ids): ids mean "
-            f"other tokens; leave data.tokenizer out, or give --tokenizer {folder}."
-        )
+def has_same_ids(folder: str | Path, data: LoadedData) -> bool:
+    """Do the data's ids mean the tokens of the tokenizer beside a model? True where either has none."""
+    beside = load_processor(folder)
+    if not hasattr(beside, "get_vocab") or not hasattr(data.processor, "get_vocab"):
+        return True
+    return _ids_without_mask(beside) == _ids_without_mask(data.processor)
 
 
 def _check_ids(config: Any, tokenizer: Any, name: str) -> None:

@@ -90,6 +90,8 @@ def check_data(data: Mapping[str, Any]) -> None:
     if arguments.get("tokenizer") is not None:
         special = LEAST_SPECIAL + (source == bible_masked.__name__)
         check_tokenizer(arguments["tokenizer"], f"Data source {source!r}: tokenizer", special)
+        if "vocab_size" in arguments:
+            raise ValueError(f"Data source {source!r}: vocab_size is that of the tokenizer; leave one of both out.")
     if "augmentation" in parameters:
         Augmentation.of(arguments.get("augmentation"))
 
