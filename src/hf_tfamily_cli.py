@@ -39,6 +39,13 @@ Overrides = Annotated[
 Folder = Annotated[
     Path, typer.Argument(metavar="DIR", help="Folder of a finished model.", exists=True, file_okay=False)
 ]
+AnyModel = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Folder of a model, a finished run's say, or a repository on the Hub.")
+]
+TokenizerOption = Annotated[
+    str | None,
+    typer.Option(help="bytes, a folder, or a name on the Hub [default: the tokenizer beside the model]"),
+]
 Seed = Annotated[int, typer.Option(help="Seed of the random numbers.")]
 show_traceback = False
 
@@ -119,8 +126,17 @@ def _report(folder: Path) -> None:
 
 @app.command()
 def evaluate(
-    folder: Folder,
+    model: AnyModel,
     overrides: Overrides = [],  # noqa: B006
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--data",
+            metavar="KEY=VALUE",
+            help="What to measure on: source=bible_stream, length=128 [default: what its recipe says]",
+        ),
+    ] = None,
+    tokenizer: TokenizerOption = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Examples or streams at once.")] = 32,
     attention_length: Annotated[
         int | None, typer.Option(min=1, help="Streams of text: keys that each query sees [default: as in training]")
@@ -135,22 +151,23 @@ def evaluate(
         ),
     ] = None,
 ) -> None:
-    """Figures of a finished model on held-out data, its own or what --set data.… says."""
+    """Figures of a model on held-out data: those that it was trained for, or what --data says."""
     with _one_line_errors():
         from hf_tfamily import finished
 
         _quiet()
         contexts = _integers(context, "--context") if context is not None else None
         options = _given(attention_length=attention_length, context=contexts, plot=plot)
-        metrics = finished.evaluate(folder, overrides, batch_size, **options)
-        console.print(f"[bold]{escape(finished.task_in(folder).summary(metrics))}[/]")
+        asked = {"data": data or [], "tokenizer": tokenizer, **options}
+        task, metrics = finished.measure(model, overrides, batch_size, **asked)
+        console.print(f"[bold]{escape(task.summary(metrics))}[/]")
         if plot is not None:
             console.print(f"Picture: {escape(str(plot))}")
 
 
 @app.command()
 def sample(
-    folder: Folder,
+    model: AnyModel,
     classes: Annotated[str | None, typer.Option(help="Classes to draw, such as 0,1,2 [default: all]")] = None,
     count: Annotated[int | None, typer.Option(min=1, help="Samples, of each class where there are classes.")] = None,
     output: Annotated[Path, typer.Option(help="Where the pictures go.")] = Path("samples.png"),
@@ -160,18 +177,39 @@ def sample(
         list[Path] | None,
         typer.Option("--pictures", help="Picture to enlarge or to classify, as often as you like.", exists=True),
     ] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="Text to go on with, to translate, or to fill in; - for standard input.")
+    ] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="The same from a file.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens to make at most.")] = None,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Draw from so many of the likeliest tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Draw from the likeliest that have this share.")] = None,
+    repetition_penalty: Annotated[float | None, typer.Option(help="Above 1: tokens come back less.")] = None,
+    tokenizer: TokenizerOption = None,
 ) -> None:
-    """Sample a finished model: pictures as a PNG, text and classes to the terminal."""
+    """Sample a model: pictures as a PNG; text, which may go on with a prompt, and classes to the terminal."""
     with _one_line_errors():
         from transformers import set_seed
 
-        from hf_tfamily.finished import check_options, load_finished, task_in
+        from hf_tfamily.finished import check_options, open_model, task_in
+        from hf_tfamily.model_folders import local_folder
+        from hf_tfamily.prompts import read_prompt
 
         _quiet()
+        folder = local_folder(model)
+        for flag, value in (("--top-p", top_p), ("--repetition-penalty", repetition_penalty)):
+            if value is not None and not (value > 0 and (value <= 1 or flag != "--top-p")):
+                raise ValueError(f"{flag} must be above 0{' and at most 1' * (flag == '--top-p')}, got {value}.")
         chosen = _integers(classes, "--classes") if classes is not None else None
-        options = _given(classes=chosen, count=count, temperature=temperature, pictures=pictures)
+        options = _given(
+            **{"classes": chosen, "count": count, "temperature": temperature, "pictures": pictures},
+            **{"prompt": prompt if prompt is not None else prompt_file, "max_new_tokens": max_new_tokens},
+            **{"top_k": top_k, "top_p": top_p, "repetition_penalty": repetition_penalty},
+        )
         check_options(options, task_in(folder).sampling_options, "sampled")
-        finished = load_finished(folder)
+        if "prompt" in options:
+            options["prompt"] = read_prompt(prompt, prompt_file)
+        finished = open_model(folder, tokenizer)
         set_seed(seed)
         for text in finished.task.sample(finished.model, finished.processor, output, **options):
             if "\n" in text:

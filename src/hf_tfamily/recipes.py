@@ -99,6 +99,16 @@ def load_recipe(name_or_path: str | Path, overrides: Iterable[str] = ()) -> Reci
     return Recipe(name=name, **{**content, "notes": tuple(content.get("notes", ()))})
 
 
+def data_settings(settings: Iterable[str]) -> dict[str, Any]:
+    """A recipe's data section from `key=value`s such as "source=bible_stream", checked like a recipe's own."""
+    content: dict[str, Any] = {"data": {}}
+    for setting in settings:
+        _apply(f"data.{setting}", content)
+    refuse_secrets(content, "--data", RecipeError)
+    _check_data(content["data"], "--data")
+    return content["data"]
+
+
 def _configs():
     return resources.files("hf_tfamily.configs")
 

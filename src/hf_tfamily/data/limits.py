@@ -43,6 +43,11 @@ def _cut_streams(data: TextStreams, limit: int | None, eval_limit: int | None) -
     if eval_limit is None or eval_limit >= len(data.eval):
         return data
     held_out = data.eval[:eval_limit]
+    if data.eval_ends is not None:
+        text = data.eval_text[: data.eval_ends[eval_limit - 1]]
+        ends = data.eval_ends[:eval_limit]
+        sizes = {"eval_bytes": len(text), "eval_words": len(text.split())}
+        return replace(data, eval=held_out, eval_text=text, eval_ends=ends, **sizes)
     lines = data.processor.decode(held_out).split(END_OF_LINE)  # a word not in the vocabulary counts as <unk>
     words = sum(len(line.split()) for line in lines)
     of_lines = sum(len(line.strip().encode()) + 1 for line in lines) - 1

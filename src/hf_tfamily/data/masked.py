@@ -4,9 +4,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from .sequences import LoadedData
-from .text import BIBLE_EVAL_BOOKS, bible
-
-MASK = "<mask>"
+from .text import BIBLE_EVAL_BOOKS, BIBLE_LICENCE, bible_parts, of, text_data
+from .text_tokenizers import BYTES, TokenizerChoice
+from .text_tokenizers import MASK as MASK
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,21 +27,25 @@ class MaskedTexts(LoadedData):
         return len(self.processor)
 
 
-def bible_masked(length: int = 127, eval_books: Iterable[str] = BIBLE_EVAL_BOOKS) -> MaskedTexts:
-    """The bytes of the King James Bible in windows behind a start token, and a mask token after the 257 ids of those.
+def bible_masked(
+    length: int = 127, eval_books: Iterable[str] = BIBLE_EVAL_BOOKS, tokenizer: TokenizerChoice = BYTES
+) -> MaskedTexts:
+    """The King James Bible in windows behind a start token, and a mask token: with bytes, after the 257 ids of those.
 
     Args:
-        length: bytes in an example.
+        length: bytes, or tokens, in an example.
         eval_books: titles of the books that are held out, such as "Ruth" or "1 Kings".
+        tokenizer: what ids are of; see hf_tfamily.data.text_tokenizers. One without a mask token gets one.
     """
-    windows = bible(length, eval_books)
-    tokenizer = windows.processor
-    tokenizer.add_special_tokens({"mask_token": MASK})
+    eval_books = tuple(eval_books)
+    train, held_out = bible_parts(eval_books)
+    description = f"the King James Bible in windows of {of(length, tokenizer)}; held out: {', '.join(eval_books)}"
+    windows = text_data(train, held_out, length, description, BIBLE_LICENCE, tokenizer, mask=True)
     return MaskedTexts(
-        train=windows.train,
-        eval=windows.eval,
+        train=windows.train.select_columns(["input_ids"]),
+        eval=windows.eval.select_columns(["input_ids"]),
         length=1 + length,
-        processor=tokenizer,
-        description=windows.description,
-        licence=windows.licence,
+        processor=windows.processor,
+        description=description,
+        licence=BIBLE_LICENCE,
     )

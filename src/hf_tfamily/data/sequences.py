@@ -51,22 +51,32 @@ class TokenSequences(LoadedData):
         class_names: names of the classes, whose start ids are num_values + class; None if there is one start id.
         processor: turns ids into data and back: an ImageTokenProcessor, a tokenizer, or None.
         sample_rate: samples a second where values are mu-law levels of sound; else None.
+        start_id: the start token, where it is not `num_values`, as of a tokenizer.
+        num_ids: number of ids of the tokenizer, where there are more than values and start tokens.
     """
 
     num_values: int
     dims: int
     class_names: tuple[str, ...] | None = None
     sample_rate: int | None = None
+    start_id: int | None = None
+    num_ids: int | None = None
 
     @property
     def start_ids(self) -> range:
         """Ids of the start tokens: one for each class, else one."""
-        return range(self.num_values, self.num_values + len(self.class_names or [None]))
+        first = self.num_values if self.start_id is None else self.start_id
+        return range(first, first + len(self.class_names or [None]))
 
     @property
     def vocab_size(self) -> int:
         """Number of ids a model of this data needs."""
-        return self.start_ids.stop
+        return max(self.start_ids.stop, self.num_ids or 0)
+
+    @property
+    def eval_bytes(self) -> int | None:
+        """UTF-8 bytes of the held-out text, where ids are tokens of more than one; None otherwise."""
+        return int(np.sum(self.eval["bytes"][:])) if "bytes" in self.eval.column_names else None
 
 
 class NextTokenCollator:
@@ -91,14 +101,15 @@ def token_dataset(
 ) -> "Dataset":
     """A `datasets.Dataset` of ids [n, 1 + N], and of labels [n] where there are classes; rows are numpy arrays.
 
-    Ids are kept as int16: values of at most 8 bits and their start tokens stay far below 32,767.
+    Ids are kept as int16 where they are that small, as values of at most 8 bits and their start tokens are.
     """
     datasets, pyarrow = require("datasets"), require("pyarrow")
     length = input_ids.shape[1]
-    flat = pyarrow.array(np.ascontiguousarray(input_ids, np.int16).reshape(-1))
+    kind = smallest_kind(input_ids)
+    flat = pyarrow.array(np.ascontiguousarray(input_ids, kind).reshape(-1))
     # Arrow takes the whole buffer at once; Dataset.from_dict would go through Python row by row.
     columns = {"input_ids": pyarrow.FixedSizeListArray.from_arrays(flat, length)}
-    features = {"input_ids": datasets.List(datasets.Value("int16"), length=length)}
+    features = {"input_ids": datasets.List(datasets.Value(np.dtype(kind).name), length=length)}
     if class_names:
         columns["label"] = pyarrow.array(np.asarray(labels, np.int64))
         features["label"] = datasets.ClassLabel(names=list(class_names))
@@ -108,7 +119,13 @@ def token_dataset(
 
 def with_start(values: np.ndarray, start_id: int) -> np.ndarray:
     """Values [n, N] behind a start token: ids [n, 1 + N]."""
-    return np.pad(values.astype(np.int16), ((0, 0), (1, 0)), constant_values=start_id)
+    ids = np.pad(values.astype(np.int32), ((0, 0), (1, 0)), constant_values=start_id)
+    return ids.astype(smallest_kind(ids))
+
+
+def smallest_kind(ids: np.ndarray) -> type:
+    """int16 where that holds all ids, else int32."""
+    return np.int16 if ids.size == 0 or ids.max() < 2**15 else np.int32
 
 
 def require(module: str) -> ModuleType:

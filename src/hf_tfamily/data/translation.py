@@ -3,13 +3,14 @@
 import html
 import random
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .sequences import LoadedData, require
 from .text_lines import read_text, split_lines
+from .text_tokenizers import BYTES_WITH_END, TokenizerChoice, load_tokenizer
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -47,6 +48,7 @@ def libreoffice_help(
     max_length: int = 64,
     eval_share: float | int = 0.03,
     seed: int = 0,
+    tokenizer: TokenizerChoice | None = None,
 ) -> TranslationPairs:
     """Paragraphs and headings of the LibreOffice help and their translations; held out by page.
 
@@ -57,6 +59,7 @@ def libreoffice_help(
         max_length: most tokens in a text, its end included; longer ones are left out.
         eval_share: share of the pages that are held out. Of their pairs, those count whose source no training page has.
         seed: chooses the pages.
+        tokenizer: a folder, a name on the Hub, or "bytes_with_end", in place of a vocabulary of the training pairs.
     """
     for language in (source_language, target_language):
         if not (Path(path) / language).is_dir():
@@ -77,6 +80,7 @@ def libreoffice_help(
         description=f"paragraphs of the LibreOffice help, {source_language} to {target_language}; held out: "
         f"{held_out} of {len(pages)} pages",
         licence="MPL-2.0",
+        choice=tokenizer,
     )
 
 
@@ -89,13 +93,14 @@ def translation_files(
     max_length: int = 256,
     eval_share: float | None = None,
     seed: int = 0,
+    tokenizer: TokenizerChoice | None = None,
 ) -> TranslationPairs:
     """Pairs of lines of two files, and of two others that are held out. LF, CRLF and CR end lines, and nothing else.
 
     Args:
         source_file, target_file: files whose line n says the same in two languages.
         eval_source_file, eval_target_file: the same, held out.
-        vocab_size, max_length: as for `libreoffice_help`.
+        vocab_size, max_length, tokenizer: as for `libreoffice_help`.
         eval_share: instead of these files, the share of the distinct pairs to hold out.
         seed: draws them.
     """
@@ -116,6 +121,7 @@ def translation_files(
         max_length,
         description=f"the lines of {source_file} and {target_file}; held out: {how}",
         licence="unknown",
+        choice=tokenizer,
     )
 
 
@@ -195,13 +201,49 @@ def _distinct(pairs: Iterable[Pair]) -> list[Pair]:
     return list(dict.fromkeys(pairs))
 
 
+def tokenizer_of_pairs(choice: TokenizerChoice):
+    """A tokenizer that is there already, made to end every text with its end token, and to pad behind.
+
+    Raises ValueError where it has no end token, or none to pad with but that.
+    """
+    if isinstance(choice, Mapping):
+        raise ValueError(
+            "tokenizer: translations train a vocabulary of both languages by themselves where none is named; leave it "
+            "out and say vocab_size."
+        )
+    from tokenizers import processors
+
+    tokenizer = load_tokenizer(choice)
+    end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    if end is None or pad is None or end == pad:
+        raise ValueError(
+            f"tokenizer={choice} ends texts with {tokenizer.eos_token} and pads with {tokenizer.pad_token}; a "
+            f"translation needs a token for either, as {BYTES_WITH_END} has."
+        )
+    if tokenizer("a")["input_ids"][-1] != end:
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"$A {tokenizer.eos_token}", special_tokens=[(tokenizer.eos_token, end)]
+        )
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
 def pairs_data(
-    train: list[Pair], evaluation: list[Pair], vocab_size: int, max_length: int, description: str, licence: str
+    train: list[Pair],
+    evaluation: list[Pair],
+    vocab_size: int,
+    max_length: int,
+    description: str,
+    licence: str,
+    choice: TokenizerChoice | None = None,
 ) -> TranslationPairs:
     """Both parts as ids of a tokenizer that learned from the first; pairs longer than `max_length` are left out."""
     if not train or not evaluation:
         raise ValueError(f"Both parts must hold pairs, got {len(train)} and {len(evaluation)}.")
-    tokenizer = pair_tokenizer((text for pair in train for text in pair), vocab_size)
+    if choice is None:
+        tokenizer = pair_tokenizer((text for pair in train for text in pair), vocab_size)
+    else:
+        tokenizer = tokenizer_of_pairs(choice)
     parts = [_tokenized(pairs, tokenizer, max_length) for pairs in (train, evaluation)]
     if not all(len(part) for part in parts):
         raise ValueError(f"max_length={max_length} leaves no pair; no text is that short.")

@@ -30,8 +30,21 @@ TASKS: tuple[Task, ...] = (
 
 def task_of(recipe: Recipe) -> Task:
     """The task that the recipe's data is for; nothing is loaded."""
-    data_class = inspect.signature(SOURCES[recipe.data["source"]]).return_annotation
+    return task_of_source(recipe.data["source"])
+
+
+def task_of_source(source: str) -> Task:
+    """The task that a source's data is for."""
+    data_class = inspect.signature(SOURCES[source]).return_annotation
     return next(task for task in TASKS if task.data_class is data_class)
 
 
-__all__ = ["TASKS", "Task", "task_of"]
+def task_of_model(auto_class: type, pictures: bool) -> Task:
+    """The task of a model of which no more is known than what loads it, and whether its ids are pictures."""
+    tasks = (RecurrentTextTask, TranslationTask, MaskedTextTask, ImageClassificationTask)
+    if pictures:
+        tasks = (TokenSequenceTask, SuperResolutionTask, ImageClassificationTask)
+    return next(task for task in TASKS if task.auto_class is auto_class and type(task) in tasks)
+
+
+__all__ = ["TASKS", "MaskedTextTask", "Task", "task_of", "task_of_model", "task_of_source"]

@@ -1,7 +1,7 @@
 """What every kind of task answers; `hf_tfamily.training`, `hf_tfamily.finished` and the command line ask."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -39,8 +39,12 @@ class Task:
     sampling_options: ClassVar[tuple[str, ...]] = ()
     evaluation_picture: ClassVar[str | None] = None
 
+    def check_fit(self, config: PreTrainedConfig, data: LoadedData) -> None:
+        """Raise ValueError if a model of this config does not fit the data."""
+
     def build_model(self, config: PreTrainedConfig, data: LoadedData) -> PreTrainedModel:
         """A model with new weights and its generation config. Raises ValueError if it does not fit the data."""
+        self.check_fit(config, data)
         return self.auto_class.from_config(config)
 
     def build_trainer(self, model: PreTrainedModel, arguments: TrainingArguments, data: LoadedData) -> Trainer:
@@ -62,8 +66,11 @@ class Task:
     def write_samples(self, model: PreTrainedModel, data: LoadedData, folder: Path) -> None:
         """Pictures or texts that show what the model does, as samples.png or samples.txt."""
 
-    def sample(self, model: PreTrainedModel, processor: Any, output: Path, **options: Any) -> list[str]:
-        """Write pictures to `output`, and return texts to print. Raises ValueError where there is nothing to show."""
+    def sample(self, model: PreTrainedModel, processor: Any, output: Path, **options: Any) -> Iterable[str]:
+        """Write pictures to `output`, print what is streamed, and return further texts to print.
+
+        Raises ValueError where there is nothing to show.
+        """
         raise ValueError(f"{type(model).__name__} does not generate anything.")
 
     def summary_with_uniform(self, metrics: dict[str, Any]) -> str:
@@ -90,6 +97,17 @@ def check_sizes(config: PreTrainedConfig, ids: int, length: int, whose_ids: str,
         raise ValueError(
             f"max_position_embeddings={num_positions(config)} is too small: {whose_length.format(length)}."
         )
+
+
+def ids_in_words(data: LoadedData) -> str:
+    """Whose ids a model needs, for `check_sizes`."""
+    whose = f", those of its tokenizer ({data.description.partition(';')[0]})" if is_text(data.processor) else ""
+    return f"the data has {{}} ids{whose}"
+
+
+def is_text(processor: Any) -> bool:
+    """Is it a tokenizer?"""
+    return hasattr(processor, "get_vocab")
 
 
 def num_positions(config: PreTrainedConfig) -> float:

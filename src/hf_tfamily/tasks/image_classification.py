@@ -47,7 +47,7 @@ class ImageClassificationTask(Task):
     evaluation_picture = "confusion.png"
     sampling_options = ("pictures",)
 
-    def build_model(self, config: PreTrainedConfig, data: LabelledImages) -> PreTrainedModel:
+    def check_fit(self, config: PreTrainedConfig, data: LabelledImages) -> None:
         fields = {"num_labels": len(data.class_names), "num_channels": 3}
         for name, value in fields.items():
             if getattr(config, name) != value:
@@ -55,6 +55,9 @@ class ImageClassificationTask(Task):
         patch = config.patch_size if isinstance(config.patch_size, (list, tuple)) else [config.patch_size] * 2
         if any(side < length for side, length in zip(data.size, patch)):
             raise ValueError(f"patch_size={config.patch_size} is larger than the pictures, {data.size}.")
+
+    def build_model(self, config: PreTrainedConfig, data: LabelledImages) -> PreTrainedModel:
+        self.check_fit(config, data)  # before the config says whose names its classes have
         config.id2label = dict(enumerate(data.class_names))
         config.label2id = {name: number for number, name in config.id2label.items()}
         return super().build_model(config, data)

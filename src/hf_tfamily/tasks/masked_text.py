@@ -22,7 +22,8 @@ from transformers import (
 )
 
 from ..data import MaskedTexts
-from .base import Task, check_sizes
+from ..prompts import NO_TOKENIZER, fill_in
+from .base import Task, check_sizes, ids_in_words
 
 SAMPLES, HIDDEN_PLACE = 6, "\N{LOW LINE}"
 EVALUATION_SEED = 0
@@ -37,9 +38,10 @@ class MaskedTextTask(Task):
     metric_title = "Held-out bits per hidden token"
     loss_unit = "bits per hidden token"
 
-    def build_model(self, config: PreTrainedConfig, data: MaskedTexts) -> PreTrainedModel:
-        check_sizes(config, data.vocab_size, data.length, "the data has {} ids", "an example has {} ids")
-        return super().build_model(config, data)
+    sampling_options = ("prompt",)
+
+    def check_fit(self, config: PreTrainedConfig, data: MaskedTexts) -> None:
+        check_sizes(config, data.vocab_size, data.length, ids_in_words(data), "an example has {} ids")
 
     def build_trainer(self, model: PreTrainedModel, arguments: TrainingArguments, data: MaskedTexts) -> Trainer:
         return Trainer(
@@ -88,6 +90,14 @@ class MaskedTextTask(Task):
         between = "\n--- filled in ---\n"
         text = "\n\n==========\n\n".join(between.join(pair) for pair in texts)
         (folder / "samples.txt").write_text(text + "\n", encoding="utf-8")
+
+    def sample(self, model: PreTrainedModel, processor: Any, output: Path, prompt: str | None = None) -> list[str]:
+        """The prompt with its hidden places filled in."""
+        if processor is None:
+            raise ValueError(NO_TOKENIZER)
+        if prompt is None:
+            raise ValueError(f"Give a text with hidden places: --prompt 'In the {processor.mask_token}', say.")
+        return [fill_in(model, processor, prompt)]
 
     def usage(self, data: MaskedTexts) -> str:
         return (

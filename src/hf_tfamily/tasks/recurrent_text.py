@@ -20,6 +20,7 @@ from transformers import (
 
 from .. import plots
 from ..data import SegmentCollator, StreamDataset, TextStreams
+from ..prompts import GENERATION_OPTIONS, NO_TOKENIZER, go_on
 from ..recurrent_training import RecurrentTrainer
 from ..stream_evaluation import (
     context_losses,
@@ -30,7 +31,7 @@ from ..stream_evaluation import (
     stream_losses,
     with_attention_length,
 )
-from .base import Task, check_sizes
+from .base import Task, check_sizes, ids_in_words
 
 PROMPTS, PROMPT_LENGTH, CONTINUATION_LENGTH = 4, 160, 240
 GOES_ON, BETWEEN_TEXTS = "\n--- the model goes on ---\n", "\n\n==========\n\n"
@@ -47,12 +48,17 @@ class RecurrentTextTask(Task):
     label_names = ("shift_labels",)
     loss_unit = "bits per token"
     evaluation_options = ("attention_length", "context", "plot")
-    sampling_options = ("count", "temperature")
+    sampling_options = ("count", "prompt", *GENERATION_OPTIONS)
+
+    def check_fit(self, config: PreTrainedConfig, data: TextStreams) -> None:
+        check_sizes(config, data.vocab_size, data.length, ids_in_words(data), "a segment has {} tokens")
 
     def build_model(self, config: PreTrainedConfig, data: TextStreams) -> PreTrainedModel:
-        check_sizes(config, data.vocab_size, data.length, "the data has {} ids", "a segment has {} tokens")
         model = super().build_model(config, data)
-        model.generation_config = GenerationConfig(do_sample=True, max_new_tokens=CONTINUATION_LENGTH)
+        ends = {}
+        if getattr(data.processor, "eos_token_id", None) not in (None, data.start_id):
+            ends = {"eos_token_id": data.processor.eos_token_id, "pad_token_id": data.start_id}
+        model.generation_config = GenerationConfig(do_sample=True, max_new_tokens=CONTINUATION_LENGTH, **ends)
         return model
 
     def build_trainer(self, model: PreTrainedModel, arguments: TrainingArguments, data: TextStreams) -> Trainer:
@@ -129,12 +135,18 @@ class RecurrentTextTask(Task):
         model: PreTrainedModel,
         processor: Any,
         output: Path,
-        count: int = PROMPTS,
+        count: int | None = None,
         temperature: float = 1.0,
+        prompt: str | None = None,
+        **options: Any,
     ) -> list[str]:
-        """Texts that begin where a stream does."""
+        """Texts that begin where a stream does; or, printed as they are made, continuations of a prompt."""
         if processor is None:
-            raise ValueError("There is no tokenizer beside this model to read its ids.")
+            raise ValueError(NO_TOKENIZER)
+        if prompt is not None or options:
+            go_on(model, processor, prompt or "", count or 1, temperature=temperature, **options)
+            return []
+        count = PROMPTS if count is None else count
         start_id = processor.bos_token_id if processor.bos_token_id is not None else processor.eos_token_id
         start = processor("\n")["input_ids"] if start_id is None else [start_id]
         return processor.batch_decode(continue_texts(model, torch.tensor([start] * count), temperature))

@@ -49,7 +49,7 @@ class SuperResolutionTask(Task):
     trivial_predictors = MappingProxyType({"what bicubic interpolation leaves": "bicubic_bits_per_dim"})
     sampling_options = ("pictures", "temperature")
 
-    def build_model(self, config: PreTrainedConfig, data: EnlargementPairs) -> PreTrainedModel:
+    def check_fit(self, config: PreTrainedConfig, data: EnlargementPairs) -> None:
         large, small = data.processor, data.source_processor
         fields = {
             "image_size": [large.height, large.width],
@@ -61,7 +61,9 @@ class SuperResolutionTask(Task):
             if getattr(config, name) != value:
                 raise ValueError(f"{name}={getattr(config, name)} does not fit the data; it has {value}.")
         check_order(config, large)
-        model = super().build_model(config, data)
+
+    def build_model(self, config: PreTrainedConfig, data: EnlargementPairs) -> PreTrainedModel:
+        model, large = super().build_model(config, data), data.processor
         model.generation_config = GenerationConfig(
             do_sample=True,
             temperature=1.0,

@@ -5,7 +5,7 @@ Measured by BLEU (Papineni et al. 2002) and chrF (Popovic 2015) as sacrebleu com
 
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from transformers import (
 from ..data import TranslationPairs
 from ..data.sequences import require
 from ..data.text_lines import split_lines
+from ..prompts import NO_TOKENIZER
 from .base import Task, check_sizes, num_positions
 
 SAMPLES, BEAMS, LENGTH_PENALTY, EXTRA_TOKENS = 12, 4, 0.6, 50
@@ -40,13 +41,17 @@ class TranslationTask(Task):
     metric_title = "Held-out BLEU"
     loss_unit = "bits per token"
 
-    def build_model(self, config: PreTrainedConfig, data: TranslationPairs) -> PreTrainedModel:
+    sampling_options = ("prompt", "max_new_tokens", "repetition_penalty")
+
+    def check_fit(self, config: PreTrainedConfig, data: TranslationPairs) -> None:
         tokenizer = data.processor
         check_sizes(config, len(tokenizer), data.longest, "the tokenizer has {} ids", "a text has {} tokens")
         for name in ("pad_token_id", "eos_token_id"):
             ours, theirs = getattr(tokenizer, name), getattr(config, name)
             if ours != theirs:
                 raise ValueError(f"{name}={theirs}, but the tokenizer of the data has {ours}.")
+
+    def build_model(self, config: PreTrainedConfig, data: TranslationPairs) -> PreTrainedModel:
         model = super().build_model(config, data)
         model.generation_config = generation_config(config, min(num_positions(config), data.longest + EXTRA_TOKENS))
         return model
@@ -90,14 +95,19 @@ class TranslationTask(Task):
         texts = [f"source:    {source}\nmodel:     {made}\nreference: {target}" for source, made, target in rows]
         (folder / "samples.txt").write_text("\n\n".join(texts) + "\n", encoding="utf-8")
 
-    def sample(self, model: PreTrainedModel, processor: Any, output: Path) -> list[str]:
-        """Translations of the lines of standard input."""
+    def sample(
+        self, model: PreTrainedModel, processor: Any, output: Path, prompt: str | None = None, **options: Any
+    ) -> Iterable[str]:
+        """Translations of the lines of standard input; or of a prompt, one after the other."""
         if processor is None:
-            raise ValueError("There is no tokenizer beside this model to read lines with.")
+            raise ValueError(NO_TOKENIZER)
+        if prompt is not None:
+            lines = [line.strip() for line in split_lines(prompt)]
+            return (next(translate(model, processor, [line], **options)) if line else "" for line in lines)
         if sys.stdin.isatty():
             print("Lines to translate, and Ctrl-D at the end:", file=sys.stderr)
         lines = [line.strip() for line in split_lines(sys.stdin.read().removeprefix("\ufeff"))]
-        made = translate(model, processor, [line for line in lines if line])
+        made = translate(model, processor, [line for line in lines if line], **options)
         return [next(made) if line else "" for line in lines]
 
     def usage(self, data: TranslationPairs) -> str:
@@ -126,9 +136,18 @@ def generation_config(config: PreTrainedConfig, max_length: int) -> GenerationCo
 
 @torch.inference_mode()
 def translate(
-    model: PreTrainedModel, tokenizer: Any, lines: Sequence[str], batch_size: int = 32, progress: bool = False
+    model: PreTrainedModel,
+    tokenizer: Any,
+    lines: Sequence[str],
+    batch_size: int = 32,
+    progress: bool = False,
+    **options: Any,
 ) -> Iterator[str]:
-    """The translation of each line, in order. Lines of similar length are translated together."""
+    """The translation of each line, in order. Lines of similar length are translated together.
+
+    Args:
+        options: what `generate` takes beyond, such as max_new_tokens.
+    """
     model.eval()
     batch_of = sorted(range(len(lines)), key=lambda index: len(lines[index]), reverse=True)
     made: dict[int, str] = {}
@@ -136,7 +155,7 @@ def translate(
         for start in range(0, len(lines), batch_size):
             indices = batch_of[start : start + batch_size]
             batch = tokenizer([lines[index] for index in indices], padding=True, return_tensors="pt").to(model.device)
-            texts = tokenizer.batch_decode(model.generate(**batch), skip_special_tokens=True)
+            texts = tokenizer.batch_decode(model.generate(**batch, **options), skip_special_tokens=True)
             made.update(zip(indices, texts))
             bar.update(len(indices))
     return iter([made[index] for index in range(len(lines))])
