@@ -189,6 +189,10 @@ def _text(path: str, **chosen: Any) -> dict[str, Any]:
     return {"path": path, "length": _side(Path(path).stat().st_size // 20, path) ** 2, **chosen}
 
 
+def _hidden(path: str, **chosen: Any) -> dict[str, Any]:
+    return {"path": path, "length": min(127, _side(Path(path).stat().st_size // 20, path) ** 2 - 1), **chosen}
+
+
 def _sounds(path: str, **chosen: Any) -> dict[str, Any]:
     return {"path": path, "length": 1024, **chosen}
 
@@ -287,6 +291,9 @@ SPARSE = {"sparse_transformer": "sparse_transformer/bible"}
 STARTERS = {
     "text_file_stream": Starter(("text",), {system: f"{system}/bible" for system in TEXT}, _stream, _vocabulary),
     "text_file": Starter(("text",), SPARSE, _text, _fixed_square),
+    "masked_text_file": Starter(
+        ("text",), {system: f"{system}/bible" for system in ("vanilla_encoder", "long_encoder")}, _hidden, _vocabulary
+    ),
     "csv_column": Starter(("csv",), SPARSE, _column, _strided_square),
     "audio_files": Starter(("folder of sounds",), SPARSE, _sounds, _strided_square),
     "translation_files": Starter(

@@ -23,6 +23,7 @@ from .data import check_data
 from .data.text_lines import read_text
 from .kept_activations import KEPT_ACTIVATIONS
 from .modeling.attention_patterns import nearest
+from .pattern_views import looks_like_pattern, parse_pattern
 from .recipe_yaml import read_yaml
 from .secret_values import refuse_secrets, without_secrets
 from .value_types import annotations_of, check_value
@@ -88,6 +89,7 @@ def load_recipe(name_or_path: str | Path, overrides: Iterable[str] = ()) -> Reci
     for override in overrides:
         _apply(override, content)
     refuse_secrets(content, name, RecipeError)
+    _write_out_patterns(content["model"], name)
     _check_model(content["model"], name)
     _check_data(content["data"], name)
     _check_training(content["training"], name)
@@ -195,6 +197,18 @@ def _index(target: list, key: str, override: str) -> int:
     if not key.isdecimal() or int(key) >= len(target):
         raise RecipeError(f"{override!r}: {key!r} is no place in a list of {len(target)}; use 0 to {len(target) - 1}.")
     return int(key)
+
+
+def _write_out_patterns(model: dict[str, Any], name: str) -> None:
+    """Patterns in the short form of `show`, such as local:window=8, become the mappings that configs hold."""
+    patterns = model.get("attention_patterns")
+    try:
+        if isinstance(patterns, str) and looks_like_pattern(patterns):
+            model["attention_patterns"] = parse_pattern(patterns).to_dict()
+        elif isinstance(patterns, list):
+            model["attention_patterns"] = [parse_pattern(p).to_dict() if isinstance(p, str) else p for p in patterns]
+    except ValueError as error:
+        raise RecipeError(f"{name}: model.attention_patterns: {error}") from error
 
 
 def _check_model(model: dict[str, Any], name: str) -> None:

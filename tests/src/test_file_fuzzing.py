@@ -287,6 +287,7 @@ class Source(NamedTuple):
 
 CASES = {
     "text_file": Source("text_file", write_text, is_text=True),
+    "masked_text_file": Source("masked_text_file", write_text, is_text=True),
     "text_file_stream": Source("text_file_stream", write_text, is_text=True),
     "audio_files": Source("audio_files", write_sounds),
     "audio_files compressed": Source("audio_files", write_compressed_sounds, is_text=True),

@@ -14,6 +14,7 @@ import hf_tfamily_cli
 from hf_tfamily.auto import SYSTEMS
 from hf_tfamily.data import SOURCES, check_data, load_data
 from hf_tfamily.data.augmentation import Augmentation
+from hf_tfamily.pattern_views import parse_pattern
 from hf_tfamily.recipe_yaml import read_yaml, write_yaml
 from hf_tfamily.recipes import RecipeError, list_recipes, load_recipe
 from hf_tfamily.tasks import task_of
@@ -282,6 +283,25 @@ def test_the_card_is_about_the_data_that_were_used(micro_file, tmp_path):
     assert load_recipe(folder / "recipe.yaml").title == recipe.title
     assert load_data(load_recipe(folder / "recipe.yaml").data).description in card
     assert task_of(recipe).metric == "bits_per_dim"
+
+
+@pytest.mark.parametrize(
+    ("short", "long"),
+    [
+        ("local:window=8", {"type": "local", "window": 8}),
+        ('["local:window=8", "fixed:block=8,summary=2"]', ["local:window=8", "fixed:block=8,summary=2"]),
+        ("local:window=8+sink:count=2", "local:window=8+sink:count=2"),
+    ],
+)
+def test_patterns_may_be_written_as_show_takes_them(short, long):
+    found = load_recipe(DIGITS, [f"model.attention_patterns={short}"]).model["attention_patterns"]
+    if isinstance(long, str):
+        long = parse_pattern(long).to_dict()
+    elif isinstance(long, list):
+        long = [parse_pattern(pattern).to_dict() for pattern in long]
+    assert found == long
+    with pytest.raises(RecipeError, match=r"attention_patterns: .*windows.*window"):
+        load_recipe(DIGITS, ["model.attention_patterns=local:windows=8"])
 
 
 @pytest.mark.parametrize("overrides", [["data.limit=9"], ["model.num_hidden_layers=1", "data.limit=9"]])

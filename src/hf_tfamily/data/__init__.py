@@ -23,7 +23,7 @@ from .enlargement import EnlargementPairs, photo_enlargements
 from .images import digits, fashion_mnist, hub_images, photo_crops
 from .labelled_images import LabelledImages, digit_classes, emoji, fashion_mnist_classes, hub_labelled_images
 from .limits import LIMITS, limited
-from .masked import MaskedTexts, bible_masked
+from .masked import MaskedTexts, bible_masked, masked_text_file
 from .pictures import open_picture
 from .sequences import LoadedData, MissingPackageError, NextTokenCollator, TokenSequences
 from .streams import SegmentCollator, StreamDataset, TextStreams, bible_stream, hub_word_stream, text_file_stream
@@ -39,7 +39,7 @@ SOURCES: dict[str, Callable[..., LoadedData]] = {
         *(bible, text_file, hub_text, audio_files, csv_column),
         *(bible_stream, text_file_stream, hub_word_stream),
         *(libreoffice_help, translation_files, bible_versions),
-        *(bible_masked, algorithms),
+        *(bible_masked, masked_text_file, algorithms),
     )
 }
 

@@ -2,9 +2,11 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 from .sequences import LoadedData
-from .text import BIBLE_EVAL_BOOKS, BIBLE_LICENCE, bible_parts, of, text_data
+from .text import BIBLE_EVAL_BOOKS, BIBLE_LICENCE, bible_parts, cut_text, of, text_data
+from .text_lines import read_text_bytes
 from .text_tokenizers import BYTES, TokenizerChoice
 from .text_tokenizers import MASK as MASK
 
@@ -40,12 +42,40 @@ def bible_masked(
     eval_books = tuple(eval_books)
     train, held_out = bible_parts(eval_books)
     description = f"the King James Bible in windows of {of(length, tokenizer)}; held out: {', '.join(eval_books)}"
-    windows = text_data(train, held_out, length, description, BIBLE_LICENCE, tokenizer, mask=True)
+    return _masked(train, held_out, length, description, BIBLE_LICENCE, tokenizer)
+
+
+def masked_text_file(
+    path: str,
+    length: int = 127,
+    sizes: tuple[int, int, int] | None = None,
+    eval_part: str = "validation",
+    tokenizer: TokenizerChoice = BYTES,
+) -> MaskedTexts:
+    """A text file, cut as `text_file` cuts it, in windows behind a start token, and a mask token.
+
+    Args:
+        path: the file.
+        length: bytes, or tokens, in an example.
+        sizes, eval_part: as for `text_file`.
+        tokenizer: what ids are of; see hf_tfamily.data.text_tokenizers. One without a mask token gets one.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"There is no text file {path!r}; give one with data.path=...")
+    train, held_out, cut = cut_text(read_text_bytes(path), sizes, eval_part)
+    description = f"the file {path} in windows of {of(length, tokenizer)}, {cut}"
+    return _masked(train, held_out, length, description, "unknown", tokenizer)
+
+
+def _masked(
+    train: bytes, held_out: bytes, length: int, description: str, licence: str, tokenizer: TokenizerChoice
+) -> MaskedTexts:
+    windows = text_data(train, held_out, length, description, licence, tokenizer, mask=True)
     return MaskedTexts(
         train=windows.train.select_columns(["input_ids"]),
         eval=windows.eval.select_columns(["input_ids"]),
         length=1 + length,
         processor=windows.processor,
         description=description,
-        licence=BIBLE_LICENCE,
+        licence=licence,
     )
