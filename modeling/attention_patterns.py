@@ -19,7 +19,7 @@ Those in two dimensions are bound to a grid of tokens at run time (`bind`).
 
 import difflib
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from inspect import get_annotations
@@ -777,7 +777,7 @@ class Block2D(Pattern):
 class _Composite(Pattern):
     """A pattern made of patterns; its dict holds their dicts."""
 
-    patterns: tuple[Pattern, ...]
+    patterns: Sequence[Pattern]
 
     def __post_init__(self) -> None:
         patterns = self.patterns
@@ -841,7 +841,7 @@ class Union(_Composite):
     """Keys that any of `patterns` shows: a "merged head" (Child et al. 2019, section 4.2, equation 8)."""
 
     type: ClassVar[str] = "union"
-    patterns: tuple[Pattern, ...]
+    patterns: Sequence[Pattern]
 
     @property
     def parts(self) -> tuple[Pattern, ...]:
@@ -866,7 +866,7 @@ class Intersection(_Composite):
     """Keys that all of `patterns` show, such as a pattern inside a model's own sliding window."""
 
     type: ClassVar[str] = "intersection"
-    patterns: tuple[Pattern, ...]
+    patterns: Sequence[Pattern]
 
     def visible(self, head, query, key):
         first, *rest = (p.visible(head, query, key) for p in self.patterns)
@@ -913,7 +913,7 @@ class PerHead(_Composite):
     """
 
     type: ClassVar[str] = "per_head"
-    patterns: tuple[Pattern, ...]
+    patterns: Sequence[Pattern]
 
     def visible(self, head, query, key):
         shown = None

@@ -7,6 +7,7 @@ implementation. Nothing heavy is imported until it is used: no triton, datasets,
 """
 
 from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from . import block_sparse, old_paths
 from .auto import register_all
@@ -136,16 +137,21 @@ from .modeling.modeling_xl_sparse import (
 from .peft_defaults import register_peft_defaults
 from .stock_models import set_attention_patterns
 
+if TYPE_CHECKING:
+    from .data import load_data
+    from .hub import push
+    from .recurrent_training import RecurrentTrainer
+
 __version__ = "0.1.0"
 
 register_all()
 old_paths.register()
 
-# What is imported when it is first used, since it needs accelerate.
-_LATER = {"RecurrentTrainer": ".recurrent_training"}
+# What is imported when it is first used, since it needs accelerate, or much else.
+_LATER = {"RecurrentTrainer": ".recurrent_training", "load_data": ".data", "push": ".hub"}
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name not in _LATER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_LATER[name], __name__), name)
@@ -254,6 +260,8 @@ __all__ = [
     "XLSparseModel",
     "XLSparsePreTrainedModel",
     "block_sparse",
+    "load_data",
+    "push",
     "register_peft_defaults",
     "set_attention_patterns",
 ]
