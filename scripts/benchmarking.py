@@ -27,6 +27,8 @@ from pathlib import Path
 import torch
 import transformers
 
+from hf_tfamily.whole_files import write_text as write
+
 # glibc then keeps freed memory for whoever asks next (mallopt(3)); it reads this as a process starts.
 ALLOCATOR = {"MALLOC_TRIM_THRESHOLD_": "268435456", "MALLOC_MMAP_THRESHOLD_": "268435456"}
 ALLOCATOR_NOTE = f"All run under {', '.join(f'{name}={os.environ.get(name)}' for name in ALLOCATOR)}."
@@ -240,14 +242,6 @@ def page(record: dict) -> str:
                 cells += (f"**{shown(row.ratio)}**", shown(row.must), shown(row.stretch), row.verdict)
                 lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
-
-
-def write(path: Path, text: str) -> None:
-    """To a temporary name first, so that no half a file is ever there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
 
 
 def _with_other_sections(record: dict, path: Path) -> dict:

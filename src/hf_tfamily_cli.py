@@ -415,8 +415,10 @@ def new_recipe(
 
 
 @app.command()
-def info() -> None:
-    """Versions, devices, and which attention implementation runs where."""
+def info(
+    attention: Annotated[bool, typer.Option(help="Also try every attention implementation on every device.")] = False,
+) -> None:
+    """Versions, devices, and what runs block_sparse on them."""
     with _one_line_errors():
         from hf_tfamily import system_info
 
@@ -424,9 +426,10 @@ def info() -> None:
         console.print(_table(["package", "version"], system_info.versions()))
         console.print(_table(["device", "what it is"], system_info.devices()))
         console.print(_table(["device", "what runs block_sparse"], system_info.block_sparse_executors()))
-        with console.status("Trying every attention implementation ..."):
-            rows = system_info.attention_implementations()
-        console.print(_table(["attention", "device", "forward", "backward"], rows))
+        if attention:
+            with console.status("Trying every attention implementation; FlexAttention compiles first ..."):
+                rows = system_info.attention_implementations()
+            console.print(_table(["attention", "device", "forward", "backward"], rows))
 
 
 @app.command()

@@ -11,15 +11,15 @@ from accelerate import PartialState
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_utils import rotate_checkpoints
 
+from .whole_files import write_text
+
 MANIFEST = "manifest.json"
 
 
 def write_manifest(checkpoint: Path) -> None:
     """Record all files that are in the folder `checkpoint`."""
     files = {path.relative_to(checkpoint).as_posix(): _entry(path) for path in _files(checkpoint)}
-    being_written = checkpoint / "manifest.tmp"
-    being_written.write_text(json.dumps({"files": files}, indent=1) + "\n", encoding="utf-8")
-    being_written.replace(checkpoint / MANIFEST)
+    write_text(checkpoint / MANIFEST, json.dumps({"files": files}, indent=1) + "\n")
 
 
 def difference(checkpoint: Path) -> str | None:
@@ -46,7 +46,7 @@ def size_of(checkpoint: Path) -> int:
 
 
 def _files(checkpoint: Path) -> list[Path]:
-    ours = (checkpoint / MANIFEST, checkpoint / "manifest.tmp")
+    ours = {checkpoint / MANIFEST, *checkpoint.glob(f"{MANIFEST}.*.tmp")}  # one that a killed process left, too
     return sorted(path for path in checkpoint.rglob("*") if path.is_file() and path not in ours)
 
 

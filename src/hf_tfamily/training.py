@@ -43,6 +43,7 @@ from .secret_values import refuse_secrets
 from .tasks import Task, task_of
 from .termination import SaveAtSigterm
 from .termination import Terminated as Terminated
+from .whole_files import write_text
 
 # What a run's working folder holds beside the files of loggers.
 WORKING_FILES = (
@@ -195,9 +196,7 @@ class RunFolder:
             return
         shutil.rmtree(self.partial, ignore_errors=True)
         self.partial.mkdir(parents=True)
-        being_written = recorded.with_suffix(".tmp")
-        being_written.write_text(recipe_yaml(recipe), encoding="utf-8")
-        being_written.rename(recorded)
+        write_text(recorded, recipe_yaml(recipe))
 
     @contextmanager
     def naming_the_last_checkpoint(self) -> Iterator[None]:

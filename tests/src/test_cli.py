@@ -76,6 +76,10 @@ def test_info_tells_what_runs_where(run):
     code, output = run("info")
     assert code == 0
     assert "torch" in output
+    assert "what runs block_sparse" in output
+    assert "flex_attention" not in output
+    code, output = run("info", "--attention")
+    assert code == 0
     assert "block_sparse cpu yes yes" in output
     assert "flex_attention cpu yes no" in output
 

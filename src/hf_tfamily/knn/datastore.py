@@ -10,7 +10,6 @@ Nothing in it is a pickle. Shapes: N entries, E width, n queries, k neighbours.
 
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..whole_files import write_text
 from .fingerprints import check_same, model_fingerprint, tokenizer_fingerprint
 from .search import EXACT, NPROBE, exact_index, nearest_keys, read_index, write_quantized_index
 
@@ -150,12 +150,7 @@ def read_description(folder: Path) -> dict[str, Any]:
 
 def write_description(folder: Path, description: dict[str, Any]) -> None:
     """Write store.json: whole, or not at all."""
-    being_written = folder / f"{DESCRIPTION}.tmp"
-    with being_written.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(description, indent=1) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    being_written.replace(folder / DESCRIPTION)
+    write_text(folder / DESCRIPTION, json.dumps(description, indent=1) + "\n")
 
 
 def partial_of(folder: Path) -> Path:
