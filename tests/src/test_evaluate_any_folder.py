@@ -191,6 +191,16 @@ def test_finished_runs_are_measured_on_other_texts_with_their_own_tokenizer(fini
     assert code == 0, said
 
 
+def test_a_tokenizer_from_elsewhere_may_be_gone(finished, tmp_path):
+    folder = shutil.copytree(finished, tmp_path / "copy")
+    recipe = (folder / "recipe.yaml").read_text()
+    (folder / "recipe.yaml").write_text(re.sub(r"tokenizer:.*?(?=\n\S)", "tokenizer: /gone", recipe, flags=re.DOTALL))
+    assert load_recipe(folder / "recipe.yaml").data["tokenizer"] == "/gone"
+    assert evaluate(folder, progress=False) == evaluate(finished, progress=False)
+    with pytest.raises(ValueError, match="tokenizer=/other: there is no such folder"):
+        evaluate(folder, ["data.tokenizer=/other"], progress=False)
+
+
 def test_without_its_tokenizer_a_trained_one_is_not_made_anew(finished, tmp_path, run):
     folder = shutil.copytree(finished, tmp_path / "copy")
     for name in ("tokenizer.json", "tokenizer_config.json"):
