@@ -1,7 +1,7 @@
 """Models to measure and to sample: the folder that a finished run leaves, and any other folder or Hub repository.
 
 A finished run's `recipe.yaml` says what the model is for and on what it is measured. Of any other model the
-architecture says the first; the second has to be said: `evaluate(place, data=["source=bible_stream", "length=128"])`.
+architecture says the first; the second has to be said: `evaluate(folder, data=["source=bible_stream", "length=128"])`.
 """
 
 import inspect
@@ -53,16 +53,16 @@ def load_finished(folder: str | Path, overrides: Iterable[str] = ()) -> Finished
     return Finished(recipe, task, model, load_processor(folder))
 
 
-def task_in(place: str | Path) -> Task:
+def task_in(folder: str | Path) -> Task:
     """The task of a model, which is not loaded: what its recipe's data are for, or else its architecture."""
-    folder = local_folder(place)
+    folder = local_folder(folder)
     if (folder / RECIPE_FILE).is_file():
         return task_of(load_recipe(folder / RECIPE_FILE))
     config = read_config(folder)
     return task_of_model(auto_class_of(folder, config), (folder / "preprocessor_config.json").is_file())
 
 
-def open_model(place: str | Path, tokenizer: str | None = None) -> Finished:
+def open_model(folder: str | Path, tokenizer: str | None = None) -> Finished:
     """A model to sample: of a folder, or of a Hub repository.
 
     A model with a memory reads prompts in segments as long as those it was trained on, or as its memory.
@@ -70,7 +70,7 @@ def open_model(place: str | Path, tokenizer: str | None = None) -> Finished:
     Args:
         tokenizer: in place of the one beside the model; "bytes", a folder or a name on the Hub.
     """
-    folder = local_folder(place)
+    folder = local_folder(folder)
     task = task_in(folder)
     recipe = load_recipe(folder / RECIPE_FILE) if (folder / RECIPE_FILE).is_file() else None
     processor = load_processor(folder)
@@ -85,7 +85,7 @@ def open_model(place: str | Path, tokenizer: str | None = None) -> Finished:
 
 
 def evaluate(
-    place: str | Path,
+    folder: str | Path,
     overrides: Iterable[str] = (),
     batch_size: int = 32,
     progress: bool = True,
@@ -93,7 +93,7 @@ def evaluate(
     tokenizer: str | None = None,
     **options: Any,
 ) -> dict[str, float]:
-    """Figures of the model in `place` on the held-out part of the data it was trained for, or of `data`.
+    """Figures of a model, in a folder or of the Hub, on the held-out part of what it was trained on, or of `data`.
 
     Args:
         overrides: as in `load_finished`.
@@ -105,11 +105,11 @@ def evaluate(
     Raises:
         ValueError: in one line, where something is missing or does not fit.
     """
-    return measure(place, overrides, batch_size, progress, data, tokenizer, **options)[1]
+    return measure(folder, overrides, batch_size, progress, data, tokenizer, **options)[1]
 
 
 def measure(
-    place: str | Path,
+    folder: str | Path,
     overrides: Iterable[str] = (),
     batch_size: int = 32,
     progress: bool = True,
@@ -118,7 +118,7 @@ def measure(
     **options: Any,
 ) -> tuple[Task, dict[str, float]]:
     """The task, and the figures; arguments as of `evaluate`."""
-    folder, data = local_folder(place), list(data)
+    folder, data = local_folder(folder), list(data)
     has_recipe, own = (folder / RECIPE_FILE).is_file(), any(setting.startswith("source=") for setting in data)
     settings = _data_of(folder, list(overrides), data, own)
     task = task_of_source(settings["source"])
@@ -162,7 +162,7 @@ def _data_of(folder: Path, overrides: list[str], data: list[str], own: bool) -> 
 def _with_tokenizer(data: dict[str, Any], folder: Path, asked: str | None, trained_on: bool) -> dict[str, Any]:
     """The data section with the tokenizer that the model's ids are of.
 
-    One that would be trained gives way to the one that was, beside the model.
+    One that would be trained, or that came from elsewhere, gives way to the one beside the model.
 
     Args:
         trained_on: the data are those of the model's recipe, which say how ids were made.
@@ -177,11 +177,11 @@ def _with_tokenizer(data: dict[str, Any], folder: Path, asked: str | None, train
         return {**data, "tokenizer": asked}
     usual = parameters["tokenizer"].default
     chosen = data.get("tokenizer", usual if trained_on else None)
-    if isinstance(chosen, str) and chosen != WORDS:
+    is_beside = any((folder / name).is_file() for name in TOKENIZER_FILES)
+    of_the_run = trained_on and is_beside and chosen == load_recipe(folder / RECIPE_FILE).data.get("tokenizer")
+    if isinstance(chosen, str) and (chosen in (*BYTE_CHOICES, WORDS) or not of_the_run):
         return data
-    if chosen == WORDS and trained_on:
-        return data
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+    if not is_beside:
         if trained_on and not isinstance(chosen, Mapping):
             return data
         raise RecipeError(f"{folder} holds no tokenizer; give one: --tokenizer bytes, a folder, or a name on the Hub.")

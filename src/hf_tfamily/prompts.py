@@ -64,7 +64,7 @@ def go_on(model: PreTrainedModel, tokenizer: Any, prompt: str, count: int = 1, *
     settings.update(**{"do_sample": True, "num_beams": 1, "max_length": None, "max_new_tokens": room, **options})
     if settings.pad_token_id is None:
         settings.pad_token_id = ids[0]  # of one row, nothing is padded; generate() asks for one
-    row = torch.tensor([ids], device=model.device)
+    row = row_of(model, ids)
     for number in range(count):
         if number:
             print("\n==========\n")
@@ -77,6 +77,16 @@ def go_on(model: PreTrainedModel, tokenizer: Any, prompt: str, count: int = 1, *
                 past_key_values=empty_past(model),
                 streamer=streamer,
             )
+
+
+def row_of(model: PreTrainedModel, ids: list[int]) -> torch.Tensor:
+    """The ids as a batch of one, [1, N]. Raises ValueError where the model does not know one of them."""
+    if max(ids) >= model.config.vocab_size:
+        raise ValueError(
+            f"The tokenizer makes id {max(ids)} of the prompt, and the model has vocab_size={model.config.vocab_size}; "
+            "give the model's own by --tokenizer."
+        )
+    return torch.tensor([ids], device=model.device)
 
 
 def room_behind(model: PreTrainedModel, length: int, asked: int | None) -> int:
@@ -114,7 +124,7 @@ def fill_in(model: PreTrainedModel, tokenizer: Any, prompt: str) -> str:
     positions = getattr(model.config, "max_position_embeddings", None)
     if positions and len(ids) > positions:
         raise ValueError(f"The prompt has {len(ids)} tokens, and the model takes {positions}; give a shorter one.")
-    row = torch.tensor([ids], device=model.device)
+    row = row_of(model, ids)
     logits = model(input_ids=row, attention_mask=torch.ones_like(row)).logits[0].float()
     logits[:, [number for number in tokenizer.all_special_ids if number < logits.shape[1]]] = -torch.inf
     logits[:, len(tokenizer) :] = -torch.inf

@@ -14,6 +14,8 @@ from typer.testing import CliRunner
 from hf_tfamily import (
     RoPEDecoderConfig,
     RoPEDecoderForCausalLM,
+    SwinTransformerConfig,
+    SwinTransformerForImageClassification,
     TransformerXLConfig,
     TransformerXLForCausalLM,
     VanillaEncoderConfig,
@@ -191,6 +193,16 @@ def test_finished_runs_are_measured_on_other_texts_with_their_own_tokenizer(fini
     assert code == 0, said
 
 
+def test_a_tokenizer_from_elsewhere_may_be_gone(finished, tmp_path):
+    folder = shutil.copytree(finished, tmp_path / "copy")
+    recipe = (folder / "recipe.yaml").read_text()
+    (folder / "recipe.yaml").write_text(re.sub(r"tokenizer:.*?(?=\n\S)", "tokenizer: /gone", recipe, flags=re.DOTALL))
+    assert load_recipe(folder / "recipe.yaml").data["tokenizer"] == "/gone"
+    assert evaluate(folder, progress=False) == evaluate(finished, progress=False)
+    with pytest.raises(ValueError, match="tokenizer=/other: there is no such folder"):
+        evaluate(folder, ["data.tokenizer=/other"], progress=False)
+
+
 def test_without_its_tokenizer_a_trained_one_is_not_made_anew(finished, tmp_path, run):
     folder = shutil.copytree(finished, tmp_path / "copy")
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -199,6 +211,29 @@ def test_without_its_tokenizer_a_trained_one_is_not_made_anew(finished, tmp_path
     assert code == 2
     assert said == f"Error: {folder} holds no tokenizer; give one: --tokenizer bytes, a folder, or a name on the Hub."
     assert evaluate(folder, tokenizer=str(finished), progress=False) == evaluate(finished, progress=False)
+
+
+def test_pictures_without_a_recipe(finished_once, tmp_path, run):
+    folder = shutil.copytree(finished_once, tmp_path / "copy")
+    (folder / "recipe.yaml").unlink()
+    found = evaluate(folder, data=["source=digits"], batch_size=100, progress=False)
+    assert found["bits_per_dim"] == pytest.approx(json.loads((folder / "metrics.json").read_text())["bits_per_dim"])
+    code, said = run("sample", folder, "--classes", "3", "--count", 2, "--output", tmp_path / "drawn.png")
+    assert (code, (tmp_path / "drawn.png").exists()) == (0, True), said
+    code, said = run("evaluate", folder, "--data", "source=bible")
+    assert code == 2
+    assert "holds no tokenizer; give one: --tokenizer bytes" in said
+
+
+def test_classes_of_pictures_have_to_be_those_of_the_model(tmp_path, run):
+    config = SwinTransformerConfig(
+        **{"image_size": 8, "patch_size": 2, "embed_dim": 8, "depths": [1], "num_heads": [2], "window_size": 2},
+        id2label=dict(enumerate("abcdefghij")),
+    )
+    SwinTransformerForImageClassification(config).save_pretrained(tmp_path)
+    code, said = run("evaluate", tmp_path, "--data", "source=digit_classes")
+    assert code == 2
+    assert "The model's classes are a, b, c, d, e, f, g, h, i, j; those of the data 0, 1, 2" in said
 
 
 @pytest.fixture

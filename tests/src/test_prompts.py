@@ -1,5 +1,7 @@
 """Prompts from the command line: gone on with, translated, filled in, and streamed as they are made."""
 
+import shutil
+
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -148,6 +150,14 @@ def test_words_are_printed_as_they_are_made(folders, monkeypatch):
     opened.model.lm_head.weight.data[32] += 1.0  # blanks
     go_on(opened.model, opened.processor, "a", max_new_tokens=40)
     assert len(printed) > 2
+
+
+def test_ids_that_the_model_does_not_know(folders, tmp_path, run):
+    folder = shutil.copytree(folders / "rope", tmp_path / "copy")
+    byte_tokenizer(end=True).save_pretrained(folder)
+    code, _, errors = run(folder, "--prompt", "a<end>")
+    assert code == 2
+    assert "The tokenizer makes id 257 of the prompt, and the model has vocab_size=257" in errors
 
 
 def test_several_continuations_and_the_tokenizer_of_elsewhere(folders, run):

@@ -339,6 +339,7 @@ def test_runs_measure_bits_per_byte_and_leave_their_tokenizer(run, text):
     if source == "text_file":
         nats, tokens = bits_per_dim(model, data.eval) * math.log(2), len(data.eval) * 8
     else:
+        assert (model.generation_config.eos_token_id, model.generation_config.pad_token_id) == (1, 0)
         losses = stream_losses(model, data.eval, 8, data.start_id, num_streams=4)
         nats, tokens = losses.mean(), len(losses)
     assert metrics["bits_per_byte"] == pytest.approx(nats * tokens / math.log(2) / data.eval_bytes, rel=1e-4)

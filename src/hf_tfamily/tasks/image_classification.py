@@ -52,6 +52,11 @@ class ImageClassificationTask(Task):
         for name, value in fields.items():
             if getattr(config, name) != value:
                 raise ValueError(f"{name}={getattr(config, name)} does not fit the data; it needs {value}.")
+        names = list((config.id2label or {}).values())
+        if names != list(data.class_names) and not all(str(name).startswith("LABEL_") for name in names):
+            raise ValueError(
+                f"The model's classes are {', '.join(names)}; those of the data {', '.join(data.class_names)}."
+            )
         patch = config.patch_size if isinstance(config.patch_size, (list, tuple)) else [config.patch_size] * 2
         if any(side < length for side, length in zip(data.size, patch)):
             raise ValueError(f"patch_size={config.patch_size} is larger than the pictures, {data.size}.")

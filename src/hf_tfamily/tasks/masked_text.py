@@ -84,7 +84,7 @@ class MaskedTextTask(Task):
         input_ids, labels = batch["input_ids"], batch["labels"]
         filled = model(input_ids=input_ids.to(model.device)).logits.argmax(dim=-1).cpu()
         filled = torch.where(labels == -100, input_ids, filled)
-        blanks = data.processor(HIDDEN_PLACE)["input_ids"][0]
+        blanks = data.processor(HIDDEN_PLACE, add_special_tokens=False)["input_ids"][0]
         shown = input_ids.masked_fill(input_ids == data.processor.mask_token_id, blanks)
         texts = zip(*(data.processor.batch_decode(ids[:, 1:]) for ids in (shown, filled)))
         between = "\n--- filled in ---\n"

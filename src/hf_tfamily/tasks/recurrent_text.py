@@ -123,8 +123,9 @@ class RecurrentTextTask(Task):
         """samples.txt: beginnings of held-out text, and how the model goes on."""
         if data.processor is None:
             return
-        starts = np.linspace(0, len(data.eval) - PROMPT_LENGTH, PROMPTS).astype(int)
-        prompts = [data.eval[start : start + PROMPT_LENGTH].astype(np.int64) for start in starts]
+        length = min(PROMPT_LENGTH, len(data.eval))
+        starts = np.linspace(0, len(data.eval) - length, PROMPTS).astype(int)
+        prompts = [data.eval[start : start + length].astype(np.int64) for start in starts]
         continuations = continue_texts(model, torch.from_numpy(np.stack(prompts)))
         decode = data.processor.decode
         texts = [f"{decode(prompt)}{GOES_ON}{decode(ids)}" for prompt, ids in zip(prompts, continuations)]

@@ -25,7 +25,7 @@ from transformers import (
 from ..data import TranslationPairs
 from ..data.sequences import require
 from ..data.text_lines import split_lines
-from ..prompts import NO_TOKENIZER
+from ..prompts import NEW_TOKENS, NO_TOKENIZER
 from .base import Task, check_sizes, num_positions
 
 SAMPLES, BEAMS, LENGTH_PENALTY, EXTRA_TOKENS = 12, 4, 0.6, 50
@@ -134,6 +134,17 @@ def generation_config(config: PreTrainedConfig, max_length: int) -> GenerationCo
     )
 
 
+def length_of_answers(model: PreTrainedModel) -> dict[str, int]:
+    """What `generate` is to be told of the length; nothing where the model's generation config says it.
+
+    Without that Transformers would break answers off at 20 tokens.
+    """
+    said = model.generation_config
+    if said.max_new_tokens is not None or said.max_length not in (None, 20):
+        return {}
+    return {"max_new_tokens": int(min(NEW_TOKENS, num_positions(model.config) - 1))}
+
+
 @torch.inference_mode()
 def translate(
     model: PreTrainedModel,
@@ -149,6 +160,7 @@ def translate(
         options: what `generate` takes beyond, such as max_new_tokens.
     """
     model.eval()
+    options = {**length_of_answers(model), **options}
     batch_of = sorted(range(len(lines)), key=lambda index: len(lines[index]), reverse=True)
     made: dict[int, str] = {}
     with tqdm(total=len(lines), desc="Translating", disable=not progress, leave=False) as bar:
