@@ -139,7 +139,7 @@ def test_the_tokenizer_that_is_missing_is_asked_for(folders, run):
             words(("source=bible_masked",)),
             "holds a RoPEDecoderForCausalLM, and the source 'bible_masked' is for",
         ),
-        ("masked", words(JUDE), "sources for this one: bible_masked."),
+        ("masked", words(JUDE), "sources for this one: bible_masked, masked_text_file."),
         ("rope", words(("source=bible_stream", "length=40")), "max_position_embeddings=32 is too small"),
         ("rope", (*words(JUDE), "--tokenizer", "bytes_with_end"), "vocab_size=257 is too small: the data has 258 ids"),
         (
