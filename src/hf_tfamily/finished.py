@@ -76,6 +76,8 @@ def open_model(folder: str | Path, tokenizer: str | None = None) -> Finished:
     processor = load_processor(folder)
     if tokenizer is not None:
         check_tokenizer(tokenizer, "--tokenizer")
+        if (folder / "preprocessor_config.json").is_file():
+            raise RecipeError("--tokenizer: this model's data are pictures.")
         processor = load_tokenizer(tokenizer, "--tokenizer", mask=isinstance(task, MaskedTextTask))
         _check_ids(read_config(folder), processor, tokenizer)
     model = task.auto_class.from_pretrained(folder).to(best_device())
@@ -133,7 +135,7 @@ def measure(
             f"The data's tokenizer ({len(loaded.processor)} ids) is not the one beside the model: ids mean other "
             f"tokens; leave data.tokenizer out, or give --tokenizer {folder}."
         )
-    if own or not has_recipe:
+    if own or not has_recipe or tokenizer is not None:
         task.check_fit(AutoConfig.from_pretrained(folder), loaded)
     model = task.auto_class.from_pretrained(folder).to(best_device())
     return task, task.evaluate(model, loaded, batch_size=batch_size, progress=progress, **options)
@@ -172,9 +174,10 @@ def _with_tokenizer(data: dict[str, Any], folder: Path, asked: str | None, train
         if asked is not None:
             raise RecipeError(f"--tokenizer: the source {data['source']!r} takes none.")
         return data
+    others = {key: value for key, value in data.items() if key != "vocab_size"}  # of one that would be trained
     if asked is not None:
         check_tokenizer(asked, "--tokenizer")
-        return {**data, "tokenizer": asked}
+        return {**others, "tokenizer": asked}
     usual = parameters["tokenizer"].default
     chosen = data.get("tokenizer", usual if trained_on else None)
     is_beside = any((folder / name).is_file() for name in TOKENIZER_FILES)
@@ -185,7 +188,6 @@ def _with_tokenizer(data: dict[str, Any], folder: Path, asked: str | None, train
         if trained_on and not isinstance(chosen, Mapping):
             return data
         raise RecipeError(f"{folder} holds no tokenizer; give one: --tokenizer bytes, a folder, or a name on the Hub.")
-    others = {key: value for key, value in data.items() if key != "vocab_size"}  # of one that would be trained
     return {**others, "tokenizer": _choice_in(folder)}
 
 

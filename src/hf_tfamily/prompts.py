@@ -28,12 +28,19 @@ def read_prompt(prompt: str | None, prompt_file: Path | None) -> str | None:
     if prompt is None and prompt_file is None:
         return None
     if STANDARD_INPUT in (prompt, str(prompt_file)):
-        return sys.stdin.read().removeprefix("\ufeff").removesuffix("\n").removesuffix("\r")
+        return _checked(sys.stdin.read().removeprefix("\ufeff").removesuffix("\n").removesuffix("\r"))
     if prompt is not None:
-        return prompt
+        return _checked(prompt)
     if not prompt_file.is_file():
         raise FileNotFoundError(f"There is no prompt file {prompt_file}.")
     return read_text(prompt_file).removesuffix("\n").removesuffix("\r")
+
+
+def _checked(prompt: str) -> str:
+    """The prompt, if it is UTF-8: Python keeps other bytes of a command line as surrogates, which are no text."""
+    if any("\ud800" <= character <= "\udfff" for character in prompt):
+        raise ValueError("The prompt is no UTF-8 text.")
+    return prompt
 
 
 def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:

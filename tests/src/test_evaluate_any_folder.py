@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from hf_tfamily import (
     VanillaEncoderForMaskedLM,
 )
 from hf_tfamily.data import byte_tokenizer, load_data
+from hf_tfamily.data.text_tokenizers import train_bpe
 from hf_tfamily.finished import evaluate, task_in
 from hf_tfamily.recipes import load_recipe
 from hf_tfamily.stream_evaluation import stream_losses
@@ -189,6 +191,10 @@ def test_finished_runs_are_measured_on_other_texts_with_their_own_tokenizer(fini
     code, said = run("evaluate", finished, "--data", "tokenizer=bytes")
     assert code == 2
     assert "The data's tokenizer (257 ids) is not the one beside the model: ids mean other tokens" in said
+    train_bpe(Path(__file__).read_text(), 400)[0].save_pretrained(tmp_path / "larger")
+    code, said = run("evaluate", finished, "--tokenizer", tmp_path / "larger")
+    assert code == 2
+    assert "vocab_size=300 is too small: the data has 400 ids, those of its tokenizer" in said
     code, said = run("sample", finished, "--prompt", "the cat", "--max-new-tokens", 5)
     assert code == 0, said
 
@@ -220,6 +226,8 @@ def test_pictures_without_a_recipe(finished_once, tmp_path, run):
     assert found["bits_per_dim"] == pytest.approx(json.loads((folder / "metrics.json").read_text())["bits_per_dim"])
     code, said = run("sample", folder, "--classes", "3", "--count", 2, "--output", tmp_path / "drawn.png")
     assert (code, (tmp_path / "drawn.png").exists()) == (0, True), said
+    code, said = run("sample", folder, "--tokenizer", "bytes")
+    assert (code, said) == (2, "Error: --tokenizer: this model's data are pictures.")
     code, said = run("evaluate", folder, "--data", "source=bible")
     assert code == 2
     assert "holds no tokenizer; give one: --tokenizer bytes" in said

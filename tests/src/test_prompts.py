@@ -217,6 +217,7 @@ def test_lines_are_translated(folders, run):
     [
         ("rope", ("--prompt", "a", "--prompt-file", "b"), "Give --prompt or --prompt-file, not both."),
         ("rope", ("--prompt-file", "nowhere.txt"), "There is no prompt file nowhere.txt."),
+        ("rope", ("--prompt", "\udcff"), "The prompt is no UTF-8 text."),
         ("rope", ("--prompt", "a" * 70), "The prompt has 71 tokens, and the model takes 64; give a shorter one."),
         ("rope", ("--prompt", "a", "--top-p", "1.5"), "--top-p must be above 0 and at most 1, got 1.5."),
         ("rope", ("--prompt", "a", "--repetition-penalty", "0"), "--repetition-penalty must be above 0, got 0.0."),
