@@ -16,6 +16,7 @@ from transformers import AutoConfig
 from .data import SOURCES, LoadedData, load_data
 from .data.csv_columns import read_column, read_table
 from .data.sequences import require
+from .data.text_files import text_files
 from .model_size import count_parameters
 from .modeling.attention_patterns import nearest
 from .recipe_yaml import read_yaml, write_yaml
@@ -178,19 +179,23 @@ def _strided_square(arguments: dict, data: LoadedData, model: dict) -> dict[str,
     return {"vocab_size": data.vocab_size, "position_shape": [side, side], "attention_patterns": patterns}
 
 
+def _bytes_of(path: str) -> int:
+    return sum(file.stat().st_size for file in text_files(path))
+
+
 def _stream(path: str, **chosen: Any) -> dict[str, Any]:
-    size = Path(path).stat().st_size
+    size = _bytes_of(path)
     if size < FEWEST_BYTES:
         raise ValueError(f"{path} has {size} bytes; a text to learn from needs {FEWEST_BYTES:,} or more.")
     return {"path": path, "length": min(128, size // 400), **chosen}
 
 
 def _text(path: str, **chosen: Any) -> dict[str, Any]:
-    return {"path": path, "length": _side(Path(path).stat().st_size // 20, path) ** 2, **chosen}
+    return {"path": path, "length": _side(_bytes_of(path) // 20, path) ** 2, **chosen}
 
 
 def _hidden(path: str, **chosen: Any) -> dict[str, Any]:
-    return {"path": path, "length": min(127, _side(Path(path).stat().st_size // 20, path) ** 2 - 1), **chosen}
+    return {"path": path, "length": min(127, _side(_bytes_of(path) // 20, path) ** 2 - 1), **chosen}
 
 
 def _sounds(path: str, **chosen: Any) -> dict[str, Any]:
@@ -289,10 +294,15 @@ def _vocabulary(arguments: dict, data: LoadedData, model: dict) -> dict[str, Any
 TEXT = ("rope_decoder", "transformer_xl", "compressive_transformer", "xl_sparse", "memorizing_transformer")
 SPARSE = {"sparse_transformer": "sparse_transformer/bible"}
 STARTERS = {
-    "text_file_stream": Starter(("text",), {system: f"{system}/bible" for system in TEXT}, _stream, _vocabulary),
-    "text_file": Starter(("text",), SPARSE, _text, _fixed_square),
+    "text_file_stream": Starter(
+        ("text or folder of texts",), {system: f"{system}/bible" for system in TEXT}, _stream, _vocabulary
+    ),
+    "text_file": Starter(("text or folder of texts",), SPARSE, _text, _fixed_square),
     "masked_text_file": Starter(
-        ("text",), {system: f"{system}/bible" for system in ("vanilla_encoder", "long_encoder")}, _hidden, _vocabulary
+        ("text or folder of texts",),
+        {system: f"{system}/bible" for system in ("vanilla_encoder", "long_encoder")},
+        _hidden,
+        _vocabulary,
     ),
     "csv_column": Starter(("csv",), SPARSE, _column, _strided_square),
     "audio_files": Starter(("folder of sounds",), SPARSE, _sounds, _strided_square),

@@ -28,6 +28,9 @@ def home(tmp_path_factory):
     home, draw = tmp_path_factory.mktemp("own"), np.random.default_rng(0)
     words = draw.choice(["alpha ", "beta ", "gamma.\n"], 2000)
     (home / "notes.txt").write_text("".join(words))
+    (home / "letters").mkdir()
+    for n in range(6):
+        (home / "letters" / f"{n}.md").write_text(f"letter {n}. " + "".join(words[n * 300 : (n + 1) * 300]))
     rows = ["".join(draw.choice(list("ACGT"), 40)) for _ in range(60)]
     (home / "dna.csv").write_text("id,sequence\n" + "".join(f"{n},{row}\n" for n, row in enumerate(rows)))
     values = np.sin(np.arange(1000) / 9)
@@ -157,6 +160,23 @@ def test_columns_as_texts_and_as_levels(home):
     counts = np.bincount(values[values < 10], minlength=10)
     assert (numbers.num_values, len(numbers.eval)) == (10, 2)
     assert counts.min() > 0.7 * counts.mean(), "each level holds as many numbers as any other"
+
+
+def test_files_of_a_folder_are_held_out_whole(home):
+    data = {"source": "text_file_stream", "path": str(home / "letters"), "length": 16}
+    shared = load_data({**data, "eval_share": 0.34})
+    held_out = bytes(shared.eval.astype(np.uint8)).decode()
+    train = bytes(shared.train.astype(np.uint8)).decode()
+    assert held_out.count("letter ") == 2
+    assert train.count("letter ") == 4
+    cut, texts = load_data(data), sorted((home / "letters").iterdir())
+    assert bytes(cut.train.astype(np.uint8)).decode().startswith(texts[0].read_text())
+    listed = load_data({**data, "path": [str(text) for text in texts]})
+    assert np.array_equal(listed.train, cut.train)
+    with pytest.raises(FileNotFoundError, match="There is no text file in the folder"):
+        load_data({**data, "path": str(home / "music")})
+    with pytest.raises(ValueError, match="Give sizes or eval_share, not both"):
+        load_data({**data, "eval_share": 0.2, "sizes": [100, 50, 50]})
 
 
 def test_pairs_are_divided_by_their_sources(tmp_path):

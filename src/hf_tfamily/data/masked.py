@@ -2,11 +2,10 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 from .sequences import LoadedData
-from .text import BIBLE_EVAL_BOOKS, BIBLE_LICENCE, bible_parts, cut_text, of, text_data
-from .text_lines import read_text_bytes
+from .text import BIBLE_EVAL_BOOKS, BIBLE_LICENCE, bible_parts, of, text_data
+from .text_files import named, text_parts
 from .text_tokenizers import BYTES, TokenizerChoice
 from .text_tokenizers import MASK as MASK
 
@@ -46,24 +45,23 @@ def bible_masked(
 
 
 def masked_text_file(
-    path: str,
+    path: str | list[str],
     length: int = 127,
     sizes: tuple[int, int, int] | None = None,
     eval_part: str = "validation",
     tokenizer: TokenizerChoice = BYTES,
+    eval_share: float | None = None,
+    seed: int = 0,
 ) -> MaskedTexts:
-    """A text file, cut as `text_file` cuts it, in windows behind a start token, and a mask token.
+    """Text files, cut as `text_file` cuts them, in windows behind a start token, and a mask token.
 
     Args:
-        path: the file.
+        path, sizes, eval_part, eval_share, seed: as for `text_file`.
         length: bytes, or tokens, in an example.
-        sizes, eval_part: as for `text_file`.
         tokenizer: what ids are of; see hf_tfamily.data.text_tokenizers. One without a mask token gets one.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"There is no text file {path!r}; give one with data.path=...")
-    train, held_out, cut = cut_text(read_text_bytes(path), sizes, eval_part)
-    description = f"the file {path} in windows of {of(length, tokenizer)}, {cut}"
+    train, held_out, cut = text_parts(path, sizes, eval_part, eval_share, seed)
+    description = f"{named(path)} in windows of {of(length, tokenizer)}, {cut}"
     return _masked(train, held_out, length, description, "unknown", tokenizer)
 
 

@@ -7,15 +7,14 @@ text is predicted once. Several streams side by side make a batch.
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from .hub_parts import load_text_parts
 from .sequences import LoadedData
-from .text import BIBLE_EVAL_BOOKS, BIBLE_LICENCE, BYTE_START, bible_parts, cut_text, of
-from .text_lines import read_text_bytes
+from .text import BIBLE_EVAL_BOOKS, BIBLE_LICENCE, BYTE_START, bible_parts, of
+from .text_files import distinct_bytes, named, text_parts
 from .text_tokenizers import (
     BYTE_CHOICES,
     BYTES,
@@ -132,35 +131,36 @@ def bible_stream(
 
 
 def text_file_stream(
-    path: str,
+    path: str | list[str],
     length: int = 128,
     sizes: tuple[int, int, int] | None = None,
     eval_part: str = "validation",
     own_bytes: bool = False,
     tokenizer: TokenizerChoice = BYTES,
+    eval_share: float | None = None,
+    seed: int = 0,
 ) -> TextStreams:
-    """The bytes, or tokens, of a file, cut into a training, a validation and a test part; see `text_file`.
+    """The bytes, or tokens, of text files, cut into a training, a validation and a test part; see `text_file`.
 
     Args:
-        path: the file; enwik8, say, with sizes=[90000000, 5000000, 5000000].
+        path: the file, several, or a folder; enwik8, say, with sizes=[90000000, 5000000, 5000000].
         length: bytes, or tokens, in a segment.
-        sizes: bytes of the three parts; 90 %, 5 % and 5 % of the file if None.
+        sizes: bytes of the three parts; 90 %, 5 % and 5 % of the text if None.
         eval_part: "validation" or "test", the part to hold out for evaluation.
-        own_bytes: number the distinct bytes of the file and nothing else (204 in enwik8); a stream begins behind a line
+        own_bytes: number the distinct bytes of the text and nothing else (204 in enwik8); a stream begins behind a line
             end. Otherwise ids are the 256 bytes, and a stream begins behind the start token 256.
         tokenizer: what ids are of; see hf_tfamily.data.text_tokenizers. All but those of bytes need UTF-8.
+        eval_share, seed: as for `text_file`.
     """
     if own_bytes and tokenizer != BYTES:
         raise ValueError(
             f"own_bytes numbers the file's bytes, which leaves no tokenizer={tokenizer!r}; give one of both."
         )
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"There is no text file {path!r}; give one with data.path=...")
-    content = read_text_bytes(path)
-    train, held_out, cut = cut_text(content, sizes, eval_part)
-    description = f"the file {path} in segments of {of(length, tokenizer)}, {cut}"
+    train, held_out, cut = text_parts(path, sizes, eval_part, eval_share, seed)
+    description = f"{named(path)} in segments of {of(length, tokenizer)}, {cut}"
     if own_bytes:
-        return _byte_streams(train, held_out, length, description, "unknown", sorted(set(content) | {ord("\n")}))
+        alphabet = sorted(distinct_bytes(path) | {ord("\n")})
+        return _byte_streams(train, held_out, length, description, "unknown", alphabet)
     return _streams(train, held_out, length, description, "unknown", tokenizer)
 
 

@@ -1,13 +1,12 @@
 """Text in windows of one length, each behind a start token: of bytes, whose start token is 256, or of other tokens."""
 
 from collections.abc import Iterable
-from pathlib import Path
 
 import numpy as np
 
 from .hub_parts import load_part, load_text_parts, texts_of
 from .sequences import TokenSequences, require, token_dataset, with_start
-from .text_lines import read_text_bytes
+from .text_files import cut_text, named, text_parts
 from .text_tokenizers import (
     BYTE_CHOICES,
     BYTES,
@@ -22,7 +21,6 @@ from .text_tokenizers import (
 from .text_tokenizers import byte_tokenizer as byte_tokenizer
 
 BYTE_START = 256
-PARTS = ("train", "validation", "test")
 BIBLE_EVAL_BOOKS = ("Ruth", "Ecclesiastes", "Acts", "Hebrews")
 BIBLE_LICENCE = "text out of copyright (in the United Kingdom under Crown patent); the package is MIT"
 
@@ -44,27 +42,31 @@ def bible(
 
 
 def text_file(
-    path: str,
+    path: str | list[str],
     length: int = 1024,
     sizes: tuple[int, int, int] | None = None,
     eval_part: str = "validation",
     tokenizer: TokenizerChoice = BYTES,
+    eval_share: float | None = None,
+    seed: int = 0,
 ) -> TokenSequences:
-    """The bytes of a file, cut into a training, a validation and a test part, in this order.
+    """The bytes of text files, cut into a training, a validation and a test part, in this order.
 
     Bytes are what they are in any encoding but UTF-16 and UTF-32, which are refused; UTF-8's byte order mark goes.
 
     Args:
-        path: the file; enwik8, say, with sizes=[90000000, 5000000, 5000000].
+        path: the file; enwik8, say, with sizes=[90000000, 5000000, 5000000]. Or several, or a folder, whose files in
+            .txt, .text and .md follow each other in the order of their names.
         length: bytes, or tokens, in an example; what does not fill a window at the end of a part is left out.
-        sizes: bytes of the three parts; 90 %, 5 % and 5 % of the file if None.
+        sizes: bytes of the three parts; 90 %, 5 % and 5 % of the text if None.
         eval_part: "validation" or "test", the part to hold out for evaluation.
         tokenizer: what ids are of; see hf_tfamily.data.text_tokenizers. All but those of bytes need UTF-8.
+        eval_share: instead of three parts, hold out this share of the files; of a single file, its end.
+        seed: draws the held-out files of eval_share.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"There is no text file {path!r}; give one with data.path=...")
-    content = read_text_bytes(path)
-    return _split_text(content, length, sizes, eval_part, f"the file {path}", "unknown", tokenizer)
+    train, held_out, cut = text_parts(path, sizes, eval_part, eval_share, seed)
+    description = f"{named(path)} in windows of {of(length, tokenizer)}, {cut}"
+    return text_data(train, held_out, length, description, "unknown", tokenizer)
 
 
 def hub_text(
@@ -108,20 +110,6 @@ def bible_parts(eval_books: tuple[str, ...]) -> tuple[bytes, bytes]:
         raise ValueError(f"eval_books must hold titles of books, got {list(eval_books)}; there are {', '.join(books)}.")
     train = "".join(text for title, text in books.items() if title not in eval_books)
     return train.encode(), "".join(books[title] for title in eval_books).encode()
-
-
-def cut_text(content: bytes, sizes: tuple[int, int, int] | None, eval_part: str) -> tuple[bytes, bytes, str]:
-    """The training and the held-out part of a text, and how it was cut in words; arguments as in `text_file`."""
-    if eval_part not in PARTS[1:]:
-        raise ValueError(f'eval_part must be "validation" or "test", got {eval_part!r}.')
-    if sizes is None:
-        sizes = (len(content) * 9 // 10, len(content) // 20, len(content) // 20)
-    if len(sizes) != 3 or min(sizes) < 0 or sum(sizes) > len(content):
-        raise ValueError(f"sizes must be three byte counts of at most {len(content)} together, got {list(sizes)}.")
-    bounds = np.cumsum([0, *sizes])
-    parts = {part: content[start:end] for part, start, end in zip(PARTS, bounds, bounds[1:])}
-    cut = " + ".join(f"{size:,}" for size in sizes)
-    return parts["train"], parts[eval_part], f"cut into {cut} bytes; held out: {eval_part}"
 
 
 def of(length: int, tokenizer: TokenizerChoice) -> str:
