@@ -650,6 +650,12 @@ class PatternBackend:
 
     _supports_context_parallel = False
 
+    def __call__(self, *args, **kwargs):
+        """From Transformers 5.24 on `past_key_values` may be called `cache`, as pages of continuous batching are."""
+        if isinstance(kwargs.get("cache"), Cache):
+            kwargs["past_key_values"] = kwargs.pop("cache")
+        return super().__call__(*args, **kwargs)
+
     def follows_patterns(self) -> bool:
         return getattr(self.config, "attention_patterns", None) is not None
 

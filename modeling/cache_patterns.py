@@ -17,11 +17,11 @@ from typing import NamedTuple
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
-from transformers.generation import GenerationMixin
 from transformers.generation.configuration_utils import GenerationConfig, GenerationMode
 
 from .attention import Heads, VisibleKeys, token_positions
 from .attention_patterns import Pattern, Union, patterns_for_layers
+from .causal_lm import CACHE, CacheNameGenerationMixin
 
 
 class Step:
@@ -720,13 +720,13 @@ class _Written:
     previous: Step | None
 
 
-class PatternCacheGenerationMixin(GenerationMixin):
+class PatternCacheGenerationMixin(CacheNameGenerationMixin):
     """`generate()` that uses a PatternCache unless it is asked for another one."""
 
     def _prepare_cache_for_generation(
         self, generation_config: GenerationConfig, model_kwargs: dict, generation_mode: GenerationMode, *args, **kwargs
     ):
-        past, is_assistant = model_kwargs.get("past_key_values"), generation_config.is_assistant
+        past, is_assistant = model_kwargs.get(CACHE), generation_config.is_assistant
         assisted = generation_mode == GenerationMode.ASSISTED_GENERATION
         self._refuse_what_transformers_cannot(generation_config, model_kwargs, assisted)
         asked = generation_config.cache_implementation is not None or past is not None
@@ -734,7 +734,7 @@ class PatternCacheGenerationMixin(GenerationMixin):
         if isinstance(cache, PatternCache) or (cache is not None and not (assisted or is_assistant)):
             if is_assistant:  # its tokens may be taken back, which only a PatternCache can do
                 cache.activate_past_recording()
-            model_kwargs["past_key_values"] = cache
+            model_kwargs[CACHE] = cache
             return None
         return super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, *args, **kwargs)
 
@@ -763,7 +763,7 @@ class PatternCacheGenerationMixin(GenerationMixin):
         self, generation_config: GenerationConfig, model_kwargs: dict, assisted: bool
     ) -> None:
         """Raise ValueError where `generate()` itself would be wrong, or fail without saying why."""
-        past, cache_implementation = model_kwargs.get("past_key_values"), generation_config.cache_implementation
+        past, cache_implementation = model_kwargs.get(CACHE), generation_config.cache_implementation
         if assisted and past is not None and past.get_seq_length() > 0:  # which it would read once more
             raise ValueError(
                 f"Assisted decoding reads the whole prompt, but past_key_values holds {int(past.get_seq_length())} "

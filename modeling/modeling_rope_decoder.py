@@ -32,7 +32,7 @@ from .attention import (
 )
 from .attention_patterns import Full, patterns_for_layers
 from .cache_patterns import PatternCacheGenerationMixin
-from .causal_lm import CausalLMHead, position_wise
+from .causal_lm import CACHE, CausalLMHead, position_wise
 from .checks import check_embeddings, check_one_input, check_token_ids
 from .classification import SequenceClassificationHead, TokenClassificationHead
 from .configuration_rope_decoder import RoPEDecoderConfig
@@ -204,6 +204,7 @@ class RoPEDecoderPreTrainedModel(PatternBackend, PreTrainedModel):
         scored, the padding mask, which says how far tokens lie apart."""
         if self.scores_distances:
             return attention_mask
+        past_key_values = kwargs.get(CACHE, past_key_values)
         masks = self.base_model.make_masks(inputs_embeds, attention_mask, position_ids, past_key_values)
         return dict(enumerate(masks))
 

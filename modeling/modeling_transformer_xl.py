@@ -13,7 +13,6 @@ import torch
 from torch import nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.generation import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
@@ -33,6 +32,7 @@ from .attention import (
 )
 from .attention_patterns import Full, Local
 from .causal_lm import (
+    CacheNameGenerationMixin,
     ShiftedLabels,
     kept_positions,
     loss_in_chunks,
@@ -390,7 +390,7 @@ class TransformerXLModel(TransformerXLPreTrainedModel):
         return past_key_values
 
 
-class TransformerXLForCausalLM(ShiftedLabels, TransformerXLPreTrainedModel, GenerationMixin):
+class TransformerXLForCausalLM(ShiftedLabels, TransformerXLPreTrainedModel, CacheNameGenerationMixin):
     """The decoder with a softmax over the next token, adaptive where the config has cutoffs or projections."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
