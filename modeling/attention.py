@@ -9,13 +9,15 @@ Shapes: B batch, H heads, T queries, S keys, D head dim.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, wraps
+from inspect import signature
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import nn
 from torch.nn.attention.flex_attention import BlockMask
 from transformers.cache_utils import Cache
+from transformers.generation import GenerationMixin
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
@@ -669,6 +671,21 @@ class PatternBackend:
     def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args, **kwargs) -> str:
         attn_implementation = choose_backend(attn_implementation, self.follows_patterns())
         return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
+
+
+# What `generate()` calls the cache it carries: from Transformers 5.24 on "cache".
+CACHE = "cache" if "cache" in signature(GenerationMixin.prepare_inputs_for_generation).parameters else "past_key_values"
+
+
+class CacheNameGenerationMixin(GenerationMixin):
+    """`generate()` of a model whose `forward` takes its cache as `past_key_values`."""
+
+    @wraps(GenerationMixin.prepare_inputs_for_generation)
+    def prepare_inputs_for_generation(self, *args, **kwargs):
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        if CACHE in inputs:
+            inputs["past_key_values"] = inputs.pop(CACHE)
+        return inputs
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -19,9 +19,8 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.generation.configuration_utils import GenerationConfig, GenerationMode
 
-from .attention import Heads, VisibleKeys, token_positions
+from .attention import CACHE, CacheNameGenerationMixin, Heads, VisibleKeys, token_positions
 from .attention_patterns import Pattern, Union, patterns_for_layers
-from .causal_lm import CACHE, CacheNameGenerationMixin
 
 
 class Step:

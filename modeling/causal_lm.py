@@ -5,15 +5,13 @@ Shapes: B batch, T new tokens, V ids.
 """
 
 from collections.abc import Callable
-from functools import partial, wraps
-from inspect import signature
+from functools import partial
 
 import torch
 from torch.nn.functional import cross_entropy, pad
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
-from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.processing_utils import Unpack
@@ -26,21 +24,6 @@ INSIDE = (
     "Set label_smoothing_factor=0 and let the model smooth: "
     "data_collator=hf_tfamily.label_smoothing.SmoothingCollator(collator, 0.1)."
 )
-
-
-# What `generate()` calls the cache it carries: from Transformers 5.24 on "cache".
-CACHE = "cache" if "cache" in signature(GenerationMixin.prepare_inputs_for_generation).parameters else "past_key_values"
-
-
-class CacheNameGenerationMixin(GenerationMixin):
-    """`generate()` of a model whose `forward` takes its cache as `past_key_values`."""
-
-    @wraps(GenerationMixin.prepare_inputs_for_generation)
-    def prepare_inputs_for_generation(self, *args, **kwargs):
-        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
-        if CACHE in inputs:
-            inputs["past_key_values"] = inputs.pop(CACHE)
-        return inputs
 
 
 class ShiftedLabels:

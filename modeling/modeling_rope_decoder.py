@@ -23,6 +23,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .attention import (
+    CACHE,
     PatternBackend,
     check_heads_of_mask,
     eager_attention_forward,
@@ -32,7 +33,7 @@ from .attention import (
 )
 from .attention_patterns import Full, patterns_for_layers
 from .cache_patterns import PatternCacheGenerationMixin
-from .causal_lm import CACHE, CausalLMHead, position_wise
+from .causal_lm import CausalLMHead, position_wise
 from .checks import check_embeddings, check_one_input, check_token_ids
 from .classification import SequenceClassificationHead, TokenClassificationHead
 from .configuration_rope_decoder import RoPEDecoderConfig

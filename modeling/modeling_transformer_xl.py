@@ -24,6 +24,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .adaptive_softmax import AdaptiveEmbedding, AdaptiveSoftmax, Affine
 from .attention import (
     BLOCK_SPARSE,
+    CacheNameGenerationMixin,
     PatternBackend,
     check_whole_rows,
     eager_attention_forward,
@@ -32,7 +33,6 @@ from .attention import (
 )
 from .attention_patterns import Full, Local
 from .causal_lm import (
-    CacheNameGenerationMixin,
     ShiftedLabels,
     kept_positions,
     loss_in_chunks,

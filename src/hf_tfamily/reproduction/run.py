@@ -74,13 +74,13 @@ def _measured(name: str, claim: Claim, folder: Path, quick: bool) -> Results:
     for place, (variant, seed) in enumerate(tasks, 1):
         if (variant, seed) in known:
             continue
-        tqdm.write_text(f"[{place}/{len(tasks)}] {name}: {variant}, seed {seed}")
+        tqdm.write(f"[{place}/{len(tasks)}] {name}: {variant}, seed {seed}")
         start = time.monotonic()
         figures = claim.measure(variant, seed, Workspace(folder, quick))
         results.append(Result(variant, seed, figures, round(time.monotonic() - start, 1)))
         record = {"version": version, "results": [asdict(result) for result in results]}
         write_text(kept, json.dumps(record, indent=1) + "\n")
-        tqdm.write_text("    " + ", ".join(f"{claim.figures[key]} {number(value)}" for key, value in figures.items()))
+        tqdm.write("    " + ", ".join(f"{claim.figures[key]} {number(value)}" for key, value in figures.items()))
     return results
 
 
