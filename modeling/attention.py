@@ -652,12 +652,6 @@ class PatternBackend:
 
     _supports_context_parallel = False
 
-    def __call__(self, *args, **kwargs):
-        """From Transformers 5.24 on `past_key_values` may be called `cache`, as pages of continuous batching are."""
-        if isinstance(kwargs.get("cache"), Cache):
-            kwargs["past_key_values"] = kwargs.pop("cache")
-        return super().__call__(*args, **kwargs)
-
     def follows_patterns(self) -> bool:
         return getattr(self.config, "attention_patterns", None) is not None
 
@@ -671,6 +665,16 @@ class PatternBackend:
     def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args, **kwargs) -> str:
         attn_implementation = choose_backend(attn_implementation, self.follows_patterns())
         return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
+
+
+class CachingPatternBackend(PatternBackend):
+    """And of those with a cache, which `forward` takes as `past_key_values`."""
+
+    def __call__(self, *args, **kwargs):
+        """From Transformers 5.24 on `past_key_values` may be called `cache`, as pages of continuous batching are."""
+        if isinstance(kwargs.get("cache"), Cache):
+            kwargs["past_key_values"] = kwargs.pop("cache")
+        return super().__call__(*args, **kwargs)
 
 
 # What `generate()` calls the cache it carries: from Transformers 5.24 on "cache".

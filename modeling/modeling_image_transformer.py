@@ -31,7 +31,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .attention import PatternBackend, cross_attention_mask, eager_attention_forward, layer_masks, new_positions
+from .attention import CachingPatternBackend, cross_attention_mask, eager_attention_forward, layer_masks, new_positions
 from .attention_patterns import Block2D, patterns_for_layers
 from .cache_patterns import PatternCache, PatternCacheGenerationMixin
 from .causal_lm import (
@@ -527,7 +527,7 @@ class ImageTransformerBlock(GradientCheckpointingLayer):
 # Decoder and encoder
 
 
-class ImageTransformerPreTrainedModel(PatternBackend, PreTrainedModel):
+class ImageTransformerPreTrainedModel(CachingPatternBackend, PreTrainedModel):
     """Initial weights, and what Transformers wants to know about the family."""
 
     config: ImageTransformerConfig

@@ -24,7 +24,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .attention import (
     CACHE,
-    PatternBackend,
+    CachingPatternBackend,
     check_heads_of_mask,
     eager_attention_forward,
     layer_masks,
@@ -179,7 +179,7 @@ class RoPEDecoderBlock(GradientCheckpointingLayer):
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
 
-class RoPEDecoderPreTrainedModel(PatternBackend, PreTrainedModel):
+class RoPEDecoderPreTrainedModel(CachingPatternBackend, PreTrainedModel):
     """What Transformers wants to know about the family."""
 
     config: RoPEDecoderConfig

@@ -22,7 +22,7 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention import PatternBackend, eager_attention_forward, in_float32, layer_masks, new_positions
+from .attention import CachingPatternBackend, eager_attention_forward, in_float32, layer_masks, new_positions
 from .attention_patterns import patterns_for_layers
 from .cache_patterns import PatternCacheGenerationMixin
 from .causal_lm import CausalLMHead, position_wise
@@ -160,7 +160,7 @@ class SparseTransformerBlock(GradientCheckpointingLayer):
         return hidden_states + self.dropout(self.mlp(self.mlp_norm(hidden_states)))  # + b(H), equations 13 and 14
 
 
-class SparseTransformerPreTrainedModel(PatternBackend, PreTrainedModel):
+class SparseTransformerPreTrainedModel(CachingPatternBackend, PreTrainedModel):
     """Initial weights, and what Transformers wants to know about the family."""
 
     config: SparseTransformerConfig

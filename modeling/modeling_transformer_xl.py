@@ -25,7 +25,7 @@ from .adaptive_softmax import AdaptiveEmbedding, AdaptiveSoftmax, Affine
 from .attention import (
     BLOCK_SPARSE,
     CacheNameGenerationMixin,
-    PatternBackend,
+    CachingPatternBackend,
     check_whole_rows,
     eager_attention_forward,
     lower_mask,
@@ -188,7 +188,7 @@ class TransformerXLBlock(GradientCheckpointingLayer):
         return self.mlp_post_norm(hidden_states + self.dropout(transformed))
 
 
-class TransformerXLPreTrainedModel(PatternBackend, PreTrainedModel):
+class TransformerXLPreTrainedModel(CachingPatternBackend, PreTrainedModel):
     """Initial weights, and what Transformers wants to know about the family."""
 
     config: TransformerXLConfig

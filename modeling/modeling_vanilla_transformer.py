@@ -35,7 +35,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention import (
-    PatternBackend,
+    CachingPatternBackend,
     cross_attention_mask,
     eager_attention_forward,
     heads_of,
@@ -260,7 +260,7 @@ class VanillaTransformerDecoderBlock(FeedForwardBranch, GradientCheckpointingLay
         return self.feed_forward(hidden_states)
 
 
-class VanillaTransformerPreTrainedModel(PatternBackend, PreTrainedModel):
+class VanillaTransformerPreTrainedModel(CachingPatternBackend, PreTrainedModel):
     """Initial weights, and what Transformers wants to know about the family."""
 
     config: VanillaTransformerConfig
