@@ -1,7 +1,10 @@
 """How much context Transformer-XL makes use of, with and without a memory."""
 
+from typing import Any
+
 from transformers import AutoModelForCausalLM
 
+from .. import plots
 from ..data import load_data
 from ..reproduction import Claim, Figures, Finding, Results, Verdict, Workspace
 from ..stream_evaluation import relative_effective_context_length
@@ -40,6 +43,15 @@ def judge(results: Results) -> Finding:
     return Finding(Verdict.OTHER if all(longer < shorter for longer, shorter in pairs) else Verdict.NOT_FOUND, words)
 
 
+def draw(results: Results, axes: Any) -> None:
+    rows = [(name, share, r) for share, r in SHARES.items() for name in MODELS]
+    for place, (name, share, _) in enumerate(reversed(rows)):
+        values = results.values(GROUP, f"{name}_{share}")
+        axes.plot(values, [place] * len(values), "o", color=plots.BLUE if name == "with" else plots.ORANGE, alpha=0.7)
+    axes.set_yticks(range(len(rows)), [f"{name} memory, r = {r}" for name, _, r in reversed(rows)])
+    axes.set(xlabel="bytes of context that are made use of", xlim=(0, None))
+
+
 CLAIM = Claim(
     system="Transformer-XL",
     paper="Dai et al. 2019, arXiv:1901.02860, section 4.3",
@@ -55,4 +67,5 @@ CLAIM = Claim(
     },
     measure=measure,
     judge=judge,
+    draw=draw,
 )

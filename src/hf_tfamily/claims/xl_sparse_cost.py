@@ -1,8 +1,5 @@
 """XLSparse against Transformer-XL where both read as many keys for a token."""
 
-from typing import Any
-
-from .. import plots
 from ..reproduction import Claim, Figures, Finding, Results, Workspace, compare
 
 SEGMENT = 64
@@ -39,16 +36,6 @@ def judge(results: Results) -> Finding:
     return compare(results, "bits", best, PEER)
 
 
-def draw(results: Results, axes: Any) -> None:
-    for variant in RUNS:
-        colour = plots.BLUE if variant in STRIDES else plots.ORANGE
-        values = results.values(variant, "bits")
-        axes.plot([keys(variant)] * len(values), values, "o", color=colour, alpha=0.7)
-        axes.annotate(variant, (keys(variant), max(values)), (4, 6), textcoords="offset points", fontsize=8)
-    axes.set(xlabel="keys that a token reads in a layer", ylabel="held-out bits per byte")
-    axes.margins(0.25)
-
-
 CLAIM = Claim(
     system="XLSparse",
     paper="this project; after Dai et al. 2019 (arXiv:1901.02860) and Child et al. 2019 (arXiv:1904.10509)",
@@ -63,5 +50,4 @@ CLAIM = Claim(
     figures={"bits": "held-out bits per byte", "keys": "keys read by a token in a layer"},
     measure=measure,
     judge=judge,
-    draw=draw,
 )
