@@ -107,7 +107,9 @@ def _check_same(recipe: Recipe, folder: Path, overrides: Sequence[str]) -> None:
 
 
 def _figure(folder: Path) -> str:
-    return task_in(folder).summary(json.loads((folder / "metrics.json").read_text(encoding="utf-8")))
+    """The finished model's own, without what it is compared with."""
+    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    return task_in(folder).summary(metrics).partition(" (")[0]
 
 
 def _is_public(repository: str) -> bool:
