@@ -3,6 +3,7 @@
 The code travels only with `export` and `push`, not with every `save_pretrained`, so a Trainer's checkpoints hold none.
 """
 
+import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +12,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from huggingface_hub import CommitOperationAdd, HfApi, get_token
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HTTPError, OfflineModeIsEnabled
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HTTPError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.hf_api import RepoFile
 from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import get_relative_import_files
 
@@ -111,6 +120,29 @@ def push(
             repo_id, additions, commit_message=message, revision=revision, parent_commit=head.sha
         )
     return Pushed(commit.commit_url, [addition.path_in_repo for addition in additions], left_out)
+
+
+def changed_files(
+    folder: str | Path, repo_id: str, with_code: bool = True, revision: str | None = None, token: str | None = None
+) -> list[str]:
+    """Names of the files that `push` with these arguments would change; all of them if the repository is not there.
+
+    They are compared by the hashes that the Hub lists; nothing is downloaded, and nothing is changed.
+
+    Raises:
+        PushError: if the folder holds no safe model, the name has no namespace, or the Hub does not answer.
+    """
+    folder = Path(folder)
+    _check_name(repo_id)
+    _check_folder(folder)
+    content, _ = _content(folder, repo_id, with_code)
+    with _explained(repo_id):
+        try:
+            listed = HfApi(token=token).list_repo_tree(repo_id, recursive=True, revision=revision)
+            there = {entry.path: entry for entry in listed if isinstance(entry, RepoFile)}
+        except (RepositoryNotFoundError, RevisionNotFoundError):
+            there = {}
+    return sorted(name for name, value in content.items() if not _is_same(value, there.get(name)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -243,6 +275,17 @@ def _check_architecture(api: HfApi, repo_id: str, revision: str, model_type: str
             f"{repo_id} holds a model of model_type={there!r}, this one is {model_type!r}; name another repository, "
             "or delete the files there."
         )
+
+
+def _is_same(value: Path | bytes, there: RepoFile | None) -> bool:
+    """Is a file on the Hub this one? A large one is known there by its SHA-256, any other by git's hash."""
+    size = value.stat().st_size if isinstance(value, Path) else len(value)
+    if there is None or there.size != size:
+        return False
+    data = value.read_bytes() if isinstance(value, Path) else value
+    if there.lfs is not None:
+        return hashlib.sha256(data).hexdigest() == there.lfs.sha256
+    return hashlib.sha1(b"blob %d\0" % size + data).hexdigest() == there.blob_id
 
 
 @contextmanager

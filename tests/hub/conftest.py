@@ -8,6 +8,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 
 from .fixture_hub import FixtureHub, User
 
@@ -30,6 +31,19 @@ def open_hub() -> FixtureHub:
 def hub():
     with open_hub() as hub:
         yield hub
+
+
+@pytest.fixture
+def at_the_fixture(hub, monkeypatch, tmp_path):
+    """What HF_ENDPOINT, HF_TOKEN and HF_HOME would say to a new process."""
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no token"))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_TOKEN", "write")
 
 
 class Client:

@@ -223,7 +223,8 @@ class FixtureHub:
         user = self._user(request)
         if user is None:
             raise Refusal(HTTPStatus.UNAUTHORIZED, None, "Invalid username or password.")
-        return Answer(content={"type": "user", "name": user.name, "orgs": [], "auth": {"type": "access_token"}})
+        access = {"type": "access_token", "accessToken": {"role": "write" if user.writes else "read"}}
+        return Answer(content={"type": "user", "name": user.name, "orgs": [], "auth": access})
 
     @route("POST", "/api/repos/create")
     def create(self, request: Request) -> Answer:

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from hf_tfamily import Local, set_attention_patterns
-from hf_tfamily.hub import PushError, export, push
+from hf_tfamily.hub import PushError, changed_files, export, push
 from hf_tfamily.modeling.image_processing_tokens import ImageTokenProcessor
 from hf_tfamily_cli import app
 from tests.tiny_models import tiny_model
@@ -21,17 +21,7 @@ from .fixture_hub import Answer, Blob, Dropped
 REPO = "org/sparse-transformer-cifar"
 
 
-@pytest.fixture(autouse=True)
-def at_the_fixture(hub, monkeypatch, tmp_path):
-    """What HF_ENDPOINT, HF_TOKEN and HF_HOME would say to a new process."""
-    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-    template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no token"))
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("HF_TOKEN", "write")
+pytestmark = pytest.mark.usefixtures("at_the_fixture")
 
 
 @pytest.fixture
@@ -137,6 +127,26 @@ def test_pushing_again_sends_only_what_changed(hub, folder):
     push(folder, REPO)
     assert len(repository.commits) == 3
     assert sum(method == "PUT" for method, _ in hub.requests) == 1
+
+
+@pytest.mark.parametrize("lfs", [(), (".safetensors", ".json")])
+def test_changed_files_are_told_without_sending(hub, folder, lfs):
+    hub.lfs = lfs
+    everything = changed_files(folder, REPO)
+    assert everything == sorted(push(folder, REPO).files)
+    hub.requests.clear()
+    assert changed_files(folder, REPO) == []
+    assert changed_files(folder, REPO, revision="attempt") == everything
+    assert changed_files(folder, REPO, with_code=False) == ["README.md", "config.json", "preprocessor_config.json"]
+    weights = bytearray((folder / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (folder / "model.safetensors").write_bytes(weights)
+    (folder / "metrics.json").write_text("{}")
+    hub.repositories[REPO].files["of_others.txt"] = Blob(b"theirs")
+    assert changed_files(folder, REPO) == ["metrics.json", "model.safetensors"]
+    assert {method for method, _ in hub.requests} == {"GET"}
+    with pytest.raises(PushError, match="does not know the token"):
+        changed_files(folder, REPO, token="unknown")
 
 
 def test_private_and_revision(hub, folder):
