@@ -58,6 +58,7 @@ def test_the_page_has_a_command_for_every_kind():
     assert {shlex.split(command)[1] for command in COMMANDS} == set(STARTERS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_new_recipe_trains(command, home, tmp_path, monkeypatch):
     monkeypatch.chdir(home)

@@ -4,6 +4,7 @@ import re
 import shlex
 from pathlib import Path
 
+import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
@@ -39,6 +40,7 @@ def make_models():
     pair_tokenizer(["Click OK."] * 9, 300).save_pretrained(folder)
 
 
+@pytest.mark.slow
 def test_commands_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(streams, "bible_parts", lambda books: [part[:40_000] for part in bible_parts(books)])
