@@ -17,6 +17,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from tqdm.auto import tqdm
 from transformers import AutoConfig, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_callback import ProgressCallback
 
 from . import plots
@@ -312,7 +313,7 @@ def _watch(trainer: Trainer, task: Task) -> None:
     """Let the trainer keep the time, and show losses as the task does."""
     trainer.add_callback(Stopwatch())
     trainer.add_callback(UsualPermissions())
-    trainer.remove_callback(ProgressCallback)
+    trainer.remove_callback(DEFAULT_PROGRESS_CALLBACK)  # a bar, or in a notebook a table of nats
     trainer.add_callback(LossProgress(task))
 
 

@@ -160,7 +160,7 @@ def test_the_types_that_are_meant():
         ("data.length=null", "length must be a number without a fraction, got None"),
         ('data.own_bytes="no"', "own_bytes must be true or false, got 'no'"),
         ("data.own_bytes=no", "own_bytes must be true or false, got 'no'"),
-        ("data.path=3", "path must be text, got 3"),
+        ("data.path=3", "path must be text or a list, each entry text, got 3"),
         ("data.sizes=3", "sizes must be a list, each entry a number without a fraction or null, got 3"),
         (
             "data.sizes=[1, 2, 1:30]",
