@@ -21,7 +21,7 @@ from transformers import (
 )
 from typer.testing import CliRunner
 
-from hf_tfamily import conversion
+from hf_tfamily import Local, Sink, Union, conversion, set_attention_patterns
 from hf_tfamily.auto import register_all
 from hf_tfamily.conversion import convert, dry_run
 from hf_tfamily.modeling.configuration_rope_decoder import RoPEDecoderConfig
@@ -123,6 +123,27 @@ def test_interleaved_pairs_become_halves(tmp_path):
     assert convert(tmp_path / "ours", tmp_path / "llama").model_type == "llama"
     llama = LlamaForCausalLM.from_pretrained(tmp_path / "llama")
     torch.testing.assert_close(logits(llama, 12), logits(ours, 12), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("patterns", [Local(4), [Local(3), Union([Local(2), Sink(2)])]], ids=["one", "by layer"])
+def test_patterns_of_a_stock_model_come_along(patterns, tmp_path):
+    stock = random_model(LlamaForCausalLM, LlamaConfig(**TINY))
+    dense = logits(stock, 12)
+    set_attention_patterns(stock, patterns)
+    stock.save_pretrained(tmp_path / "stock")
+    convert(tmp_path / "stock", tmp_path / "ours", check=True)
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    torch.testing.assert_close(logits(ours, 12), logits(stock, 12), atol=1e-5, rtol=1e-5)
+    assert (logits(ours, 12) - dense).abs().max() > 1e-3
+
+
+def test_patterns_that_the_target_would_not_follow_are_refused(tmp_path):
+    stock = random_model(MistralForCausalLM, MistralConfig(**TINY, sliding_window=4))
+    set_attention_patterns(stock, Local(2))
+    stock.save_pretrained(tmp_path / "stock")
+    with pytest.raises(ValueError, match=r"was saved under attention_patterns=.* would not follow"):
+        convert(tmp_path / "stock", tmp_path / "ours")
+    assert not (tmp_path / "ours").exists()
 
 
 def test_other_heads_and_dtypes(tmp_path):

@@ -132,8 +132,22 @@ def _convert(
     config = read_config(folder)
     step = _step(config, target, length)
     new_config, new_weights = step(config, read_weights(folder, pickled_weights))
+    _carry_patterns(config, new_config)
     found = Conversion(new_config["model_type"], new_config["architectures"][0], fit(new_config, new_weights))
     return new_config, new_weights, found
+
+
+def _carry_patterns(config: dict, new_config: dict) -> None:
+    """What `set_attention_patterns` entered in a stock model's config goes along, or ValueError where it cannot."""
+    patterns = config.get("attention_patterns")
+    if patterns is None or config["model_type"] in {converter.OUR_TYPE for converter in CONVERTERS}:
+        return
+    if new_config["model_type"] != llama.OUR_TYPE or new_config.get("attention_patterns") is not None:
+        raise ValueError(
+            f"The source was saved under attention_patterns={patterns}, which {new_config['model_type']} would not "
+            "follow; take them off before it is saved (set_attention_patterns(model, None)), and set them again."
+        )
+    new_config["attention_patterns"] = patterns
 
 
 def _step(config: dict, target: str | None, length: Length | None):

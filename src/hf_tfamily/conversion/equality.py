@@ -25,7 +25,8 @@ def largest_difference(folder: Path, config: dict, weights: dict[str, torch.Tens
         raise ValueError(
             f"Nothing to check against: Transformers {transformers.__version__} cannot run it: {error}"
         ) from error
-    source = source_class.from_pretrained(folder, use_safetensors=not pickled)
+    patterned = {"attn_implementation": "block_sparse"} if source_config.get("attention_patterns") else {}
+    source = source_class.from_pretrained(folder, use_safetensors=not pickled, **patterned)
     with tempfile.TemporaryDirectory() as temporary:  # what is compared is what a reader would load
         written = Path(temporary) / "converted"
         write_checkpoint(written, config, weights, companions_of=folder)
