@@ -1,6 +1,7 @@
 """How a claim is looked for: its results are kept, judged by its criterion, and written on a page."""
 
 import dataclasses
+import importlib.util
 import json
 import sys
 import types
@@ -143,6 +144,10 @@ def test_pages_say_what_their_results_say(file):
 
 @pytest.mark.slow
 def test_every_claim_runs_quickly(tmp_path, capsys):
-    for name in running.list_claims():
+    """But those on weights of packages that are not installed here; they are named, and no more than these."""
+    needs = {name: reproduction.load_claim(name).needs for name in running.list_claims()}
+    left_out = {name for name, modules in needs.items() if not all(map(importlib.util.find_spec, modules))}
+    assert left_out <= {"streaming_sinks"}
+    for name in needs.keys() - left_out:
         reproduction.reproduce(name, tmp_path, quick=True)
-    assert capsys.readouterr().out.count("A quick run") == len(running.list_claims())
+    assert capsys.readouterr().out.count("A quick run") == len(needs) - len(left_out)
