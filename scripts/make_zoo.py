@@ -44,6 +44,7 @@ ZOO = (
     ("memorizing-transformer-bible", "memorizing_transformer/bible"),
     ("xl-sparse-bible", "xl_sparse/bible"),
     ("rope-decoder-bible", "rope_decoder/bible"),
+    ("rope-decoder-bible-bpe", "rope_decoder/bible_bpe"),
     ("adaptive-span-bible", "adaptive_span/bible"),
     ("image-transformer-digits", "image_transformer/digits"),
     ("image-transformer-fashion-mnist", "image_transformer/fashion_mnist"),
